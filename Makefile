@@ -1,0 +1,31 @@
+# The verbs. Each does all its set-up in a virtual environment of its own, .venv; CI calls the same ones.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp python/*.h python/*.cpp)
+
+.PHONY: demo test lint format install
+
+demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
+	$(RUN) -m lgd_kernels demo digits $(ARGS)
+
+test: install            # every test; a missing extension is a failure here, not a skip
+	LGD_REQUIRE_EXT=1 $(RUN) -m pytest $(ARGS)
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+
+format: install
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+install: $(VENV)/installed
+
+# Editable, so only a change of what is compiled or required builds again.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	LGD_REQUIRE_EXT=1 $(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

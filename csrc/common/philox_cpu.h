@@ -1,0 +1,10 @@
+// Runs of noise for the CPU kernels.
+#pragma once
+#include "philox.h"
+
+namespace lgd {
+
+// out[i] = the normal of element first + i of `sample`, i < count; `first` is a multiple of 4.
+void philox_fill(float* out, int64_t count, int64_t first, const Seed& seed, int64_t sample, uint32_t stream);
+
+}  // namespace lgd

@@ -1,0 +1,101 @@
+// Storage types and how they become numbers: one inline rounding each way, by integer operations that vectorise.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LGD_INLINE __host__ __device__ __forceinline__
+#else
+#define LGD_INLINE inline __attribute__((always_inline))
+#endif
+
+// Row loops are compiled once for each instruction set, and the best one is bound when the module is loaded.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__CUDACC__)
+#define LGD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LGD_CLONES
+#endif
+
+namespace lgd {
+
+enum class DType : int { f32, bf16, f16, f64 };  // the codes that lgd_kernels/arguments.py passes
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+LGD_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same width");
+  return __builtin_bit_cast(To, from);
+}
+
+LGD_INLINE float to_float(bf16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
+
+LGD_INLINE float to_float(f16 value) {
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  // A float with the half's exponent field is 2^112 too small; the product is exact, for subnormals too.
+  uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
+  bits = magnitude >= 0x7c00u ? bits | 0x7f800000u : bits;  // infinity, NaN
+  return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
+}
+
+LGD_INLINE float to_float(float value) { return value; }
+LGD_INLINE double to_float(double value) { return value; }
+
+// Rounds to the nearest, ties to even.
+template <class T>
+LGD_INLINE T from_float(float value);
+
+template <>
+LGD_INLINE bf16 from_float<bf16>(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+}
+
+template <>
+LGD_INLINE f16 from_float<f16>(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 1/2 leaves the subnormal's bits, rounded, at the low end of the sum.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? special : half;
+  return {uint16_t(half | ((bits >> 16) & 0x8000u))};
+}
+
+template <>
+LGD_INLINE float from_float<float>(float value) {
+  return value;
+}
+
+// One scalar of any storage type.
+LGD_INLINE double load_scalar(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::f32:
+      return static_cast<const float*>(data)[index];
+    case DType::f64:
+      return static_cast<const double*>(data)[index];
+    case DType::bf16:
+      return to_float(static_cast<const bf16*>(data)[index]);
+    default:
+      return to_float(static_cast<const f16*>(data)[index]);
+  }
+}
+
+// A number for each sample: a tensor [B] (stride 0 shares one), or, without data, one value for all.
+struct PerSample {
+  const void* data;
+  DType dtype;
+  int64_t stride;
+  double value;
+
+  LGD_INLINE double at(int64_t sample) const { return data ? load_scalar(data, dtype, sample * stride) : value; }
+};
+
+}  // namespace lgd

@@ -1,0 +1,26 @@
+"""Fused kernels for learned guidance of diffusion models. `python -m lgd_kernels info` says what runs here."""
+
+from lgd_kernels.impls import available_impls, why_not
+from lgd_kernels.levels import Levels
+from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.ops.guided_score.api import guided_score
+from lgd_kernels.ops.guided_step.api import guided_step
+from lgd_kernels.philox import philox_normal
+from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
+
+__all__ = [
+    "EDM",
+    "Discrete",
+    "Levels",
+    "OmegaTable",
+    "RectifiedFlow",
+    "Schedule",
+    "VPCosine",
+    "VPLinear",
+    "available_impls",
+    "guided_score",
+    "guided_step",
+    "philox_normal",
+    "why_not",
+]
+__version__ = "0.1.0"

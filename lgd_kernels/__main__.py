@@ -1,0 +1,70 @@
+"""`python -m lgd_kernels info` and `python -m lgd_kernels demo digits`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+USAGE = """usage: python -m lgd_kernels info            what is built and what runs here, and why not what does not
+       python -m lgd_kernels demo digits     learn guidance weights on handwritten digits (--help for options)"""
+
+
+def info() -> int:
+    """Versions, what is built, the devices, and each implementation of each op: it runs, or every reason why not."""
+    import torch
+
+    import lgd_kernels
+    from lgd_kernels import impls
+
+    print(f"lgd_kernels {lgd_kernels.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("  " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy")))
+    extension = impls.extension()
+    if extension:
+        threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "one thread"
+        print(f"  C++ extension: built by {extension.compiler}, runs as {extension.instruction_set()}, {threads}")
+    else:
+        print(f"  C++ extension: {impls.extension_error()}")
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        print(f"  cuda:{index}: {name}, compute capability {major}.{minor}")
+    if len(devices) == 1:
+        print("  no CUDA or ROCm device")
+
+    for op in impls.rooms():
+        print(f"\n{op}")
+        for device in devices:
+            chosen = impls.available_impls(op, device)[0]
+            for impl in impls.NAMES:
+                reasons = impls.why_not(op, impl, device=device)
+                verdict = "no: " + "; ".join(reasons) if reasons else "yes, the automatic choice" if impl == chosen else "yes"
+                print(f"  {impl:9} on {device:4}  {verdict}")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    match arguments:
+        case ["info"]:
+            return info()
+        case ["demo", "digits", *options]:
+            from lgd_kernels.demo import digits
+
+            return digits.main(options)
+        case [] | ["-h"] | ["--help"]:
+            print(USAGE)
+            return 0
+    print(f"unknown command: {' '.join(arguments)}\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""From what users write to what operators take, and back: operator schemas know tensors and numbers only.
+
+omega and churn are a number or a tensor `[B]`; omega may also be looked up in a table. An operator takes each as
+`(Tensor?, float)`, and the table as a list of the tensors of an `OmegaLookup`, empty if there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype
+
+
+def split_number(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
+    """(tensor, 0.0) or (None, number). Under compilation a number becomes a tensor: there it would be a constant of
+    the graph, compiled again for each value."""
+    if isinstance(value, Tensor):
+        return value, 0.0
+    if torch.compiler.is_compiling():
+        ones = torch.ones(like.shape[:1], dtype=arithmetic_dtype(like), device=like.device)
+        return ones * value, 0.0  # full() would keep the constant
+    return None, float(value)
+
+
+def split_omega(omega: float | Tensor | OmegaLookup, like: Tensor) -> tuple[Tensor | None, float, list[Tensor]]:
+    if isinstance(omega, OmegaLookup):
+        return None, 0.0, [field.contiguous() for field in omega]
+    return *split_number(omega, like), []
+
+
+def join_omega(omega: Tensor | None, value: float, table: list[Tensor]) -> float | Tensor | OmegaLookup:
+    if table:
+        return OmegaLookup(*table)
+    return value if omega is None else omega
+
+
+def same_stride(levels: Levels) -> list[Tensor]:
+    """The five tensors with one stride, so that a kernel needs only one (0 where all are expanded)."""
+    stride = levels.gap.stride(0)
+    if all(tensor.stride(0) == stride for tensor in levels):
+        return list(levels)
+    return [tensor.contiguous() for tensor in levels]
+
+
+def split_seed(seed: int | Tensor | None) -> tuple[Tensor | None, int | None]:
+    return (seed.contiguous(), None) if isinstance(seed, Tensor) else (None, seed)

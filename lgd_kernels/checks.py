@@ -1,0 +1,179 @@
+"""The few argument checks that the ops share. Each message names the argument, what came, what was expected.
+
+Shapes, dtypes, devices and choices are always checked. Values only where they are numbers of the host or small CPU
+tensors outside compilation: never a device sync.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels import impls
+from lgd_kernels.levels import PREDICTIONS, Levels, OmegaLookup
+
+DATA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def samples(op: str, **tensors: Tensor | None) -> None:
+    """Data `[B, ...]`: floating point, and of one shape and device, those of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]")
+        if tensor.dtype not in DATA_DTYPES:
+            raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        if tensor is first:
+            if tensor.ndim == 0:
+                raise ValueError(f"{op}: `{name}` has shape [], expected [B, ...]; unsqueeze(0) makes a batch of one")
+            continue
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(first.shape)} like `{first_name}`; "
+                "expand it if it should broadcast"
+            )
+        _device(op, name, tensor, first_name, first)
+
+
+def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
+    """A number, or a tensor `[B]` of any float dtype."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: `{name}` has dtype {value.dtype}, expected a float dtype")
+        if value.ndim != 1 or value.shape[0] != like.shape[0]:
+            raise ValueError(
+                f"{op}: `{name}` has shape {list(value.shape)}, expected [B] = [{like.shape[0]}], one for each "
+                f"sample of `{like_name}`; {name}.expand({like.shape[0]}) shares one"
+            )
+        _device(op, name, value, like_name, like)
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float or a tensor [B]")
+
+
+def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Tensor) -> None:
+    """A number, a tensor `[B]`, or what `OmegaTable.at` returned for this batch."""
+    if not isinstance(value, OmegaLookup):
+        return per_sample(op, "omega", value, like_name, like)
+    for name in ("c", "s", "t"):
+        tensor = getattr(value, name)
+        if tensor.shape != like.shape[:1]:
+            raise ValueError(
+                f"{op}: `omega` was looked up for `{name}` of shape {list(tensor.shape)}, expected "
+                f"[B] = [{like.shape[0]}], one for each sample of `{like_name}`"
+            )
+    _device(op, "omega", value.values, like_name, like)
+    _device(op, "omega.c", value.c, like_name, like)
+
+
+def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor) -> None:
+    """Five tensors `[B]` of one float dtype that need no gradient, and in order where that can be seen."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{op}: `prediction` is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+    if not isinstance(value, Levels):
+        raise TypeError(
+            f"{op}: `levels` is a {type(value).__name__}, expected lgd_kernels.Levels, as a schedule's levels(t, s) "
+            "gives them"
+        )
+    gap = value.gap
+    for name, tensor in zip(Levels._fields, value, strict=True):
+        per_sample(op, f"levels.{name}", tensor, like_name, like)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: `levels.{name}` is a {type(tensor).__name__}, expected a tensor [B]")
+        if tensor.dtype != gap.dtype or tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{op}: `levels.{name}` has dtype {tensor.dtype}, expected float32 or float64, the same for all five"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{op}: `levels.{name}` requires grad, but no gradient flows to levels; pass levels.{name}.detach()"
+            )
+    if readable(gap):
+        if smallest(gap) < 0:
+            raise ValueError(
+                f"{op}: `levels.gap` is {smallest(gap):g} in one sample: s lies on the noise side of t; expected "
+                "s <= t (levels(t, s) takes t first)"
+            )
+        if prediction == "eps" and smallest(value.signal_t) == 0:
+            raise ValueError(
+                f"{op}: `levels.signal_t` is 0 in one sample, where an eps prediction says nothing of the data; "
+                "start below t = 1, or predict x0, v or flow"
+            )
+
+
+def churn(op: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
+    """In [0, 1], a constant for autograd."""
+    per_sample(op, "churn", value, like_name, like)
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{op}: `churn` requires grad, but no gradient flows to churn; pass churn.detach()")
+        inside = not readable(value) or (smallest(value) >= 0 and -smallest(-value) <= 1)
+    else:
+        inside = torch.compiler.is_compiling() or 0 <= value <= 1
+    if not inside:
+        raise ValueError(f"{op}: `churn` is {brief(value)}, expected values in [0, 1]")
+
+
+def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tensor | None) -> None:
+    """Noise comes from `noise` or from `seed`, never from both, and from one where there is churn."""
+    if seed is not None and impls.vmapped():
+        raise ValueError(f"{op}: `seed` under vmap would draw the same noise for every entry; pass noise=...")
+    if noise is not None and seed is not None:
+        raise ValueError(f"{op}: `noise` and `seed` were both given, expected one of them")
+    if noise is None and seed is None and (isinstance(churn, Tensor) or churn != 0):
+        raise ValueError(
+            f"{op}: `churn` is {brief(churn)} but there is no noise; pass seed=... (drawn in the kernel) or noise=..."
+        )
+
+
+def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tensor | None) -> None:
+    """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
+    if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
+        raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: `seed` has dtype {value.dtype}, expected int64")
+        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
+            raise ValueError(
+                f"{op}: `seed` has shape {list(value.shape)}, expected [] for one seed or [B] = [{batch}] for each "
+                "sample's own"
+            )
+        if like is not None and value.device != like.device:
+            raise ValueError(f"{op}: `seed` is on {value.device}, expected {like.device}; seed.to(...) moves it")
+    elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: `seed` is a {type(value).__name__}, expected an int or an int64 tensor")
+    elif not torch.compiler.is_compiling() and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: `seed` is {value}, expected a value in [-2^63, 2^63)")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Its values can be looked at for nothing: on the CPU, outside compilation and transforms, and not empty."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not impls.transforms_active()
+        and tensor.numel() > 0
+    )
+
+
+def smallest(tensor: Tensor) -> float:
+    """The least value; a short vector is quicker as a list."""
+    return min(tensor.tolist()) if tensor.numel() <= 64 else tensor.min().item()
+
+
+def brief(value) -> str:
+    """A value as an error message shows it."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    if not readable(value):
+        return f"a tensor of shape {list(value.shape)}"
+    shown = ", ".join(f"{one:g}" for one in value.flatten()[:4].tolist())
+    return f"[{shown}{', ...' if value.numel() > 4 else ''}]"
+
+
+def _device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: `{name}` is on {tensor.device}, expected {like.device} like `{like_name}`; .to(...) moves it"
+        )

@@ -1,0 +1,183 @@
+"""Which implementation runs: what is built, what fits the tensors at hand, and, for each that does not, why not.
+
+Four names for every op: "cuda", "triton", "cpu" (C++) and "reference" (plain PyTorch). An explicit `impl=` runs that
+one or raises; `impl=None` takes the first of `ORDER` that can run. A room lists its own implementations, with the
+dtypes of each, as `IMPLEMENTATIONS` in its `op.py`; nothing is registered here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+
+import torch
+from torch import Tensor
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # other devices: the reference
+
+HALF = frozenset((torch.bfloat16, torch.float16))
+FLOATS = HALF | {torch.float32}
+ALL_FLOATS = FLOATS | {torch.float64}
+
+
+def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The implementations of `op` that run on `device` for float32 tensors, the automatic choice first.
+
+    >>> import lgd_kernels as lgd
+    >>> "reference" in lgd.available_impls("guided_step", "cpu")
+    True
+    """
+    device = torch.device(device).type
+    order = ORDER.get(device, ("reference",))
+    rest = [impl for impl in NAMES if impl not in order]
+    return tuple(impl for impl in (*order, *rest) if not _reasons(op, impl, device, (torch.float32,)))
+
+
+def why_not(op: str, impl: str, *tensors: Tensor, device: torch.device | str | None = None) -> list[str]:
+    """Every reason why `impl` of `op` cannot run on these tensors (or on `device`), in words; [] if it can.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.why_not("guided_step", "reference", torch.ones(2, 3))
+    []
+    """
+    if impl not in NAMES:
+        raise ValueError(f"why_not: `impl` is {impl!r}, expected one of {', '.join(NAMES)}")
+    if device is None:
+        device = tensors[0].device if tensors else "cpu"
+    dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
+    return list(_reasons(op, impl, torch.device(device).type, dtypes))
+
+
+def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
+    """The implementation that runs; ValueError with every reason where an explicit one cannot."""
+    return _choose(op, impl, tensors[0].device.type, tuple(tensor.dtype for tensor in tensors))
+
+
+@functools.cache
+def launcher(op: str, impl: str):
+    """The module that launches an implementation's kernels: `lgd_kernels/ops/<op>/<impl>.py`."""
+    return importlib.import_module(f"lgd_kernels.ops.{op}.{impl}")
+
+
+def through_reference(op: str, impl: str | None) -> bool:
+    """Whether a call must run as plain PyTorch: because it asks to, or because vmap, jvp or func.grad do."""
+    if impl == "reference":
+        return True
+    if not transforms_active():
+        return False
+    if impl is None:
+        return True
+    raise ValueError(f"{op}: impl={impl!r} has no rule for vmap, jvp or func.grad; impl=None takes the reference there")
+
+
+def rooms() -> list[str]:
+    """The ops there are: the folders of `lgd_kernels.ops`."""
+    from lgd_kernels import ops
+
+    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
+
+
+def transforms_active() -> bool:
+    """Inside vmap, func.grad, jvp or forward AD: there the differentiable reference runs. (Private names of torch.)"""
+    try:
+        if torch._C._are_functorch_transforms_active():
+            return True
+        return torch.autograd.forward_ad._current_level >= 0
+    except AttributeError:  # a torch that renamed them: ordinary autograd still works
+        return False
+
+
+def vmapped() -> bool:
+    """Inside vmap, at any depth."""
+    if torch.compiler.is_compiling() or not transforms_active():
+        return False
+    functorch = torch._C._functorch
+    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
+
+
+@functools.cache
+def extension():
+    """The C++ module `lgd_kernels._C`, or None where it was not built."""
+    return None if extension_error() else importlib.import_module("lgd_kernels._C")
+
+
+@functools.cache
+def extension_error() -> str:
+    """Why `_C` is missing, or ""."""
+    try:
+        importlib.import_module("lgd_kernels._C")  # torch is loaded by now, so both share one OpenMP runtime
+    except ImportError as error:
+        if importlib.util.find_spec("lgd_kernels._C") is None:
+            return "the C++ extension lgd_kernels._C is not built (it needs a C++17 compiler at install time)"
+        return f"the C++ extension lgd_kernels._C does not load: {error}"
+    return ""
+
+
+def triton_interpreted() -> bool:
+    """Triton runs its kernels in Python, on the CPU: for tests. Set before the first kernel is loaded."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _choose(op: str, impl: str | None, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    if impl is None:
+        for candidate in ORDER.get(device, ()):
+            if not _reasons(op, candidate, device, dtypes):
+                return candidate
+        return "reference"
+    if impl not in NAMES:
+        raise ValueError(f"{op}: `impl` is {impl!r}, expected None or one of {', '.join(NAMES)}")
+    reasons = _reasons(op, impl, device, dtypes)
+    if reasons:
+        others = [name for name in NAMES if not _reasons(op, name, device, dtypes)]
+        raise ValueError(
+            f"{op}: impl={impl!r} cannot run here: {'; '.join(reasons)}. These can: {', '.join(others)}; "
+            "impl=None chooses"
+        )
+    return impl
+
+
+def _reasons(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...]) -> tuple[str, ...]:
+    offered = _implementations(op)
+    if impl not in offered:
+        return (f"{op} has no {impl!r} implementation in this version",)
+    reasons = list(_unfit[impl](device))
+    for dtype in dict.fromkeys(dtypes):
+        if dtype not in offered[impl]:
+            names = ", ".join(sorted(str(one).removeprefix("torch.") for one in offered[impl]))
+            reasons.append(f"{impl} does not take {str(dtype).removeprefix('torch.')} (it takes {names})")
+    return tuple(reasons)
+
+
+def _implementations(op: str) -> dict[str, frozenset[torch.dtype]]:
+    if op not in rooms():
+        raise ValueError(f"`op` is {op!r}, expected one of {', '.join(rooms())}")
+    return importlib.import_module(f"lgd_kernels.ops.{op}.op").IMPLEMENTATIONS
+
+
+def _cpu_unfit(device: str):
+    if extension_error():
+        yield extension_error()
+    if device != "cpu":
+        yield f"cpu runs on CPU tensors, these are on {device}"
+
+
+def _triton_unfit(device: str):
+    if importlib.util.find_spec("triton") is None:
+        yield "triton is not installed (pip install triton; Linux only)"
+    if device == "cpu" and not triton_interpreted():
+        yield "triton runs on GPU tensors, these are on the CPU (tests run its interpreter: TRITON_INTERPRET=1)"
+    elif device not in ("cpu", "cuda"):
+        yield f"triton runs on CUDA and ROCm tensors, these are on {device}"
+
+
+def _cuda_unfit(device: str):
+    if device != "cuda":
+        yield f"cuda runs on CUDA tensors, these are on the {device.upper()}"
+
+
+_unfit = {"cuda": _cuda_unfit, "triton": _triton_unfit, "cpu": _cpu_unfit, "reference": lambda device: ()}

@@ -1,0 +1,152 @@
+"""What a step needs to know of a sample, and the scalars that follow from it.
+
+The specification in plain PyTorch of everything per sample: the omega that a table holds at (c, s, t), and the
+coefficients of a step. `csrc/common/levels.h` and `triton_common.py` compute the same numbers inside the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PREDICTIONS = ("x0", "eps", "v", "flow")  # the position is the code that the kernels receive
+
+
+class Levels(NamedTuple):
+    """Noise levels of a step from t to s (nearer the data), each `[B]`: `x_t = signal_t x0 + noise_t z`.
+
+    `gap = signal_s noise_t - signal_t noise_s` is what a step is made of. Formed from rounded levels it cancels
+    (4e-5 off in float32 over 1000 steps), so the schedule gives it, in closed form: see `Schedule.levels`.
+    """
+
+    signal_t: Tensor
+    noise_t: Tensor
+    signal_s: Tensor
+    noise_s: Tensor
+    gap: Tensor
+
+
+class OmegaLookup(NamedTuple):
+    """Where in a table each sample finds its omega; made by `OmegaTable.at`, read inside the kernels."""
+
+    values: Tensor  # [C, S, T]
+    s_knots: Tensor  # [S], increasing
+    t_knots: Tensor  # [T], increasing
+    c: Tensor  # [B] int64
+    s: Tensor  # [B]
+    t: Tensor  # [B]
+
+
+class StepCoefficients(NamedTuple):
+    """A step as a linear map, each `[B]`: `x_s = x * x_t + guided * g + noise * z`, g the guided prediction."""
+
+    x: Tensor
+    guided: Tensor
+    noise: Tensor
+
+
+def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) -> StepCoefficients:
+    """Coefficients of one churn-DDIM step (arXiv 2510.00815, Eq. 2, 8 and 23).
+
+        q = gap / (signal_s noise_t)        r = 1 - q        h = 1 - churn^2 q
+        x_s = (noise_s / noise_t) h x_t + signal_s q (1 + churn^2 r) x0 + noise_s sqrt(churn^2 q (2 - churn^2 q)) z
+
+    with x0 written in terms of x_t and the prediction. s = t is the identity. NaN where the step is not defined:
+    gap < 0 (s after t), churn outside [0, 1], "eps" where signal_t = 0.
+    """
+    signal_t, noise_t, signal_s, noise_s, gap = levels
+    zero, one = torch.zeros_like(gap), torch.ones_like(gap)
+    churn = churn.to(gap.dtype) if isinstance(churn, Tensor) else one * churn
+    stays = gap == 0  # 0/0 at s = t = 0 and at s = t = 1
+    q = torch.where(stays, zero, gap / torch.where(stays, one, signal_s * noise_t))
+    ratio = torch.where(noise_t == 0, one, noise_s / torch.where(noise_t == 0, one, noise_t))
+    churned = churn * churn * q  # churn^2 q
+    to_x = ratio * (1 - churned)
+    to_x0 = signal_s * (q + churned * (1 - q))
+    noise = noise_s * torch.sqrt(churned * (2 - churned))
+
+    if prediction == "x0":
+        x0_of_x, x0_of_g = zero, one
+    elif prediction == "eps":
+        x0_of_x, x0_of_g = 1 / signal_t, -noise_t / signal_t
+    elif prediction == "v":
+        square = signal_t * signal_t + noise_t * noise_t
+        x0_of_x, x0_of_g = signal_t / square, -noise_t / torch.sqrt(square)
+    else:  # flow: the prediction is z - x0
+        x0_of_x, x0_of_g = 1 / (signal_t + noise_t), -noise_t / (signal_t + noise_t)
+
+    defined = (gap >= 0) & (churn >= 0) & (churn <= 1)
+    if prediction == "eps":
+        defined = defined & (signal_t != 0)
+    nan = torch.full_like(gap, torch.nan)
+    coefficients = (to_x + to_x0 * x0_of_x, to_x0 * x0_of_g, noise)
+    return StepCoefficients(*(torch.where(defined, value, nan) for value in coefficients))
+
+
+def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
+    """omega as a tensor in the dtype and on the device of `like`: `[B]`, or 0-dim where it is one number."""
+    if isinstance(omega, OmegaLookup):
+        cells, weights, known = table_cells(omega)
+        corners = omega.values.reshape(-1)[cells].to(weights.dtype)  # [B, 4]
+        found = (corners * weights).sum(-1)
+        return torch.where(known, found, torch.full_like(found, torch.nan)).to(like.dtype)
+    if isinstance(omega, Tensor):
+        return omega.to(like.dtype)
+    return torch.as_tensor(omega, dtype=like.dtype, device=like.device)
+
+
+def table_cells(lookup: OmegaLookup) -> tuple[Tensor, Tensor, Tensor]:
+    """The four cells around each sample's (s, t): flat indices `[B, 4]`, weights `[B, 4]`, and c in range `[B]`.
+
+    Bilinear between knots and clamped outside. A corner with s >= t holds no step; it takes the value of the last
+    row before the diagonal in its column, or, in a column without such a row, that of the first column with one.
+    """
+    values, s_knots, t_knots, c, s, t = lookup
+    rows, row_weights = _bracket(s_knots, s)  # [B, 2] each
+    columns, column_weights = _bracket(t_knots, t)
+    first_column = (t_knots <= s_knots[0]).sum().clamp(max=t_knots.numel() - 1)
+    last_row = ((s_knots[:, None] < t_knots[None, :]).sum(0) - 1).clamp(min=0)  # [T]
+    columns = columns.clamp(min=first_column)[:, None, :]  # [B, 1, 2]
+    rows = torch.minimum(rows[:, :, None], last_row[columns])  # [B, 2, 2]
+    known = (c >= 0) & (c < values.shape[0])
+    item = torch.where(known, c, torch.zeros_like(c))[:, None, None]
+    cells = (item * values.shape[1] + rows) * values.shape[2] + columns
+    weights = row_weights[:, :, None] * column_weights[:, None, :]
+    return cells.flatten(1), weights.flatten(1), known
+
+
+def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
+    """Gradient to `lookup.values`: each sample's gradient spread over its four cells, summed in a fixed order."""
+    cells, weights, _ = table_cells(lookup)
+    spread = (grad_omega[:, None].to(weights.dtype) * weights).flatten()
+    total = torch.zeros(lookup.values.numel(), dtype=weights.dtype, device=weights.device)
+    if total.device.type == "cpu":
+        total = total.index_add(0, cells.flatten(), spread)  # one after the other
+    else:
+        total = total.index_put((cells.flatten(),), spread, accumulate=True)  # sorted first, so no float atomics
+    return total.view(lookup.values.shape).to(lookup.values.dtype)
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where a tensor is."""
+    dtypes = (tensor.dtype for tensor in tensors if tensor is not None)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """`[B]` (or 0-dim) shaped to multiply `[B, ...]`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _bracket(knots: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The two knots around each point, and their weights: `[B, 2]` each."""
+    dtype = torch.promote_types(knots.dtype, at.dtype)
+    knots, at = knots.to(dtype), at.to(dtype)
+    left = ((knots <= at[:, None]).sum(-1) - 1).clamp(0, max(knots.numel() - 2, 0))
+    right = (left + 1).clamp(max=knots.numel() - 1)
+    width = torch.where(right > left, knots[right] - knots[left], torch.ones_like(at))
+    weight = ((at - knots[left]) / width).clamp(0, 1)
+    return torch.stack((left, right), -1), torch.stack((1 - weight, weight), -1)

@@ -1,0 +1,1 @@
+"""Where omega(c, s, t) comes from."""

@@ -1,0 +1,82 @@
+"""omega(c, s, t) as a table, which the kernels read themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.checks import readable
+from lgd_kernels.levels import OmegaLookup, omega_at
+
+
+class OmegaTable:
+    """omega for each condition c, bilinear in s and t between knots and clamped outside.
+
+    Args:
+        values: `[C, S, T]`, any float dtype: omega of condition c at `(s_knots[i], t_knots[j])`. Differentiable: a step
+            that looks omega up sends its gradient here, summed over the samples of a cell in a fixed order.
+        s_knots, t_knots: `[S]` and `[T]`, strictly increasing, float32 or float64, of one dtype.
+
+    A corner with `s_knots[i] >= t_knots[j]` holds no step. It is filled from the diagonal: it takes the value of the
+    last row before the diagonal in its column (a column without such a row takes the first column that has one).
+
+    >>> import torch, lgd_kernels as lgd
+    >>> table = lgd.OmegaTable(torch.tensor([[[1.0, 3.0]]]), torch.tensor([0.0]), torch.tensor([0.5, 1.0]))
+    >>> lookup = table.at(torch.tensor([0]), torch.tensor([0.25]), torch.tensor([0.75]))
+    >>> lgd.guided_score(torch.tensor([[1.0]]), torch.tensor([[0.0]]), lookup)
+    tensor([[3.]])
+    """
+
+    def __init__(self, values: Tensor, s_knots: Tensor, t_knots: Tensor) -> None:
+        if values.ndim != 3 or not values.is_floating_point() or not values.numel():
+            raise ValueError(
+                f"OmegaTable: `values` is {list(values.shape)} {values.dtype}, expected floats [C, S, T], C, S, T > 0"
+            )
+        for name, knots, size in (("s_knots", s_knots, values.shape[1]), ("t_knots", t_knots, values.shape[2])):
+            if knots.shape != (size,):
+                raise ValueError(
+                    f"OmegaTable: `{name}` has shape {list(knots.shape)}, expected [{size}] for `values` of shape "
+                    f"{list(values.shape)}"
+                )
+            if knots.dtype not in (torch.float32, torch.float64) or knots.dtype != s_knots.dtype:
+                raise TypeError(
+                    f"OmegaTable: `{name}` has dtype {knots.dtype}, expected float32 or float64, the same for both"
+                )
+            if knots.device != values.device:
+                raise ValueError(f"OmegaTable: `{name}` is on {knots.device}, expected {values.device} like `values`")
+            if readable(knots) and not bool((knots.diff() > 0).all()):
+                raise ValueError(f"OmegaTable: `{name}` must increase strictly, got {knots.tolist()}")
+        self.values, self.s_knots, self.t_knots = values, s_knots.detach(), t_knots.detach()
+
+    def at(self, c: Tensor, s: Tensor, t: Tensor) -> OmegaLookup:
+        """Where each sample looks: condition c `[B]` (integers), times s and t `[B]` (float32 or float64, alike).
+
+        Nothing is computed here. c outside [0, C) raises where it can be seen, and is NaN in the step elsewhere.
+        """
+        if c.dtype.is_floating_point or c.dtype.is_complex or c.dtype == torch.bool or c.ndim != 1:
+            raise TypeError(f"OmegaTable.at: `c` is {list(c.shape)} {c.dtype}, expected integers [B]")
+        for name, tensor in (("s", s), ("t", t)):
+            if tensor.shape != c.shape:
+                raise ValueError(
+                    f"OmegaTable.at: `{name}` has shape {list(tensor.shape)}, expected {list(c.shape)} like `c`"
+                )
+            if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != s.dtype:
+                raise TypeError(
+                    f"OmegaTable.at: `{name}` has dtype {tensor.dtype}, expected float32 or float64, the same for both"
+                )
+        for name, tensor in (("c", c), ("s", s), ("t", t)):
+            if tensor.device != self.values.device:
+                raise ValueError(
+                    f"OmegaTable.at: `{name}` is on {tensor.device}, expected {self.values.device} like `values`"
+                )
+        if readable(c) and (int(c.min()) < 0 or int(c.max()) >= self.values.shape[0]):
+            raise ValueError(
+                f"OmegaTable.at: `c` reaches from {int(c.min())} to {int(c.max())}, expected conditions in "
+                f"[0, {self.values.shape[0]})"
+            )
+        return OmegaLookup(self.values, self.s_knots, self.t_knots, c.long(), s.detach(), t.detach())
+
+    def __call__(self, c: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """omega `[B]` itself, for a look at it; differentiable in `values`."""
+        lookup = self.at(c, s, t)
+        return omega_at(lookup, torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32)))

@@ -1,0 +1,81 @@
+"""What users call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lgd_kernels import checks
+from lgd_kernels.levels import Levels, OmegaLookup
+from lgd_kernels.ops.guided_step import op
+
+
+def guided_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    omega: float | Tensor | OmegaLookup,
+    levels: Levels,
+    *,
+    prediction: str = "x0",
+    churn: float | Tensor = 0.0,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """One guided denoising step from t to s, in a single pass over memory and one launch.
+
+        g   = cond + omega (cond - uncond)
+        q   = gap / (signal_s noise_t),  r = 1 - q,  h = 1 - churn^2 q
+        x_s = (noise_s / noise_t) h x + signal_s q (1 + churn^2 r) x0(x, g) + noise_s sqrt(churn^2 q (2 - churn^2 q)) z
+
+    where x0(x, g) reads the prediction p = g, with a = signal_t and n = noise_t, as
+
+        "x0": p    "eps": (x - n p) / a    "v": a x / (a^2 + n^2) - n p / sqrt(a^2 + n^2)
+        "flow" (p = z - x0): (x - n p) / (a + n)
+
+    churn = 0 is DDIM (Euler for rectified flow), churn = 1 the DDPM posterior. The step preserves the marginals: if x
+    is distributed as at t and x0(x, g) is the data, x_s is distributed as at s. s = t is the identity.
+
+    Args:
+        x: the sample at t, `[B, ...]`.
+        cond, uncond: predictions with and without the condition, shaped like x. x, cond, uncond and noise are float32,
+            bfloat16, float16 or float64, mixed as you like, with any strides.
+        omega: a float; a tensor `[B]` of any float dtype; or `OmegaTable.at(c, s, t)`, looked up inside the kernel.
+            omega = 0 is the conditional prediction alone (`w = 1 + omega` elsewhere).
+        levels: `schedule.levels(t, s)`; every sample may have its own times.
+        prediction: "x0", "eps", "v" (as in diffusers) or "flow".
+        churn: in [0, 1], a float or `[B]`. Above 0 (or as a tensor) it needs `noise` or `seed`.
+        noise: standard normals shaped like x.
+        seed: an int64 number, 0-dim tensor or `[B]`: z is drawn inside the kernel and never stored;
+            `philox_normal(x.shape, seed, stream=1)` is the same noise. With a seed for each sample a sample's noise
+            does not depend on its place in the batch.
+        first_sample: index of x[0] in the whole batch, where that is split over processes. Of no effect on `[B]` seeds.
+        impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
+
+    Returns x_s `[B, ...]`, contiguous, in the dtype of x. Arithmetic is float32 (float64 where a tensor is), rounded
+    once; the coefficients are computed in the dtype of the levels.
+
+    Differentiable in x, cond, uncond, noise and omega (in the table's values, for a lookup), any number of times, but
+    not in levels and churn; also under vmap (with `noise`), jvp and func.grad, where the reference runs.
+    `torch.ops.lgd.guided_step`, the raw operator, is not differentiable. Same inputs, same bits, on any thread count.
+
+    Raises TypeError or ValueError, naming the argument, before anything is written. Values (s after t, churn outside
+    [0, 1], "eps" at signal_t = 0) raise where they can be seen without a device sync; elsewhere that sample is NaN, as
+    is one whose condition is outside the table.
+
+    Source: arXiv 2510.00815, Eq. 2, 8 and 23.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> levels = lgd.RectifiedFlow().levels(torch.tensor([1.0]), torch.tensor([0.5]))
+    >>> lgd.guided_step(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[0.0]]), 1.0, levels)
+    tensor([[2.]])
+    """
+    checks.samples("guided_step", x=x, cond=cond, uncond=uncond, noise=noise)
+    checks.omega("guided_step", omega, "x", x)
+    checks.levels("guided_step", levels, prediction, "x", x)
+    checks.churn("guided_step", churn, "x", x)
+    checks.noise("guided_step", churn, noise, seed)
+    if seed is not None:
+        checks.seed("guided_step", seed, first_sample, x.shape[0], x)
+    return op.guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, impl)

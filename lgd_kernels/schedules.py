@@ -1,0 +1,278 @@
+"""Schedules: from a time to the noise levels of a step.
+
+A schedule says what its time argument is, what data and noise weigh there, `x_t = signal x0 + noise z`, and how the
+unit interval (0 = data, 1 = noise) maps onto its times, so that a sampler can be written once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.checks import brief, readable
+from lgd_kernels.levels import Levels
+
+
+class Schedule:
+    """What every schedule offers. Subclasses define `signal_noise`, `gap`, `log_snr`, `from_unit` and `span`."""
+
+    span: tuple[float, float]  # the valid times, both ends included
+
+    def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(signal, noise) at t, in the dtype of t (float32 for an integer t)."""
+        raise NotImplementedError
+
+    def gap(self, t: Tensor, s: Tensor) -> Tensor:
+        """`signal_s noise_t - signal_t noise_s`, without the cancellation of that difference."""
+        raise NotImplementedError
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """`2 log(signal / noise)`: +inf at the data, -inf where the signal is 0."""
+        raise NotImplementedError
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        """The schedule's time for u in [0, 1], 0 at the data and 1 at the noisiest."""
+        raise NotImplementedError
+
+    def levels(self, t: Tensor, s: Tensor) -> Levels:
+        """Levels of a step from t to s, nearer the data: what `guided_step` asks for.
+
+        Args:
+            t, s: times of one shape, `[B]`, on one device, float32 or float64 (integers for `Discrete`); one of the
+                two may be a number. The levels have the dtype of the times; float64 levels keep float64 precision
+                through the step's coefficients.
+
+        Differentiable in t and s as PyTorch is; the ops take levels as constants.
+        Raises ValueError for s >= t and for times outside `span`, where they are on the CPU (never a device sync);
+        on a GPU an s after t gives a negative gap, and NaN in the step.
+
+        >>> import torch, lgd_kernels as lgd
+        >>> lgd.RectifiedFlow().levels(torch.tensor([0.75]), torch.tensor([0.5])).gap
+        tensor([0.2500])
+        """
+        t, s = self._pair(t, s)
+        return Levels(*self.signal_noise(t), *self.signal_noise(s), self.gap(t, s))
+
+    def _pair(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        name = f"{type(self).__name__}.levels"
+        if not isinstance(t, Tensor) and not isinstance(s, Tensor):
+            raise TypeError(f"{name}: `t` and `s` are numbers, expected tensors [B]: torch.full((B,), t)")
+        if not isinstance(t, Tensor):
+            t = torch.full_like(s, t)
+        if not isinstance(s, Tensor):
+            s = torch.full_like(t, s)
+        if t.shape != s.shape or t.dtype != s.dtype or t.device != s.device:
+            raise ValueError(
+                f"{name}: `s` is {list(s.shape)} {s.dtype} on {s.device}, expected that of `t`: "
+                f"{list(t.shape)} {t.dtype} on {t.device}"
+            )
+        if t.dtype not in (torch.float32, torch.float64) and not (self._counts(t)):
+            raise TypeError(
+                f"{name}: `t` has dtype {t.dtype}, expected float32 or float64 (t.float(); half loses the gap)"
+            )
+        if readable(t):
+            if bool((s >= t).any()):
+                raise ValueError(
+                    f"{name}: `s` must be nearer the data than `t`, s < t, in every sample; got s = {brief(s)}, "
+                    f"t = {brief(t)}"
+                )
+            low, high = self.span
+            if bool(s.min() < low) or bool(t.max() > high):
+                raise ValueError(f"{name}: times must lie in [{low:g}, {high:g}]; got s = {brief(s)}, t = {brief(t)}")
+        return t, s
+
+    def _counts(self, t: Tensor) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """Straight lines: signal 1 - t, noise t. The time is t in [0, 1]."""
+
+    span = (0.0, 1.0)
+
+    def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def gap(self, t: Tensor, s: Tensor) -> Tensor:
+        return t - s
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log1p(-t) - torch.log(t))
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class VPCosine(Schedule):
+    """Variance preserving, signal cos(pi t / 2), noise sin(pi t / 2). The time is t in [0, 1]."""
+
+    span = (0.0, 1.0)
+
+    def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        quarter = math.pi / 2
+        return torch.sin(quarter * (1 - t)), torch.sin(quarter * t)  # cos(pi/2) is negative in float32
+
+    def gap(self, t: Tensor, s: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * (t - s))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        signal, noise = self.signal_noise(t)
+        return 2 * (torch.log(signal) - torch.log(noise))
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class VPLinear(Schedule):
+    """Variance preserving in continuous time t in [0, 1]: signal exp(-I(t) / 2), I the integral of beta from 0 to t.
+
+    beta rises linearly from `beta_min` to `beta_max`, as in DDPM, or, with `scaled`, its square root does, as in
+    Stable Diffusion. Neither reaches signal 0: 0.0066 and 0.069 remain at t = 1. For the exact discrete tables see
+    `Discrete`.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.VPLinear.stable_diffusion().signal_noise(torch.ones(1))[0]
+    tensor([0.0690])
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    scaled: bool = False
+
+    span = (0.0, 1.0)
+
+    @classmethod
+    def ddpm(cls) -> VPLinear:
+        """1000 steps of beta 1e-4 to 0.02."""
+        return cls(0.1, 20.0)
+
+    @classmethod
+    def stable_diffusion(cls) -> VPLinear:
+        """1000 steps of beta 0.00085 to 0.012, scaled linear."""
+        return cls(0.85, 12.0, scaled=True)
+
+    def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integral = self._between(torch.zeros_like(t), t)
+        return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
+
+    def gap(self, t: Tensor, s: Tensor) -> Tensor:
+        # (signal_s^2 noise_t^2 - signal_t^2 noise_s^2) / (sum), whose numerator is signal_s^2 - signal_t^2
+        (signal_t, noise_t), (signal_s, noise_s) = self.signal_noise(t), self.signal_noise(s)
+        return signal_s**2 * -torch.expm1(-self._between(s, t)) / (signal_s * noise_t + signal_t * noise_s)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -torch.log(torch.expm1(self._between(torch.zeros_like(t), t)))
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        return u
+
+    def _between(self, s: Tensor, t: Tensor) -> Tensor:
+        """The integral of beta from s to t, a multiple of t - s."""
+        if not self.scaled:
+            return (t - s) * (self.beta_min + (s + t) * ((self.beta_max - self.beta_min) / 2))
+        low, rise = math.sqrt(self.beta_min), math.sqrt(self.beta_max) - math.sqrt(self.beta_min)
+        return (t - s) * (low**2 + low * rise * (s + t) + rise**2 / 3 * (s * s + s * t + t * t))
+
+
+@dataclass(frozen=True)
+class EDM(Schedule):
+    """Variance exploding, signal 1, noise sigma (Karras et al. 2022). The time argument **is sigma**.
+
+    `from_unit` is their spacing, `(sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho`, and exactly 0
+    at u = 0.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    span = (0.0, math.inf)
+
+    def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), t
+
+    def gap(self, t: Tensor, s: Tensor) -> Tensor:
+        return t - s
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * torch.log(t)
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.where(u > 0, (low + u * (high - low)) ** self.rho, torch.zeros_like(u))
+
+
+@dataclass(frozen=True, eq=False)
+class Discrete(Schedule):
+    """A table of `alphas_cumprod` `[N]` as trained models carry it. The time is an integer index; **-1 is the data**.
+
+    signal sqrt(alphas_cumprod[t]), noise sqrt(1 - alphas_cumprod[t]), worked out in float64 and given as `dtype`.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> table = lgd.Discrete(torch.tensor([0.9, 0.5, 0.1]))
+    >>> table.levels(torch.tensor([2]), torch.tensor([-1])).noise_s
+    tensor([0.])
+    """
+
+    alphas_cumprod: Tensor
+    dtype: torch.dtype = torch.float32
+    _tables: dict = field(default_factory=dict, repr=False)  # per device
+
+    def __post_init__(self) -> None:
+        alphas = self.alphas_cumprod
+        if alphas.ndim != 1 or not alphas.numel():
+            raise ValueError(f"Discrete: `alphas_cumprod` has shape {list(alphas.shape)}, expected [N]")
+        if alphas.device.type == "cpu" and not bool(((alphas >= 0) & (alphas <= 1)).all()):
+            raise ValueError("Discrete: `alphas_cumprod` must lie in [0, 1]")
+
+    @classmethod
+    def ddpm(cls, steps: int = 1000, **options) -> Discrete:
+        """The table of DDPM: beta linear from 1e-4 to 0.02 (at 1000 steps)."""
+        scale = 1000 / steps
+        betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
+        return cls(torch.cumprod(1 - betas, 0), **options)
+
+    @classmethod
+    def stable_diffusion(cls, steps: int = 1000, **options) -> Discrete:
+        """The table of Stable Diffusion: sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (at 1000 steps)."""
+        scale = 1000 / steps
+        betas = torch.linspace((8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5, steps, dtype=torch.float64) ** 2
+        return cls(torch.cumprod(1 - betas, 0), **options)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return (-1, self.alphas_cumprod.numel() - 1)
+
+    def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, noise = self._levels(t)
+        return signal.to(self.dtype), noise.to(self.dtype)
+
+    def gap(self, t: Tensor, s: Tensor) -> Tensor:
+        (signal_t, noise_t), (signal_s, noise_s) = self._levels(t), self._levels(s)
+        return (signal_s * noise_t - signal_t * noise_s).to(self.dtype)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        signal, noise = self._levels(t)
+        return (2 * (torch.log(signal) - torch.log(noise))).to(self.dtype)
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        return torch.round(u * self.alphas_cumprod.numel()).long() - 1
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """float64 (signal, noise) at each index."""
+        if not self._counts(t):
+            raise TypeError(f"Discrete: `t` has dtype {t.dtype}, expected integers (t.long()); -1 is the data")
+        if t.device not in self._tables:
+            alphas = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod.cpu().double()))
+            self._tables[t.device] = (alphas.sqrt().to(t.device), (1 - alphas).sqrt().to(t.device))
+        signal, noise = self._tables[t.device]
+        return signal[t.long() + 1], noise[t.long() + 1]
+
+    def _counts(self, t: Tensor) -> bool:
+        return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool

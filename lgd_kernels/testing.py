@@ -1,0 +1,114 @@
+"""Inputs and the error budget, for the tests and for the benchmarks: one budget, the same everywhere.
+
+Every check is three-way. Inputs are made in the dtype under test; k is the kernel's result on them, r the reference's
+on the same tensors, t the truth: the reference on the inputs promoted to float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.levels import Levels, OmegaLookup
+from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.schedules import RectifiedFlow
+
+# 1, odd, prime, larger than a kernel's block and than a chunk, not a multiple of a vector, no trailing dimension
+SHAPES = ((1, 1), (1,), (7,), (3, 5), (2, 3, 7, 11), (5, 127), (2, 1031), (2, 8209), (3, 4, 16, 16))
+EMPTY_SHAPES = ((0, 4), (3, 0), (0,), (2, 3, 0))
+LAYOUTS = ("contiguous", "sliced", "strided", "expanded", "permuted", "channels_last", "offset")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def sample(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, layout: str = "contiguous"
+) -> Tensor:
+    """Standard normals, laid out in memory as asked."""
+    if layout == "sliced":  # rows lie apart
+        return _randn((shape[0] * 2, *shape[1:]), dtype, generator)[::2]
+    if layout == "strided":  # elements lie apart
+        return _randn((*shape[:-1], shape[-1] * 2), dtype, generator)[..., ::2]
+    if layout == "expanded":  # one row for all samples
+        return _randn((1, *shape[1:]), dtype, generator).expand(shape)
+    if layout == "permuted":
+        return _randn(shape[::-1], dtype, generator).permute(*reversed(range(len(shape))))
+    if layout == "channels_last":
+        return _randn(shape, dtype, generator).contiguous(memory_format=torch.channels_last)
+    if layout == "offset":  # not aligned to a vector
+        flat = _randn((torch.Size(shape).numel() + 3,), dtype, generator)
+        return flat[3:].view(shape)
+    return _randn(shape, dtype, generator)
+
+
+def step_levels(batch: int, dtype: torch.dtype = torch.float32) -> Levels:
+    """A different (t, s) for each sample, t = 1 and s = 0 among them where the batch is large enough."""
+    t = torch.linspace(1.0, 0.3, max(batch, 2), dtype=dtype)[-batch:] if batch else torch.empty(0, dtype=dtype)
+    return RectifiedFlow().levels(t, (t - 0.4).clamp(min=0))
+
+
+def omegas(batch: int, generator: torch.Generator) -> dict[str, float | Tensor | OmegaLookup]:
+    """Every form an omega takes."""
+    values = torch.rand(3, 4, 5, generator=generator) * 3
+    table = OmegaTable(values, torch.linspace(0, 0.9, 4), torch.linspace(0.1, 1, 5))
+    c = torch.randint(0, 3, (batch,), generator=generator)
+    t = torch.rand(batch, generator=generator)
+    per_sample = torch.rand(batch, generator=generator) * 3
+    return {"float": 1.5, "per sample": per_sample, "half": per_sample.half(), "table": table.at(c, t * 0.5, t)}
+
+
+def promoted(value):
+    """Tensors, alone or in a NamedTuple, in float64; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (Levels, OmegaLookup)):
+        return type(value)(*(promoted(tensor) for tensor in value))
+    return value
+
+
+def moved(value, device: str):
+    """Tensors, alone or in a NamedTuple, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (Levels, OmegaLookup)):
+        return type(value)(*(tensor.to(device) for tensor in value))
+    return value
+
+
+def assert_elementwise(kernel: Tensor, reference: Tensor, truth: Tensor, slack: float = 0.0) -> None:
+    """Each element is about as close to the truth as the reference of the same dtype.
+
+        max |k - t| <= 2 max |r - t| + eps scale          mean |k - t| <= 1.2 mean |r - t| + 2^-26 scale
+        float64: max |k - t| <= 64 * 2^-53 scale          (scale = max |t|)
+
+    The maximum alone would let a 1 % error in omega through in bfloat16; the mean, over 1000 elements and more, does
+    not. `slack` is what the inputs themselves may differ by, where two implementations draw the noise.
+    """
+    assert kernel.shape == truth.shape, f"shape {list(kernel.shape)}, expected {list(truth.shape)}"
+    assert kernel.dtype == reference.dtype, f"dtype {kernel.dtype}, expected {reference.dtype}"
+    if not kernel.numel():
+        return
+    k, r, t = (tensor.detach().cpu().double() for tensor in (kernel, reference, truth))
+    assert torch.equal(k.isnan(), t.isnan()), "NaN where the truth has none, or the other way round"
+    k, r, t = (tensor.nan_to_num(0.0) for tensor in (k, r, t))
+    scale = t.abs().max().item()
+    error, allowed = (k - t).abs(), (r - t).abs()
+    if kernel.dtype == torch.float64:
+        limit = 64 * 2.0**-53 * scale + slack
+    else:
+        limit = 2 * allowed.max().item() + torch.finfo(kernel.dtype).eps * scale + slack
+    assert error.max().item() <= limit, f"max error {error.max():.3g}, allowed {limit:.3g}"
+    if kernel.numel() >= 1000:
+        limit = 1.2 * allowed.mean().item() + 2.0**-26 * scale + slack
+        assert error.mean().item() <= limit, f"mean error {error.mean():.3g}, allowed {limit:.3g}"
+
+
+def assert_sum(kernel: Tensor, truth: Tensor, terms: Tensor) -> None:
+    """A sum is measured against its terms: `|k - t| <= 8 * 2^-24 sum |terms|` (float64: 64 * 2^-53)."""
+    unit = 64 * 2.0**-53 if kernel.dtype == torch.float64 else max(8 * 2.0**-24, torch.finfo(kernel.dtype).eps)
+    error = (kernel.detach().cpu().double() - truth.detach().cpu().double()).abs()
+    limit = unit * terms.detach().cpu().double() + 1e-300
+    assert bool((error <= limit).all()), f"error {error.max():.3g}, allowed {limit.min():.3g}"
+
+
+def _randn(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,0 +1,36 @@
+// lgd_kernels._C: the CPU kernels, by raw address. Torch-free: one build serves every torch.
+#include <pybind11/pybind11.h>
+
+namespace lgd {
+void bind_guided_score(pybind11::module_& module);
+void bind_guided_step(pybind11::module_& module);
+void bind_philox(pybind11::module_& module);
+
+namespace {
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3 (AVX2)";
+  return "x86-64 (SSE2)";
+#elif defined(__aarch64__)
+  return "aarch64 (NEON)";
+#else
+  return "generic";
+#endif
+}
+}  // namespace
+}  // namespace lgd
+
+PYBIND11_MODULE(_C, module) {
+  lgd::bind_guided_score(module);
+  lgd::bind_guided_step(module);
+  lgd::bind_philox(module);
+  module.def("instruction_set", &lgd::instruction_set);
+  module.attr("compiler") = __VERSION__;
+#ifdef _OPENMP
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
+}

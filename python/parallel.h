@@ -1,0 +1,42 @@
+// Threads. Work is cut into chunks of fixed size, so that results do not depend on how many threads there are.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../csrc/common/rows.h"
+
+namespace lgd {
+
+constexpr int64_t kSerial = 32768;  // elements below which waking a second thread costs more than it saves
+
+// work(sample, first, last) for every chunk of every row.
+template <class Work>
+void for_chunks(int64_t batch, int64_t row, int threads, const Work& work) {
+  const int64_t chunks = chunks_of(row), tasks = batch * chunks;
+  if (batch * row < kSerial) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t sample = task / chunks, first = task % chunks * kChunk;
+    work(sample, first, std::min(first + kChunk, row));
+  }
+}
+
+// sums[sample] = the sum of work(sample, first, last) over its chunks, in order.
+template <class S, class Work>
+void sum_chunks(int64_t batch, int64_t row, int threads, S* sums, const Work& work) {
+  const int64_t chunks = chunks_of(row);
+  std::vector<double> parts(sums ? batch * chunks : 0);
+  for_chunks(batch, row, threads, [&](int64_t sample, int64_t first, int64_t last) {
+    const double part = work(sample, first, last);
+    if (sums) parts[sample * chunks + first / kChunk] = part;
+  });
+  if (!sums) return;
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[sample * chunks + chunk];
+    sums[sample] = S(sum);
+  }
+}
+
+}  // namespace lgd

@@ -1,0 +1,27 @@
+#include "../csrc/common/philox_cpu.h"
+#include "arguments.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+
+void bind_philox(py::module_& module) {
+  module.def("philox_words", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+    uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
+    philox(words, key[0], key[1]);
+    return std::array<uint32_t, 4>{words[0], words[1], words[2], words[3]};
+  });
+  // Elements [start, start + row) of each sample; start is a multiple of 4.
+  module.def("philox_normal", [](Address out, int64_t batch, int64_t row, int64_t start, uint32_t stream,
+                                 SeedArgument seed_, int threads) {
+    auto* z = reinterpret_cast<float*>(out);
+    const Seed from = seed(seed_);
+    py::gil_scoped_release release;
+    for_chunks(batch, row, threads, [&](int64_t sample, int64_t first, int64_t last) {
+      philox_fill(z + sample * row + first, last - first, start + first, from, sample, stream);
+    });
+  });
+}
+
+}  // namespace lgd

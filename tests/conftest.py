@@ -1,0 +1,51 @@
+"""Where each test runs. A `target` is an implementation on a device; Triton has two, its interpreter and a GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Target(NamedTuple):
+    impl: str
+    device: str
+
+
+TARGETS = [
+    pytest.param(Target("cpu", "cpu"), id="cpu"),
+    pytest.param(Target("triton", "cpu"), id="triton-interpreted", marks=pytest.mark.triton),
+    pytest.param(Target("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "target" in metafunc.fixturenames:
+        metafunc.parametrize("target", TARGETS)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The interpreter needs a process of its own: test_interpreter.py starts it and runs the tests marked `triton`."""
+    interpreted = [item for item in items if item.get_closest_marker("triton")]
+    if interpreted and not INTERPRETED:
+        config.hook.pytest_deselected(items=interpreted)
+        items[:] = [item for item in items if item not in set(interpreted)]
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20251001)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_after():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
