@@ -17,6 +17,7 @@ setup(
         Pybind11Extension(
             "lgd_kernels._C",
             sorted(glob("csrc/*/*_cpu.cpp") + glob("python/*.cpp")),
+            depends=sorted(glob("csrc/*/*.h") + glob("python/*.h")),  # built again when these change; in the sdist
             cxx_std=17,
             extra_compile_args=warnings + arithmetic + threads,
             extra_link_args=threads,

@@ -77,18 +77,8 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
             "gives them"
         )
     gap = value.gap
-    for name, tensor in zip(Levels._fields, value, strict=True):
-        per_sample(op, f"levels.{name}", tensor, like_name, like)
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: `levels.{name}` is a {type(tensor).__name__}, expected a tensor [B]")
-        if tensor.dtype != gap.dtype or tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{op}: `levels.{name}` has dtype {tensor.dtype}, expected float32 or float64, the same for all five"
-            )
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{op}: `levels.{name}` requires grad, but no gradient flows to levels; pass levels.{name}.detach()"
-            )
+    if not _alike(value, like):
+        _diagnose_levels(op, value, like_name, like)
     if readable(gap):
         if smallest(gap) < 0:
             raise ValueError(
@@ -99,6 +89,35 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
             raise ValueError(
                 f"{op}: `levels.signal_t` is 0 in one sample, where an eps prediction says nothing of the data; "
                 "start below t = 1, or predict x0, v or flow"
+            )
+
+
+def _alike(value: Levels, like: Tensor) -> bool:
+    """The common case, at once: five good tensors."""
+    shape, dtype, device = like.shape[:1], getattr(value.gap, "dtype", None), like.device
+    return dtype in (torch.float32, torch.float64) and all(
+        isinstance(tensor, Tensor)
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.device == device
+        and not tensor.requires_grad
+        for tensor in value
+    )
+
+
+def _diagnose_levels(op: str, value: Levels, like_name: str, like: Tensor) -> None:
+    """Says which one is not."""
+    for name, tensor in zip(Levels._fields, value, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: `levels.{name}` is a {type(tensor).__name__}, expected a tensor [B]")
+        per_sample(op, f"levels.{name}", tensor, like_name, like)
+        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != value[0].dtype:
+            raise TypeError(
+                f"{op}: `levels.{name}` has dtype {tensor.dtype}, expected float32 or float64, the same for all five"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{op}: `levels.{name}` requires grad, but no gradient flows to levels; pass levels.{name}.detach()"
             )
 
 

@@ -74,6 +74,15 @@ def through_reference(op: str, impl: str | None) -> bool:
     raise ValueError(f"{op}: impl={impl!r} has no rule for vmap, jvp or func.grad; impl=None takes the reference there")
 
 
+def direct(*tensors: Tensor | None) -> bool:
+    """Nothing looks on: no compilation, no dispatch mode, no tensor subclass. Then a call may leave out the operator's
+    own dispatch, which costs more than a small step. (Private name of torch: without it, no short cut.)"""
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    if torch.compiler.is_compiling() or modes is None or modes():
+        return False
+    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
 def rooms() -> list[str]:
     """The ops there are: the folders of `lgd_kernels.ops`."""
     from lgd_kernels import ops

@@ -17,6 +17,11 @@ def sizes(tensor: Tensor) -> tuple[int, int]:
     return batch, tensor.numel() // batch if batch else 0
 
 
+def wide(*tensors: Tensor | None) -> bool:
+    """Arithmetic is float64: a tensor is."""
+    return any(tensor is not None and tensor.dtype is torch.float64 for tensor in tensors)
+
+
 def with_contiguous_rows(tensor: Tensor | None) -> Tensor | None:
     """The tensor, copied only if the elements of a sample do not lie next to each other. Samples may lie anywhere."""
     if tensor is None or tensor.is_contiguous():

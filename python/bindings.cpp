@@ -27,7 +27,11 @@ PYBIND11_MODULE(_C, module) {
   lgd::bind_guided_step(module);
   lgd::bind_philox(module);
   module.def("instruction_set", &lgd::instruction_set);
+#if defined(__GNUC__) && !defined(__clang__)
+  module.attr("compiler") = "gcc " __VERSION__;
+#else
   module.attr("compiler") = __VERSION__;
+#endif
 #ifdef _OPENMP
   module.attr("openmp") = true;
 #else

@@ -36,7 +36,8 @@ def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLook
     omega, omega_value, table = split_omega(omega, cond)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (cond, uncond, omega, *table[:1])):
         return _GuidedScore.apply(cond, uncond, omega, omega_value, impl, *table)
-    return torch.ops.lgd.guided_score(cond, uncond, omega, omega_value, table, impl)
+    forward = _forward if impls.direct(cond, uncond) else torch.ops.lgd.guided_score
+    return forward(cond, uncond, omega, omega_value, table, impl)
 
 
 class _GuidedScore(torch.autograd.Function):
@@ -45,7 +46,8 @@ class _GuidedScore(torch.autograd.Function):
         to_omega = ctx.needs_input_grad[5] if table else ctx.needs_input_grad[2]
         ctx.save_for_backward(*((cond, uncond) if to_omega else (None, None)), omega, *table)
         ctx.options = omega_value, cond.dtype, uncond.dtype, [*ctx.needs_input_grad[:2], to_omega], impl
-        return torch.ops.lgd.guided_score(cond, uncond, omega, omega_value, list(table), impl)
+        forward = _forward if impls.direct(cond, uncond) else torch.ops.lgd.guided_score
+        return forward(cond, uncond, omega, omega_value, list(table), impl)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -54,7 +56,8 @@ class _GuidedScore(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a formula that autograd can go through again
             grads = reference.guided_score_backward(upstream, cond, uncond, join_omega(omega, omega_value, table))
         else:
-            grads = torch.ops.lgd.guided_score_backward(
+            run = _backward if impls.direct(upstream) else torch.ops.lgd.guided_score_backward
+            grads = run(
                 upstream, cond, uncond, omega, omega_value, table, cond_dtype, uncond_dtype, wanted, impl
             )
         d_cond = grads[0].to(cond_dtype) if wanted[0] else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lgd_kernels import impls, native
-from lgd_kernels.levels import PREDICTIONS, arithmetic_dtype
-from lgd_kernels.native import per_sample, rows, sizes, with_contiguous_rows
+from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.native import per_sample, rows, sizes, wide, with_contiguous_rows
 
 
 def forward(
@@ -19,7 +19,7 @@ def forward(
         rows(x_s), rows(x), rows(cond), rows(uncond), rows(noise),
         per_sample(omega, omega_value), native.table(table), native.levels(levels), PREDICTIONS.index(prediction),
         per_sample(churn, churn_value), native.seed(seed, seed_value, first_sample) if draws else None,
-        *sizes(x_s), arithmetic_dtype(x, cond, uncond, noise) is torch.float64, torch.get_num_threads(),
+        *sizes(x_s), wide(x, cond, uncond, noise), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -33,5 +33,5 @@ def backward(
         rows(upstream), rows(cond), rows(uncond),
         per_sample(omega, omega_value), native.table(table), native.levels(levels), PREDICTIONS.index(prediction),
         per_sample(churn, churn_value),
-        *sizes(upstream), arithmetic_dtype(upstream, cond, uncond) is torch.float64, torch.get_num_threads(),
+        *sizes(upstream), wide(upstream, cond, uncond), torch.get_num_threads(),
     )  # fmt: skip

@@ -61,7 +61,8 @@ def guided_step(
         numbers = omega_value, churn_value, prediction, *drawn, impl
         return _GuidedStep.apply(x, cond, uncond, noise, omega, table[0] if table else None, churn, *numbers,
                                  *levels, *table[1:])  # fmt: skip
-    return torch.ops.lgd.guided_step(
+    forward = _forward if impls.direct(x, cond, uncond, noise) else torch.ops.lgd.guided_step
+    return forward(
         x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, *drawn, impl
     )
 
@@ -75,7 +76,8 @@ class _GuidedStep(torch.autograd.Function):
         ctx.save_for_backward(*((cond, uncond) if to_omega else (None, None)), omega, churn, *levels, *table)
         dtypes = cond.dtype, uncond.dtype, x.dtype if noise is None else noise.dtype
         ctx.options = omega_value, churn_value, prediction, dtypes, [*ctx.needs_input_grad[:4], to_omega], impl
-        return torch.ops.lgd.guided_step(
+        run = _forward if impls.direct(x, cond, uncond, noise) else torch.ops.lgd.guided_step
+        return run(
             x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed,
             seed_value, first_sample, impl,
         )  # fmt: skip
@@ -91,7 +93,8 @@ class _GuidedStep(torch.autograd.Function):
                 churn_value if churn is None else churn,
             )  # fmt: skip
         else:
-            grads = torch.ops.lgd.guided_step_backward(
+            run = _backward if impls.direct(upstream) else torch.ops.lgd.guided_step_backward
+            grads = run(
                 upstream, cond, uncond, omega, omega_value, table, levels, prediction, churn, churn_value, *dtypes,
                 wanted, impl,
             )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Learning omega(c, s, t)."""
