@@ -39,8 +39,8 @@ def info() -> int:
             chosen = impls.available_impls(op, device)[0]
             for impl in impls.NAMES:
                 reasons = impls.why_not(op, impl, device=device)
-                verdict = "no: " + "; ".join(reasons) if reasons else "yes, the automatic choice" if impl == chosen else "yes"
-                print(f"  {impl:9} on {device:4}  {verdict}")
+                runs = "yes, the automatic choice" if impl == chosen else "yes"
+                print(f"  {impl:9} on {device:4}  {'no: ' + '; '.join(reasons) if reasons else runs}")
     return 0
 
 

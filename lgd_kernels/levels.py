@@ -20,6 +20,11 @@ class Levels(NamedTuple):
 
     `gap = signal_s noise_t - signal_t noise_s` is what a step is made of. Formed from rounded levels it cancels
     (4e-5 off in float32 over 1000 steps), so the schedule gives it, in closed form: see `Schedule.levels`.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> levels = lgd.RectifiedFlow().levels(t=torch.tensor([0.75]), s=torch.tensor([0.25]))
+    >>> levels.signal_s * levels.noise_t - levels.signal_t * levels.noise_s, levels.gap
+    (tensor([0.5000]), tensor([0.5000]))
     """
 
     signal_t: Tensor
@@ -89,7 +94,7 @@ def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) ->
 def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
     """omega as a tensor in the dtype and on the device of `like`: `[B]`, or 0-dim where it is one number."""
     if isinstance(omega, OmegaLookup):
-        cells, weights, known = table_cells(omega)
+        cells, weights, known = table_cells(omega, like.dtype)
         corners = omega.values.reshape(-1)[cells].to(weights.dtype)  # [B, 4]
         found = (corners * weights).sum(-1)
         return torch.where(known, found, torch.full_like(found, torch.nan)).to(like.dtype)
@@ -98,15 +103,16 @@ def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
     return torch.as_tensor(omega, dtype=like.dtype, device=like.device)
 
 
-def table_cells(lookup: OmegaLookup) -> tuple[Tensor, Tensor, Tensor]:
-    """The four cells around each sample's (s, t): flat indices `[B, 4]`, weights `[B, 4]`, and c in range `[B]`.
+def table_cells(lookup: OmegaLookup, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The four cells around each sample's (s, t): flat indices `[B, 4]`, weights `[B, 4]` in at least the precision of
+    `dtype`, and whether c is in range `[B]`.
 
     Bilinear between knots and clamped outside. A corner with s >= t holds no step; it takes the value of the last
     row before the diagonal in its column, or, in a column without such a row, that of the first column with one.
     """
     values, s_knots, t_knots, c, s, t = lookup
-    rows, row_weights = _bracket(s_knots, s)  # [B, 2] each
-    columns, column_weights = _bracket(t_knots, t)
+    rows, row_weights = _bracket(s_knots, s, dtype)  # [B, 2] each
+    columns, column_weights = _bracket(t_knots, t, dtype)
     first_column = (t_knots <= s_knots[0]).sum().clamp(max=t_knots.numel() - 1)
     last_row = ((s_knots[:, None] < t_knots[None, :]).sum(0) - 1).clamp(min=0)  # [T]
     columns = columns.clamp(min=first_column)[:, None, :]  # [B, 1, 2]
@@ -120,8 +126,9 @@ def table_cells(lookup: OmegaLookup) -> tuple[Tensor, Tensor, Tensor]:
 
 def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
     """Gradient to `lookup.values`: each sample's gradient spread over its four cells, summed in a fixed order."""
-    cells, weights, _ = table_cells(lookup)
-    spread = (grad_omega[:, None].to(weights.dtype) * weights).flatten()
+    cells, weights, known = table_cells(lookup, grad_omega.dtype)
+    spread = grad_omega[:, None].to(weights.dtype) * weights
+    spread = torch.where(known[:, None], spread, torch.zeros_like(spread)).flatten()
     total = torch.zeros(lookup.values.numel(), dtype=weights.dtype, device=weights.device)
     if total.device.type == "cpu":
         total = total.index_add(0, cells.flatten(), spread)  # one after the other
@@ -141,9 +148,9 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _bracket(knots: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+def _bracket(knots: Tensor, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The two knots around each point, and their weights: `[B, 2]` each."""
-    dtype = torch.promote_types(knots.dtype, at.dtype)
+    dtype = torch.promote_types(torch.promote_types(knots.dtype, at.dtype), dtype)
     knots, at = knots.to(dtype), at.to(dtype)
     left = ((knots <= at[:, None]).sum(-1) - 1).clamp(0, max(knots.numel() - 2, 0))
     right = (left + 1).clamp(max=knots.numel() - 1)

@@ -84,7 +84,7 @@ def normal(shape: tuple[int, ...], seed: int | Tensor, stream: int, first_sample
     batch, elements = shape[0], math.prod(shape[1:])
     quads = torch.arange((elements + 3) // 4, device=device)
     sample = torch.arange(batch, device=device) + first_sample
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    seed = seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
     if seed.ndim == 1:
         sample = torch.zeros_like(sample)
     key = (seed & _LOW, (seed >> 32) & _LOW)

@@ -60,10 +60,7 @@ class Schedule:
         name = f"{type(self).__name__}.levels"
         if not isinstance(t, Tensor) and not isinstance(s, Tensor):
             raise TypeError(f"{name}: `t` and `s` are numbers, expected tensors [B]: torch.full((B,), t)")
-        if not isinstance(t, Tensor):
-            t = torch.full_like(s, t)
-        if not isinstance(s, Tensor):
-            s = torch.full_like(t, s)
+        t, s = (self._like(one, other, name) for one, other in ((t, s), (s, t)))
         if t.shape != s.shape or t.dtype != s.dtype or t.device != s.device:
             raise ValueError(
                 f"{name}: `s` is {list(s.shape)} {s.dtype} on {s.device}, expected that of `t`: "
@@ -84,13 +81,27 @@ class Schedule:
                 raise ValueError(f"{name}: times must lie in [{low:g}, {high:g}]; got s = {brief(s)}, t = {brief(t)}")
         return t, s
 
+    def _like(self, time: Tensor | float, other: Tensor, name: str) -> Tensor:
+        """A number as a tensor like the other time."""
+        if isinstance(time, Tensor):
+            return time
+        if not other.is_floating_point() and time != int(time):
+            raise TypeError(f"{name}: a time is {time}, expected an integer, as the other time has dtype {other.dtype}")
+        return torch.full_like(other, time)
+
     def _counts(self, t: Tensor) -> bool:
+        """Whether t counts steps, for schedules whose times are integers."""
         return False
 
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """Straight lines: signal 1 - t, noise t. The time is t in [0, 1]."""
+    """Straight lines: signal 1 - t, noise t. The time is t in [0, 1].
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.RectifiedFlow().signal_noise(torch.tensor([0.25]))
+    (tensor([0.7500]), tensor([0.2500]))
+    """
 
     span = (0.0, 1.0)
 
@@ -109,7 +120,12 @@ class RectifiedFlow(Schedule):
 
 @dataclass(frozen=True)
 class VPCosine(Schedule):
-    """Variance preserving, signal cos(pi t / 2), noise sin(pi t / 2). The time is t in [0, 1]."""
+    """Variance preserving, signal cos(pi t / 2), noise sin(pi t / 2). The time is t in [0, 1].
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.VPCosine().signal_noise(torch.tensor([1.0]))
+    (tensor([0.]), tensor([1.]))
+    """
 
     span = (0.0, 1.0)
 
@@ -158,19 +174,24 @@ class VPLinear(Schedule):
         return cls(0.85, 12.0, scaled=True)
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        integral = self._between(torch.zeros_like(t), t)
-        return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
+        signal, noise = self._levels(t.double())
+        return signal.to(t.dtype), noise.to(t.dtype)
 
     def gap(self, t: Tensor, s: Tensor) -> Tensor:
         # (signal_s^2 noise_t^2 - signal_t^2 noise_s^2) / (sum), whose numerator is signal_s^2 - signal_t^2
-        (signal_t, noise_t), (signal_s, noise_s) = self.signal_noise(t), self.signal_noise(s)
-        return signal_s**2 * -torch.expm1(-self._between(s, t)) / (signal_s * noise_t + signal_t * noise_s)
+        (signal_t, noise_t), (signal_s, noise_s) = self._levels(t.double()), self._levels(s.double())
+        risen = -torch.expm1(-self._between(s.double(), t.double()))
+        return (signal_s**2 * risen / (signal_s * noise_t + signal_t * noise_s)).to(t.dtype)
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -torch.log(torch.expm1(self._between(torch.zeros_like(t), t)))
 
     def from_unit(self, u: Tensor) -> Tensor:
         return u
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integral = self._between(torch.zeros_like(t), t)
+        return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
 
     def _between(self, s: Tensor, t: Tensor) -> Tensor:
         """The integral of beta from s to t, a multiple of t - s."""
@@ -186,6 +207,10 @@ class EDM(Schedule):
 
     `from_unit` is their spacing, `(sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho`, and exactly 0
     at u = 0.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.EDM().levels(t=torch.tensor([80.0]), s=torch.tensor([20.0])).gap
+    tensor([60.])
     """
 
     sigma_min: float = 0.002

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from lgd_kernels import testing
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -21,6 +23,11 @@ TARGETS = [
     pytest.param(Target("triton", "cpu"), id="triton-interpreted", marks=pytest.mark.triton),
     pytest.param(Target("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
 ]
+
+
+def dtypes_of(target: Target) -> list[torch.dtype]:
+    """The storage types that a target takes."""
+    return [dtype for dtype in testing.DTYPES if target.impl != "triton" or dtype != torch.float64]
 
 
 def pytest_generate_tests(metafunc):

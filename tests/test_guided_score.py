@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import dtypes_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
@@ -42,10 +43,6 @@ def check(target, cond, uncond, omega):
     truth = reference.guided_score(testing.promoted(cond), testing.promoted(uncond), testing.promoted(omega))
     testing.assert_elementwise(kernel, reference.guided_score(cond, uncond, omega), truth)
     assert kernel.is_contiguous()
-
-
-def dtypes_of(target):
-    return [dtype for dtype in testing.DTYPES if target.impl != "triton" or dtype != torch.float64]
 
 
 @pytest.mark.parametrize("shape", testing.SHAPES, ids=str)

@@ -26,10 +26,10 @@ struct OmegaTable {
 template <class S>
 LGD_INLINE int64_t table_bracket(const void* knots, DType dtype, int64_t count, S at, S& weight) {
   int64_t left = 0;
-  while (left + 2 < count && S(load_scalar(knots, dtype, left + 1)) <= at) ++left;
+  while (left + 2 < count && load_scalar<S>(knots, dtype, left + 1) <= at) ++left;
   weight = 0;
   if (count > 1) {
-    const S low = S(load_scalar(knots, dtype, left)), high = S(load_scalar(knots, dtype, left + 1));
+    const S low = load_scalar<S>(knots, dtype, left), high = load_scalar<S>(knots, dtype, left + 1);
     weight = (at - low) / (high - low);
     weight = weight < 0 ? S(0) : weight > 1 ? S(1) : weight;
   }
@@ -42,11 +42,11 @@ template <class S>
 LGD_INLINE S table_corner(const OmegaTable& table, int64_t c, int64_t row, int64_t column) {
   row = row < table.rows ? row : table.rows - 1;
   column = column < table.columns ? column : table.columns - 1;
-  const double first_s = load_scalar(table.s_knots, table.knots_dtype, 0);
-  while (column + 1 < table.columns && load_scalar(table.t_knots, table.knots_dtype, column) <= first_s) ++column;
-  const double t = load_scalar(table.t_knots, table.knots_dtype, column);
-  while (row > 0 && load_scalar(table.s_knots, table.knots_dtype, row) >= t) --row;
-  return S(load_scalar(table.values, table.values_dtype, (c * table.rows + row) * table.columns + column));
+  const S first_s = load_scalar<S>(table.s_knots, table.knots_dtype, 0);
+  while (column + 1 < table.columns && load_scalar<S>(table.t_knots, table.knots_dtype, column) <= first_s) ++column;
+  const S t = load_scalar<S>(table.t_knots, table.knots_dtype, column);
+  while (row > 0 && load_scalar<S>(table.s_knots, table.knots_dtype, row) >= t) --row;
+  return load_scalar<S>(table.values, table.values_dtype, (c * table.rows + row) * table.columns + column);
 }
 
 template <class S>
@@ -54,8 +54,8 @@ LGD_INLINE S table_omega(const OmegaTable& table, int64_t sample) {
   const int64_t c = table.c[sample];
   if (c < 0 || c >= table.conditions) return S(NAN);
   S row_weight, column_weight;
-  const S s = S(load_scalar(table.s, table.times_dtype, sample));
-  const S t = S(load_scalar(table.t, table.times_dtype, sample));
+  const S s = load_scalar<S>(table.s, table.times_dtype, sample);
+  const S t = load_scalar<S>(table.t, table.times_dtype, sample);
   const int64_t row = table_bracket<S>(table.s_knots, table.knots_dtype, table.rows, s, row_weight);
   const int64_t column = table_bracket<S>(table.t_knots, table.knots_dtype, table.columns, t, column_weight);
   S found = 0;
@@ -72,7 +72,7 @@ struct Omega {
 
   template <class S>
   LGD_INLINE S at(int64_t sample) const {
-    return table.values ? table_omega<S>(table, sample) : S(per_sample.at(sample));
+    return table.values ? table_omega<S>(table, sample) : per_sample.at<S>(sample);
   }
 };
 
@@ -84,7 +84,7 @@ struct Levels {
 
   template <class S>
   LGD_INLINE S at(int which, int64_t sample) const {
-    return S(load_scalar(data[which], dtype, sample * stride));
+    return load_scalar<S>(data[which], dtype, sample * stride);
   }
 };
 
@@ -106,7 +106,7 @@ LGD_INLINE StepCoefficients<S> step_coefficients(const Levels& levels, int64_t s
   const S churned = churn * churn * q;
   const S to_x = ratio * (1 - churned);
   const S to_x0 = signal_s * (q + churned * (1 - q));
-  const S noise = noise_s * S(sqrt(churned * (2 - churned)));
+  const S noise = noise_s * root(churned * (2 - churned));
 
   S x0_of_x = 0, x0_of_g = 1;
   if (prediction == Prediction::eps) {
@@ -115,7 +115,7 @@ LGD_INLINE StepCoefficients<S> step_coefficients(const Levels& levels, int64_t s
   } else if (prediction == Prediction::v) {
     const S square = signal_t * signal_t + noise_t * noise_t;
     x0_of_x = signal_t / square;
-    x0_of_g = -noise_t / S(sqrt(square));
+    x0_of_g = -noise_t / root(square);
   } else if (prediction == Prediction::flow) {
     x0_of_x = 1 / (signal_t + noise_t);
     x0_of_g = -noise_t / (signal_t + noise_t);

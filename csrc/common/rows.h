@@ -22,7 +22,7 @@ struct Rows {
   int64_t stride;
 
   template <class T>
-  T* at(int64_t sample, int64_t element) const {
+  LGD_INLINE T* at(int64_t sample, int64_t element) const {
     return static_cast<T*>(data) + sample * stride + element;
   }
 };

@@ -1,5 +1,6 @@
 // Storage types and how they become numbers: one inline rounding each way, by integer operations that vectorise.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -74,19 +75,23 @@ LGD_INLINE float from_float<float>(float value) {
   return value;
 }
 
-// One scalar of any storage type.
-LGD_INLINE double load_scalar(const void* data, DType dtype, int64_t index) {
+// One scalar of any storage type, as the arithmetic type S.
+template <class S>
+LGD_INLINE S load_scalar(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
     case DType::f32:
-      return static_cast<const float*>(data)[index];
+      return S(static_cast<const float*>(data)[index]);
     case DType::f64:
-      return static_cast<const double*>(data)[index];
+      return S(static_cast<const double*>(data)[index]);
     case DType::bf16:
-      return to_float(static_cast<const bf16*>(data)[index]);
+      return S(to_float(static_cast<const bf16*>(data)[index]));
     default:
-      return to_float(static_cast<const f16*>(data)[index]);
+      return S(to_float(static_cast<const f16*>(data)[index]));
   }
 }
+
+LGD_INLINE float root(float value) { return sqrtf(value); }
+LGD_INLINE double root(double value) { return sqrt(value); }
 
 // A number for each sample: a tensor [B] (stride 0 shares one), or, without data, one value for all.
 struct PerSample {
@@ -95,7 +100,10 @@ struct PerSample {
   int64_t stride;
   double value;
 
-  LGD_INLINE double at(int64_t sample) const { return data ? load_scalar(data, dtype, sample * stride) : value; }
+  template <class S>
+  LGD_INLINE S at(int64_t sample) const {
+    return data ? load_scalar<S>(data, dtype, sample * stride) : S(value);
+  }
 };
 
 }  // namespace lgd

@@ -24,7 +24,7 @@ struct Coefficients {
   S x, guided, noise, omega;
 
   Coefficients(const StepScalars& scalars, int64_t sample) {
-    const double churn = scalars.churn.at(sample);
+    const double churn = scalars.churn.at<double>(sample);
     const auto step = step_coefficients<double>(scalars.levels, sample, scalars.prediction, churn);
     x = S(step.x);
     guided = S(step.guided);

@@ -57,9 +57,7 @@ class _GuidedScore(torch.autograd.Function):
             grads = reference.guided_score_backward(upstream, cond, uncond, join_omega(omega, omega_value, table))
         else:
             run = _backward if impls.direct(upstream) else torch.ops.lgd.guided_score_backward
-            grads = run(
-                upstream, cond, uncond, omega, omega_value, table, cond_dtype, uncond_dtype, wanted, impl
-            )
+            grads = run(upstream, cond, uncond, omega, omega_value, table, cond_dtype, uncond_dtype, wanted, impl)
         d_cond = grads[0].to(cond_dtype) if wanted[0] else None
         d_uncond = grads[1].to(uncond_dtype) if wanted[1] else None
         if table:

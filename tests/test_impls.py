@@ -1,0 +1,260 @@
+"""Which implementation runs, why another does not, and that an import stays cheap and silent."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lgd_kernels as lgd
+from lgd_kernels import impls
+from lgd_kernels.ops.guided_score import op
+
+ROOT = Path(__file__).parents[1]
+ONE = torch.ones(1, 2)
+
+
+def forget():
+    impls.extension.cache_clear()
+    impls._choose.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def uninterpreted(monkeypatch):
+    """As on a machine of a user, also where the tests run in Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    monkeypatch.setattr(impls, "extension_error", lambda: "the C++ extension lgd_kernels._C is not built (as if)")
+
+
+@pytest.fixture
+def with_extension():
+    if impls.extension_error():
+        pytest.skip(impls.extension_error())
+
+
+def python(code, **environment):
+    """(stdout, stderr) of a fresh interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout, run.stderr
+
+
+def test_extension_is_built_where_it_must_be():
+    """LGD_REQUIRE_EXT=1, as continuous integration sets it, turns the skips of a missing extension into a failure."""
+    if os.environ.get("LGD_REQUIRE_EXT") != "1" and impls.extension_error():
+        pytest.skip(impls.extension_error())
+    assert impls.extension_error() == ""
+    assert impls.extension().__name__ == "lgd_kernels._C"
+
+
+@pytest.mark.parametrize("name", impls.rooms())
+def test_available_on_the_cpu(name, with_extension):
+    assert lgd.available_impls(name) == lgd.available_impls(name, torch.device("cpu")) == ("cpu", "reference")
+
+
+@pytest.mark.parametrize("name", impls.rooms())
+def test_available_elsewhere(name):
+    """The automatic choice first; a device nobody wrote a kernel for still has the reference."""
+    pytest.importorskip("triton")
+    found = lgd.available_impls(name, "cuda:0")
+    assert found == tuple(impl for impl in ("cuda", "triton", "reference") if impl in found)
+    assert found[-1] == "reference" and "triton" in found
+    assert lgd.available_impls(name, "mps") == ("reference",)
+
+
+def test_interpreter_makes_triton_available(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "triton" in lgd.available_impls("guided_score", "cpu")
+    assert impls.choose("guided_score", None, ONE) != "triton"  # never by itself
+
+
+def test_available_without_the_extension(without_extension):
+    assert lgd.available_impls("guided_score", "cpu") == ("reference",)
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "reasons"),
+    [
+        ("reference", "cpu", []),
+        ("reference", "cuda", []),
+        ("cpu", "cuda", ["cpu runs on CPU tensors, these are on cuda"]),
+        ("triton", "cpu", ["triton runs on GPU tensors, these are on the CPU (tests run its interpreter: "]),
+        ("triton", "cuda", []),
+        ("triton", "mps", ["triton runs on CUDA and ROCm tensors, these are on mps"]),
+    ],
+)
+def test_why_not_a_device(impl, device, reasons, with_extension):
+    if impl == "triton":
+        pytest.importorskip("triton")
+    found = lgd.why_not("guided_score", impl, device=device)
+    assert len(found) == len(reasons) and all(one.startswith(two) for one, two in zip(found, reasons, strict=True))
+
+
+def test_why_not_a_dtype():
+    reason = "triton does not take float64 (it takes bfloat16, float16, float32)"
+    assert lgd.why_not("guided_score", "triton", ONE, ONE.double())[-1] == reason
+    assert reason not in lgd.why_not("guided_score", "triton", ONE.half())
+    assert lgd.why_not("guided_score", "reference", ONE.int()) == [
+        "reference does not take int32 (it takes bfloat16, float16, float32, float64)"
+    ]
+
+
+def test_why_not_gives_every_reason(without_extension):
+    reasons = lgd.why_not("guided_score", "cpu", ONE.int(), ONE.int(), device="cuda")
+    assert [reason.split(" ", 2)[:2] for reason in reasons] == [["the", "C++"], ["cpu", "runs"], ["cpu", "does"]]
+
+
+def test_why_not_what_is_not_written(monkeypatch):
+    monkeypatch.delitem(op.IMPLEMENTATIONS, "cuda", raising=False)
+    assert lgd.why_not("guided_score", "cuda", ONE) == ["guided_score has no 'cuda' implementation in this version"]
+
+
+def test_why_not_without_triton(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    assert lgd.why_not("guided_score", "triton", device="cuda") == [
+        "triton is not installed (pip install triton; Linux only)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        (True, "the C++ extension lgd_kernels._C is not built (it needs a C++17 compiler at install time)"),
+        (False, "the C++ extension lgd_kernels._C does not load: undefined symbol"),
+    ],
+)
+def test_why_the_extension_is_missing(monkeypatch, missing, reason):
+    """Not built and not loadable are different problems, and have different words."""
+
+    def fail(name):
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else "found")
+    assert impls.extension_error.__wrapped__() == reason  # without the cache
+
+
+@pytest.mark.parametrize("call", [lgd.available_impls, lambda name: lgd.why_not(name, "cpu")])
+def test_refuses_unknown_ops(call):
+    with pytest.raises(ValueError, match=f"`op` is 'guided_soup', expected one of {', '.join(impls.rooms())}"):
+        call("guided_soup")
+
+
+def test_refuses_unknown_impls():
+    with pytest.raises(ValueError, match="why_not: `impl` is 'gpu', expected one of cuda, triton, cpu, reference"):
+        lgd.why_not("guided_score", "gpu")
+    with pytest.raises(
+        ValueError, match="guided_score: `impl` is 'gpu', expected None or one of cuda, triton, cpu, reference"
+    ):
+        lgd.guided_score(ONE, ONE, 1.0, impl="gpu")
+
+
+def test_choice(with_extension):
+    assert impls.choose("guided_score", None, ONE) == "cpu"
+    assert impls.choose("guided_score", "reference", ONE) == "reference"
+    assert impls.choose("guided_score", None, ONE.to("meta")) == "reference"
+    assert impls.choose("guided_score", None, ONE, ONE.int()) == "reference"  # that no kernel takes
+
+
+def test_an_explicit_impl_is_the_one_that_runs(monkeypatch, with_extension):
+    """And is asked for in the backward too."""
+    calls = []
+    launcher = impls.launcher
+
+    def watched(name, impl):
+        calls.append(impl)
+        return launcher(name, impl)
+
+    monkeypatch.setattr(impls, "launcher", watched)
+    cond = ONE.clone().requires_grad_()
+    lgd.guided_score(cond, ONE, 1.0, impl="reference").sum().backward()
+    assert calls == []
+    lgd.guided_score(cond, ONE, 1.0, impl="cpu").sum().backward()
+    assert calls == ["cpu", "cpu"]
+    lgd.guided_score(cond, ONE, 1.0)
+    assert calls == ["cpu"] * 3
+
+
+def test_an_explicit_impl_never_falls_back(with_extension):
+    message = (
+        r"guided_score: impl='triton' cannot run here: triton runs on GPU tensors, .*; triton does not take float64 "
+        r".*\. These can: cpu, reference; impl=None chooses"
+    )
+    with pytest.raises(ValueError, match=message):
+        lgd.guided_score(ONE.double(), ONE, 1.0, impl="triton")
+
+
+def test_an_explicit_impl_never_falls_back_to_the_reference(without_extension):
+    message = r"impl='cpu' cannot run here: the C\+\+ extension .* is not built \(as if\)\. These can: reference;"
+    with pytest.raises(ValueError, match=message):
+        lgd.guided_score(ONE, ONE, 1.0, impl="cpu")
+
+
+def test_an_explicit_impl_never_falls_back_under_vmap():
+    with pytest.raises(ValueError, match="guided_score: impl='cpu' has no rule for vmap, jvp or func.grad; impl=None"):
+        torch.vmap(lambda cond: lgd.guided_score(cond, cond, 1.0, impl="cpu"))(torch.ones(2, 1, 2))
+
+
+def test_everything_works_without_the_extension(without_extension):
+    """The automatic choice is the reference: the same values, gradients and noise."""
+    assert impls.choose("guided_score", None, ONE) == "reference"
+    cond, omega = torch.tensor([[2.0]], requires_grad=True), torch.tensor([0.5], requires_grad=True)
+    guided = lgd.guided_score(cond, torch.tensor([[1.0]]), omega)
+    guided.sum().backward()
+    assert guided.item() == 2.5 and cond.grad.item() == 1.5 and omega.grad.item() == 1
+
+    levels = lgd.RectifiedFlow().levels(torch.tensor([1.0]), 0.5)
+    x_s = lgd.guided_step(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[0.0]]), 1.0, levels)
+    assert x_s.item() == 2  # half of x = 2 and half of 1 + 1 (1 - 0)
+    assert lgd.philox_normal((2, 3), seed=1).shape == (2, 3)
+
+
+def test_import_is_silent_and_light():
+    """Neither triton nor the extension is loaded before a call needs it, and a call on the CPU never needs triton."""
+    code = """
+import json, sys
+import lgd_kernels as lgd
+def loaded():
+    return [name for name in ("triton", "lgd_kernels._C", "matplotlib", "sklearn") if name in sys.modules]
+before = loaded()
+import torch
+from lgd_kernels import impls
+lgd.guided_score(torch.ones(1, 2), torch.ones(1, 2), 1.0)
+print(json.dumps([before, loaded(), impls.extension_error()]))
+"""
+    out, errors = python(code)
+    before, after, missing = json.loads(out)  # nothing else was printed
+    assert errors == "" and before == []
+    assert after == ([] if missing else ["lgd_kernels._C"])
+
+
+def test_import_without_the_extension_and_without_triton():
+    code = """
+import sys
+sys.modules["lgd_kernels._C"] = sys.modules["triton"] = None
+import torch
+import lgd_kernels as lgd
+print(lgd.available_impls("guided_step"), lgd.guided_score(torch.ones(1, 1), torch.zeros(1, 1), 1.0).item())
+"""
+    out, errors = python(code)
+    assert errors == "" and out == "('reference',) 2.0\n"

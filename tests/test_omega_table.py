@@ -1,0 +1,367 @@
+"""omega(c, s, t) in a table: what it means, and that every kernel reads the same from it.
+
+`guided_score(0, -1, omega)` is omega itself: so a test sees what a kernel looked up.
+"""
+
+import math
+
+import pytest
+import torch
+
+import lgd_kernels as lgd
+from lgd_kernels import testing
+from lgd_kernels.levels import OmegaLookup, omega_at, table_gradient
+from lgd_kernels.ops.guided_score import reference
+
+# [[omega(0, .6), omega(0, 1)], [omega(.4, .6), omega(.4, 1)]]: every corner is a step, s < t.
+PLAIN = lgd.OmegaTable(torch.tensor([[[1.0, 2.0], [3.0, 5.0]]]), torch.tensor([0.0, 0.4]), torch.tensor([0.6, 1.0]))
+
+# One grid for s and t. Only (0, .5), (0, 1) and (.5, 1) are steps; what stands elsewhere must never be read.
+NAN = math.nan
+DIAGONAL = lgd.OmegaTable(
+    torch.tensor([[[NAN, 1.0, 2.0], [NAN, NAN, 4.0], [NAN, NAN, NAN]]]),
+    torch.tensor([0.0, 0.5, 1.0]),
+    torch.tensor([0.0, 0.5, 1.0]),
+)
+FILLED = [[1.0, 1.0, 2.0], [1.0, 1.0, 4.0], [1.0, 1.0, 4.0]]  # from the diagonal, down and to the left
+
+
+def seen(target, lookup, dtype=torch.float32):
+    """omega as a kernel sees it, `[B]`."""
+    nothing = torch.zeros(lookup.c.shape, dtype=dtype, device=target.device)
+    return lgd.guided_score(nothing, nothing - 1, testing.moved(lookup, target.device), impl=target.impl).cpu()
+
+
+def at(table, c, s, t):
+    """A lookup at numbers."""
+    knots = table.s_knots
+    return table.at(torch.as_tensor(c), torch.as_tensor(s, dtype=knots.dtype), torch.as_tensor(t, dtype=knots.dtype))
+
+
+def random_table(generator, rows=5, columns=6, conditions=3, dtype=torch.float32, knots_dtype=torch.float32):
+    """Knots at least 0.05 apart, on both sides of the diagonal."""
+    s_knots, t_knots = (
+        (torch.linspace(low, low + 0.2 * (count - 1), count) + 0.1 * torch.rand(count, generator=generator))
+        for low, count in ((0.0, rows), (-0.1, columns))
+    )
+    values = 3 * torch.rand(conditions, rows, columns, generator=generator)
+    return lgd.OmegaTable(values.to(dtype), s_knots.to(knots_dtype), t_knots.to(knots_dtype))
+
+
+def random_lookup(table, generator, count=500, dtype=torch.float32):
+    """Anywhere around the table, s after t included."""
+    c = torch.randint(0, table.values.shape[0], (count,), generator=generator)
+    s, t = (1.8 * torch.rand(2, count, generator=generator) - 0.4).to(dtype)
+    return table.at(c, s, t)
+
+
+@pytest.mark.parametrize(
+    ("s", "t", "expected"),
+    [
+        (0.2, 0.8, 2.75),  # the middle: the mean
+        (0.1, 0.7, 1.8125),  # 9/16 * 1 + 3/16 * 2 + 3/16 * 3 + 1/16 * 5
+        (0.0, 0.9, 1.75),  # along an edge
+        (-1.0, 2.0, 2.0),  # clamped to (0, 1)
+        (0.9, 0.1, 3.0),  # clamped to (.4, .6)
+        (0.2, 5.0, 3.5),  # clamped in t alone
+    ],
+)
+def test_bilinear_by_hand(target, s, t, expected):
+    assert seen(target, at(PLAIN, [0], [s], [t])).item() == pytest.approx(expected, rel=4e-7)
+    assert PLAIN(*at(PLAIN, [0], [s], [t])[3:]).item() == pytest.approx(expected, rel=4e-7)
+
+
+@pytest.mark.parametrize(
+    ("s", "t", "expected"),
+    [
+        (0.25, 0.75, 2.0),  # between [1, 2] and [1, 4]: the lower left corner, (.5, .5), takes omega(0, .5)
+        (0.75, 1.0, 4.0),  # (1, 1) takes omega(.5, 1)
+        (0.1, 0.3, 1.0),  # column t = 0 holds no step at all: it takes that of t = .5
+        (0.5, 1.0, 4.0),
+        (0.0, 0.5, 1.0),
+        (1.0, 0.0, 1.0),  # far beyond the diagonal: still a number
+    ],
+)
+def test_diagonal_by_hand(target, s, t, expected):
+    assert seen(target, at(DIAGONAL, [0], [s], [t])).item() == pytest.approx(expected, rel=4e-7)
+    assert DIAGONAL(*at(DIAGONAL, [0], [s], [t])[3:]).item() == pytest.approx(expected, rel=4e-7)
+
+
+@pytest.mark.parametrize(
+    ("s_knots", "t_knots", "values", "expected"),
+    [
+        ([0.2], [0.7], [[7.0]], [7.0, 7.0, 7.0]),
+        ([0.2], [0.4, 0.8], [[1.0, 3.0]], [1.0, 2.0, 3.0]),
+        ([0.1, 0.5], [0.9], [[1.0], [5.0]], [1.0, 3.0, 5.0]),
+        ([0.5], [0.5], [[7.0]], [7.0, 7.0, 7.0]),  # no step at all: the only value there is
+        ([0.6], [0.2, 0.4], [[1.0, 7.0]], [7.0, 7.0, 7.0]),  # likewise: the last column's
+    ],
+)
+def test_few_knots_by_hand(target, s_knots, t_knots, values, expected):
+    table = lgd.OmegaTable(torch.tensor([values]), torch.tensor(s_knots), torch.tensor(t_knots))
+    lookup = at(table, [0, 0, 0], [0.0, 0.3, 0.6], [0.3, 0.6, 1.0])
+    assert seen(target, lookup).tolist() == pytest.approx(expected, rel=4e-7)
+    assert omega_at(lookup, lookup.s).tolist() == pytest.approx(expected, rel=4e-7)
+
+
+def test_exact_at_knots(target, generator):
+    """At the knots of a step omega is the value itself, to the last bit."""
+    table = random_table(generator)
+    steps = table.s_knots[:, None] < table.t_knots
+    row, column = steps.nonzero().unbind(1)
+    for c in range(3):
+        lookup = table.at(torch.full_like(row, c), table.s_knots[row], table.t_knots[column])
+        assert torch.equal(seen(target, lookup), table.values[c, row, column])
+        assert torch.equal(omega_at(lookup, lookup.s), table.values[c, row, column])
+
+
+def test_reproduces_what_is_linear(target, generator):
+    """a + b s + c t inside the knots, as long as no corner lies across the diagonal."""
+    s_knots, t_knots = torch.tensor([-1.0, -0.7, -0.2]), torch.tensor([0.1, 0.2, 0.6, 1.0])
+    table = lgd.OmegaTable((2 + s_knots[:, None] + 3 * t_knots)[None], s_knots, t_knots)
+    s, t = 0.8 * torch.rand(200, generator=generator) - 1, 0.9 * torch.rand(200, generator=generator) + 0.1
+    lookup = table.at(torch.zeros(200, dtype=torch.int64), s, t)
+    torch.testing.assert_close(seen(target, lookup), 2 + s + 3 * t, rtol=1e-6, atol=0)
+
+
+def test_conditions_do_not_mix(target, generator):
+    table = random_table(generator)
+    lookup = random_lookup(table, generator)
+    changed = lookup._replace(values=table.values + torch.tensor([0.0, 5.0, 0.0])[:, None, None])
+    before, after = seen(target, lookup), seen(target, changed)
+    torch.testing.assert_close(after, torch.where(lookup.c == 1, before + 5, before), rtol=1e-6, atol=0)
+
+
+def filled(values, s_knots, t_knots):
+    """The rule in words: the last row before the diagonal, and where there is none, the first column that has one."""
+    steps = [[row for row, s in enumerate(s_knots) if s < t] for t in t_knots]
+    first = next(column for column, rows in enumerate(steps) if rows)
+    table = values.clone()
+    for column in range(len(t_knots)):
+        source = max(column, first)
+        for row in range(len(s_knots)):
+            table[:, row, column] = values[:, min(row, steps[source][-1]), source]
+    return table
+
+
+def test_filling_by_hand():
+    assert filled(DIAGONAL.values, DIAGONAL.s_knots, DIAGONAL.t_knots)[0].tolist() == FILLED
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 2), (7, 3), (3, 9)], ids=str)
+def test_filling_is_all_that_the_diagonal_does(target, shape, generator):
+    """The same as the table filled beforehand whose s lies so far below that no corner is beyond the diagonal."""
+    table = random_table(generator, *shape)
+    lookup = random_lookup(table, generator)
+    below = lookup._replace(
+        values=filled(table.values, table.s_knots, table.t_knots), s_knots=table.s_knots - 8, s=lookup.s - 8
+    )
+    torch.testing.assert_close(seen(target, lookup), omega_at(below, lookup.s), rtol=0, atol=4e-5)  # s - 8 rounds
+
+
+def dtypes_of(target):
+    return [dtype for dtype in testing.DTYPES if target.impl != "triton" or dtype != torch.float64]
+
+
+@pytest.mark.parametrize("times", [torch.float32, torch.float64])
+@pytest.mark.parametrize("knots", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", testing.DTYPES)
+def test_agrees_with_float64(target, values, knots, times, generator):
+    """Whatever the dtypes: the same numbers in float64, and no more than the arithmetic's own rounding off."""
+    lookup = random_lookup(random_table(generator, dtype=values, knots_dtype=knots), generator, dtype=times)
+    truth = omega_at(testing.promoted(lookup), torch.empty(0, dtype=torch.float64))
+    torch.testing.assert_close(seen(target, lookup).double(), truth, rtol=0, atol=4e-6)
+    if torch.float64 in dtypes_of(target):
+        found = seen(target, lookup, torch.float64)
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("times", [torch.float32, torch.float64])
+@pytest.mark.parametrize("knots", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", testing.DTYPES)
+def test_reference_keeps_float64(values, knots, times, generator):
+    """With float64 data the specification is float64 throughout, though table and times be float32."""
+    lookup = random_lookup(random_table(generator, dtype=values, knots_dtype=knots), generator, dtype=times)
+    like = torch.empty(0, dtype=torch.float64)
+    truth = omega_at(testing.promoted(lookup), like)
+    torch.testing.assert_close(omega_at(lookup, like), truth, rtol=0, atol=1e-14)
+
+
+def test_layouts(target, generator):
+    """Transposed values, every other time, one condition for all: as if copied."""
+    table = random_table(generator)
+    lookup = random_lookup(table, generator)
+    spread = lookup._replace(
+        values=table.values.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        c=lookup.c[:1].expand(500),
+        s=lookup.s.repeat_interleave(2)[::2],
+    )
+    plain = lookup._replace(c=lookup.c[:1].repeat(500))
+    assert torch.equal(seen(target, spread), seen(target, plain))
+
+
+def test_calling_a_table(generator):
+    table = random_table(generator, dtype=torch.bfloat16)
+    lookup = random_lookup(table, generator)
+    found = table(*lookup[3:])
+    assert found.dtype == torch.float32 and torch.equal(found, omega_at(lookup, torch.empty(0)))
+    assert random_table(generator, dtype=torch.float64)(*lookup[3:]).dtype == torch.float64
+    assert table(lookup.c.int(), lookup.s, lookup.t).shape == (500,)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference", "direct"])
+def test_gradient_by_hand(impl):
+    """Two samples in one cell: the weights of the corners, each times the sample's own gradient, added up."""
+    lookup = at(PLAIN, [0, 0], [0.1, 0.2], [0.7, 0.8])
+    upstream = torch.tensor([16.0, 4.0])
+    expected = [[9 + 1, 3 + 1], [3 + 1, 1 + 1]]
+    assert gradient(impl, lookup, upstream)[0].flatten().tolist() == pytest.approx(sum(expected, []), rel=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference", "direct"])
+def test_gradient_across_the_diagonal_by_hand(impl):
+    """A filled corner sends its part to the cell that it was filled from; cells that hold no step get nothing."""
+    expected = [[0, 0.5, 0.25], [0, 0, 0.25], [0, 0, 0]]  # (.5, .5) was filled from (0, .5)
+    assert gradient(impl, at(DIAGONAL, [0], [0.25], [0.75]), torch.ones(1))[0].tolist() == expected
+
+
+def gradient(impl, lookup, upstream):
+    """d <upstream, omega> / d values."""
+    if impl == "direct":
+        return table_gradient(lookup, upstream)
+    values = lookup.values.clone().requires_grad_()
+    nothing = torch.zeros_like(upstream)
+    guided = lgd.guided_score(nothing, nothing - 1, lookup._replace(values=values), impl=impl)
+    return torch.autograd.grad(guided, values, upstream)[0]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_gradcheck(impl, generator):
+    table = random_table(generator, 3, 4, 2, dtype=torch.float64, knots_dtype=torch.float64)
+    lookup = random_lookup(table, generator, 7, torch.float64)
+    cond, uncond = torch.randn(2, 7, 3, dtype=torch.float64, generator=generator)
+    inputs = [tensor.clone().requires_grad_() for tensor in (cond, uncond, table.values)]
+
+    def score(cond, uncond, values):
+        return lgd.guided_score(cond, uncond, lookup._replace(values=values), impl=impl)
+
+    assert torch.autograd.gradcheck(score, inputs)
+    assert torch.autograd.gradgradcheck(score, inputs)
+    assert torch.autograd.gradcheck(lambda values: omega_at(lookup._replace(values=values), cond), inputs[2:])
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_gradient_agrees_with_float64(target, dtype, generator):
+    """In the dtype of the values, each cell within the rounding of its own sum."""
+    lookup = random_lookup(random_table(generator, dtype=dtype), generator)
+    cond, uncond, upstream = torch.randn(3, 500, 4, generator=generator)
+    values, cond, uncond, upstream, *rest = (
+        tensor.to(target.device) for tensor in (lookup.values, cond, uncond, upstream, *lookup[1:])
+    )
+    values.requires_grad_()
+    guided = lgd.guided_score(cond, uncond, OmegaLookup(values, *rest), impl=target.impl)
+    (found,) = torch.autograd.grad(guided, values, upstream)
+    assert found.dtype == table_gradient(lookup, upstream[:, 0].cpu()).dtype == dtype
+
+    wide = testing.promoted(lookup)._replace(values=values.detach().cpu().double().requires_grad_())
+    cond, uncond, upstream = (tensor.cpu().double() for tensor in (cond, uncond, upstream))
+    (truth,) = torch.autograd.grad(reference.guided_score(cond, uncond, wide), wide.values, upstream)
+    terms = table_gradient(wide, (upstream * (cond - uncond)).abs().sum(1))
+    unit = max(torch.finfo(dtype).eps, 8 * 2.0**-24)
+    assert ((found.cpu().double() - truth).abs() <= unit * terms + 1e-12).all()
+
+
+def test_gradient_is_the_same_every_time(target, generator):
+    """2000 samples in four cells, float32: an order that changed would change the last bits."""
+    s, t, upstream = torch.randn(3, 2000, generator=generator)
+    lookup, upstream = at(PLAIN, [0] * 2000, s, t), upstream.to(target.device)
+    lookup = testing.moved(lookup, target.device)
+    found = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        found.append(gradient(target.impl, lookup, upstream))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+def test_compiles_in_one_graph(generator):
+    """Forward and backward, as eager."""
+    lookup = random_lookup(random_table(generator), generator, 6)
+    cond, uncond, upstream = torch.randn(3, 6, 5, generator=generator)
+
+    def loss(values):
+        return (lgd.guided_score(cond, uncond, lookup._replace(values=values)) * upstream).sum()
+
+    leaf = lookup.values.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("c", [-1, 1, 2**40])
+def test_unknown_condition_is_nan(target, c):
+    """Where c cannot be looked at beforehand. Its neighbour is not touched, and nothing outside the table is read."""
+    lookup = at(PLAIN, [0, 0], [0.2, 0.2], [0.8, 0.8])._replace(c=torch.tensor([c, 0]))
+    for omega in (seen(target, lookup), omega_at(lookup, lookup.s)):
+        assert omega[0].isnan() and omega[1] == pytest.approx(2.75)
+
+
+@pytest.mark.parametrize("upstream", [1.0, math.nan])
+@pytest.mark.parametrize("impl", ["cpu", "reference", "direct"])
+def test_unknown_condition_has_no_gradient(impl, upstream):
+    """It read no cell, so it sends nothing to any: not even to those of condition 0."""
+    lookup = at(PLAIN, [0, 0], [0.2, 0.2], [0.8, 0.8])._replace(c=torch.tensor([1, 0]))
+    found = gradient(impl, lookup, torch.tensor([upstream, 1.0]))
+    assert found.flatten().tolist() == pytest.approx([0.25] * 4)
+
+
+VALUES, KNOTS = torch.ones(1, 2, 2), torch.tensor([0.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((VALUES[0], KNOTS, KNOTS), ValueError, r"`values` is \[2, 2\] torch.float32, expected floats \[C, S, T\]"),
+        ((VALUES.long(), KNOTS, KNOTS), ValueError, r"`values` is \[1, 2, 2\] torch.int64, expected floats"),
+        ((VALUES[:0], KNOTS, KNOTS), ValueError, r"`values` is \[0, 2, 2\] .*, expected floats \[C, S, T\]"),
+        ((VALUES, KNOTS[:1], KNOTS), ValueError, r"`s_knots` has shape \[1\], expected \[2\] for `values` of"),
+        ((VALUES, KNOTS, KNOTS[None]), ValueError, r"`t_knots` has shape \[1, 2\], expected \[2\]"),
+        ((VALUES, KNOTS.half(), KNOTS), TypeError, r"`s_knots` has dtype torch.float16, expected float32 or float64"),
+        ((VALUES, KNOTS, KNOTS.double()), TypeError, r"`t_knots` has dtype torch.float64, .* the same for both"),
+        ((VALUES, KNOTS.to("meta"), KNOTS), ValueError, r"`s_knots` is on meta, expected cpu like `values`"),
+        ((VALUES, KNOTS, KNOTS.flip(0)), ValueError, r"`t_knots` must increase strictly, got \[0.5, 0.0\]"),
+        ((VALUES, KNOTS * 0, KNOTS), ValueError, r"`s_knots` must increase strictly, got \[0.0, 0.0\]"),
+        ((VALUES, KNOTS * math.nan, KNOTS), ValueError, r"`s_knots` must increase strictly"),
+    ],
+)
+def test_refuses_tables(arguments, error, message):
+    with pytest.raises(error, match=f"OmegaTable: {message}"):
+        lgd.OmegaTable(*arguments)
+
+
+C, S, T = torch.tensor([0, 0]), torch.tensor([0.1, 0.2]), torch.tensor([0.7, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((C.float(), S, T), TypeError, r"`c` is \[2\] torch.float32, expected integers \[B\]"),
+        ((C.bool(), S, T), TypeError, r"`c` is \[2\] torch.bool, expected integers"),
+        ((C[0], S, T), TypeError, r"`c` is \[\] torch.int64, expected integers \[B\]"),
+        ((C, S[:1], T), ValueError, r"`s` has shape \[1\], expected \[2\] like `c`"),
+        ((C, S, T[None]), ValueError, r"`t` has shape \[1, 2\], expected \[2\] like `c`"),
+        ((C, S.half(), T), TypeError, r"`s` has dtype torch.float16, expected float32 or float64"),
+        ((C, S, T.double()), TypeError, r"`t` has dtype torch.float64, .* the same for both"),
+        ((C, S.to("meta"), T), ValueError, r"`s` is on meta, expected cpu like `values`"),
+        ((C + 1, S, T), ValueError, r"`c` reaches from 1 to 1, expected conditions in \[0, 1\)"),
+        ((C - 1, S, T), ValueError, r"`c` reaches from -1 to -1, expected conditions in \[0, 1\)"),
+    ],
+)
+def test_refuses_lookups(arguments, error, message):
+    with pytest.raises(error, match=rf"OmegaTable\.at: {message}"):
+        PLAIN.at(*arguments)
+
+
+def test_refuses_a_lookup_for_another_batch():
+    three = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"`omega` was looked up for `c` of shape \[2\], expected \[B\] = \[3\]"):
+        lgd.guided_score(three, three, PLAIN.at(C, S, T))

@@ -1,0 +1,275 @@
+"""The house rules of docs/design.md, read off the tree: a rule that no test holds is a wish."""
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import lgd_kernels as lgd
+from lgd_kernels import impls
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lgd_kernels"
+ROOMS = impls.rooms()
+MADE = re.compile(r"\.(?!ci$).*|.*\.egg-info|__pycache__|build|dist|runs|v?env")  # folders that nobody wrote
+
+
+def folders():
+    for folder, inside, _ in os.walk(ROOT):
+        inside[:] = sorted(name for name in inside if not MADE.fullmatch(name))
+        yield Path(folder)
+
+
+def files(*endings, under=ROOT):
+    found = [path for folder in folders() for path in sorted(folder.iterdir()) if path.is_file()]
+    return [path for path in found if path.suffix in endings and path.is_relative_to(under)]
+
+
+MEANS = files(".py", under=PACKAGE)
+COMPUTES = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "csrc")
+BINDS = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "python")
+each_room = pytest.mark.parametrize("room", ROOMS)
+
+
+def name_of(path):
+    """The module in a file: lgd_kernels/ops/__init__.py is lgd_kernels.ops."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in MEANS}
+
+
+def imports(path, lazily=True):
+    """The modules that a file imports; without `lazily`, those that it imports when it is imported itself."""
+    found, nodes = set(), list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name} imports relatively; a full name can be searched for"
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            found.update(name if name in MODULES or name.endswith("._C") else node.module for name in inner)
+        elif lazily or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def in_tree(path):
+    return str(path.relative_to(ROOT))
+
+
+def ours(modules):
+    return {name for name in modules if name.split(".")[0] == "lgd_kernels"}
+
+
+def code_of(path):
+    """C++ without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+def included(path):
+    return re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
+
+
+def test_this_file_sees_the_tree():
+    """A path that moved would leave every rule below with nothing to break."""
+    assert len(ROOMS) >= 2 and len(MEANS) > 20 and len(COMPUTES) > 10 and len(BINDS) > 4
+    assert "lgd_kernels.levels" in imports(PACKAGE / "ops" / ROOMS[0] / "api.py")
+    assert "lgd_kernels.ops" in imports(PACKAGE / "impls.py") - imports(PACKAGE / "impls.py", lazily=False)
+
+
+@each_room
+def test_a_room_is_complete(room):
+    """One op name on every floor: whoever looks for a piece knows where it is."""
+    pieces = [PACKAGE / "ops" / room / name for name in ("__init__.py", "api.py", "op.py", "reference.py")]
+    pieces += [ROOT / "csrc" / room / f"{room}.h", ROOT / "python" / f"{room}.cpp", ROOT / "tests" / f"test_{room}.py"]
+    assert [in_tree(path) for path in pieces if not path.is_file()] == []
+
+
+@each_room
+def test_a_room_is_public(room):
+    assert room in lgd.__all__ and getattr(lgd, room).__module__ == f"lgd_kernels.ops.{room}.api"
+
+
+@each_room
+def test_an_implementation_has_a_launcher(room):
+    op = importlib.import_module(f"lgd_kernels.ops.{room}.op")
+    assert "reference" in op.IMPLEMENTATIONS and set(op.IMPLEMENTATIONS) <= set(impls.NAMES)
+    for name in op.IMPLEMENTATIONS:
+        assert (PACKAGE / "ops" / room / f"{name}.py").is_file()
+
+
+def test_no_room_without_a_name():
+    """Nothing on the other floors that belongs to no op."""
+    assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
+    assert {path.stem for path in BINDS if path.suffix == ".cpp"} == {"bindings", "philox", *ROOMS}
+
+
+ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
+    "__init__": (set(), set()),
+    "api": ({"op", "reference"}, {"checks", "impls", "levels"}),
+    "op": ({"reference"}, {"arguments", "impls", "levels"}),
+    "reference": (set(), {"levels", "philox"}),
+    "triton": (set(), {"levels", "philox", "native", "triton_common"}),
+    "cpu": (set(), {"impls", "levels", "native"}),
+    "cuda": (set(), {"impls", "levels", "native"}),
+}
+
+
+@pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)
+def test_import_arrows(path):
+    """No room imports another, so that one can be read, changed and removed alone."""
+    if path.parent.name == "ops":
+        assert imports(path) == set()
+        return
+    inside, beside = ARROWS[path.stem]
+    room = f"lgd_kernels.ops.{path.parent.name}"
+    assert ours(imports(path)) <= {f"{room}.{name}" for name in inside} | {f"lgd_kernels.{name}" for name in beside}
+
+
+def test_what_rooms_share_knows_no_room():
+    reached, todo = set(), {f"lgd_kernels.{name}" for _, beside in ARROWS.values() for name in beside}
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        todo |= (imports(MODULES[name], lazily=False) & MODULES.keys()) - reached
+    assert [name for name in reached if name.startswith("lgd_kernels.ops")] == []
+
+
+@pytest.mark.parametrize("path", MEANS, ids=name_of)
+def test_triton_and_the_extension_are_imported_lazily(path):
+    """`import lgd_kernels` works where they do not, and costs nothing where they do."""
+    if path.stem in ("triton", "triton_common"):
+        return
+    heavy = re.compile(r"triton(\..*)?|lgd_kernels\.(_C|triton_common|ops\.\w+\.(triton|cpu|cuda))")
+    assert [name for name in imports(path, lazily=False) if heavy.fullmatch(name)] == []
+
+
+@pytest.mark.parametrize("path", MEANS, ids=name_of)
+def test_only_torch_and_numpy_are_imported_by_all(path):
+    """The rest is optional (`demo`) or imported where it is used."""
+    allowed = {"lgd_kernels", "torch", "numpy", *sys.stdlib_module_names}
+    if path.stem in ("triton", "triton_common"):
+        allowed.add("triton")
+    if path.is_relative_to(PACKAGE / "demo"):
+        allowed |= {"sklearn", "matplotlib"}
+    assert {name.split(".")[0] for name in imports(path, lazily=False)} <= allowed
+
+
+def test_public_names_are_only_imported():
+    """The package's own file names what there is, and does nothing."""
+    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body)
+    assert sorted(lgd.__all__) == sorted(set(lgd.__all__)) and all(hasattr(lgd, name) for name in lgd.__all__)
+
+
+@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+def test_csrc_knows_neither_python_nor_torch(path):
+    """So a file compiles in half a second, and one build serves every torch."""
+    for name in included(path):
+        assert not re.search(r"torch|ATen|c10|pybind11|Python\.h", name), name
+        if "/" in name or name.endswith((".h", ".cuh")):
+            assert (path.parent / name).resolve().is_relative_to(ROOT / "csrc"), f"{name} lies outside csrc/"
+
+
+@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+def test_csrc_rooms_know_no_other(path):
+    others = set(ROOMS) - {path.parent.name}
+    assert [name for name in included(path) if others & set(Path(name).parts)] == []
+
+
+@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+def test_csrc_allocates_nothing(path):
+    """Memory is torch's business, and a kernel that cannot run out of it has no errors to report."""
+    words = r"\bnew\b|\b(m|c|re)alloc\b|\balloca\b|\bstd::(vector|string|map|function|(make_)?(unique|shared)(_ptr)?)\b"
+    assert [match.group() for match in re.finditer(words, code_of(path))] == []
+
+
+@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+def test_csrc_starts_no_threads(path):
+    """python/ owns them, and cuts the work so that their number changes no bit. Vectors are another matter."""
+    pragmas = re.findall(r"#pragma\s+omp\s+([^\n]*)", code_of(path))
+    assert [pragma for pragma in pragmas if not re.match(r"(declare )?simd\b", pragma)] == []
+    assert not {"omp.h", "thread", "mutex", "atomic", "future"} & set(included(path))
+
+
+def test_every_source_is_built():
+    """setup.py takes csrc/*/*_cpu.cpp and python/*.cpp; a source named otherwise would be left out without a word."""
+    sources = [path for path in COMPUTES if path.suffix == ".cpp"]
+    assert [path.name for path in sources if not path.name.endswith("_cpu.cpp")] == []
+    assert all(path.parent.parent == ROOT / "csrc" for path in sources)
+    assert all(path.parent == ROOT / "python" for path in BINDS)
+
+
+@each_room
+def test_python_binds_its_room(room):
+    assert f"../csrc/{room}/{room}.h" in included(ROOT / "python" / f"{room}.cpp")
+    assert f"bind_{room}(module)" in (ROOT / "python" / "bindings.cpp").read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in MEANS if path.stat().st_size], ids=name_of)
+def test_modules_say_what_they_are_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("name", lgd.__all__)
+def test_public_names_have_an_example(name):
+    """In their docstring, or in that of a method of their own."""
+    tests = doctest.DocTestFinder(exclude_empty=True).find(getattr(lgd, name), name)
+    assert getattr(lgd, name).__doc__ and any(test.examples for test in tests)
+
+
+@pytest.mark.parametrize("path", [path for path in MEANS if ">>> " in path.read_text()], ids=name_of)
+def test_examples_run(path):
+    if path.is_relative_to(PACKAGE / "demo"):
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("sklearn")
+    module = importlib.import_module(name_of(path))
+    runner = doctest.DocTestRunner(verbose=False)
+    said = []
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+        runner.run(test, out=said.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(said)
+    assert runner.tries
+
+
+def test_version_is_said_once_more_in_the_metadata():
+    metadata = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{lgd.__version__}"' in metadata
+
+
+def test_no_empty_folders():
+    """Nothing is kept for symmetry."""
+    assert [in_tree(path) for path in folders() if set(os.listdir(path)) <= {"__pycache__"}] == []
+
+
+def test_packages_are_packages():
+    """A folder without __init__.py would not be in the wheel."""
+    homes = {path.parent for path in MEANS}
+    assert [in_tree(home) for home in homes if not (home / "__init__.py").is_file()] == []
+
+
+TEXT = files(".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", "")
+
+
+@pytest.mark.parametrize("path", files(".py", ".h", ".cpp", ".cu", ".cuh"), ids=in_tree)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_no_machine_paths():
+    pattern = re.compile(r"(?<![\w.])/(home|root|work|Users|mnt)/\w")
+    assert [path.name for path in TEXT if pattern.search(path.read_text())] == []
+
+
+def test_no_banners_and_no_loose_ends():
+    """Sections are files and functions; a TODO names where it is followed up."""
+    banner, loose = re.compile(r"^\s*(#|//)\s*[-=*#]{4,}", re.MULTILINE), re.compile(r"\b(TODO|FIXME|XXX)\b(?! ?\()")
+    written = [path for path in TEXT if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and path != Path(__file__)]
+    assert [path.name for path in written if banner.search(path.read_text()) or loose.search(path.read_text())] == []
