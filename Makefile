@@ -2,15 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp python/*.h python/*.cpp)
+SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test lint format install
+.PHONY: demo test aot lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
 
 test: install            # every test; a missing extension is a failure here, not a skip
 	LGD_REQUIRE_EXT=1 $(RUN) -m pytest $(ARGS)
+
+aot: install             # what the GPU kernels compile to: registers, spills and load widths, without a GPU
+	$(RUN) tests/aot.py
 
 lint: install
 	$(RUN) -m ruff check .

@@ -24,7 +24,9 @@ def info() -> int:
         threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "one thread"
         print(f"  C++ extension: built by {extension.compiler}, runs as {extension.instruction_set()}, {threads}")
     else:
-        print(f"  C++ extension: {impls.extension_error()}")
+        print(f"  {impls.extension_error()}")
+    cuda = impls.cuda_extension()
+    print(f"  CUDA extension: built by nvcc {cuda.compiler}" if cuda else "  CUDA extension: not built")
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for index in range(torch.cuda.device_count()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype
+from lgd_kernels.levels import OmegaLookup, arithmetic_dtype, table_gradient
 
 
 def split_number(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
@@ -25,7 +25,7 @@ def split_number(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, fl
 
 def split_omega(omega: float | Tensor | OmegaLookup, like: Tensor) -> tuple[Tensor | None, float, list[Tensor]]:
     if isinstance(omega, OmegaLookup):
-        return None, 0.0, [field.contiguous() for field in omega]
+        return None, 0.0, list(omega)
     return *split_number(omega, like), []
 
 
@@ -35,13 +35,23 @@ def join_omega(omega: Tensor | None, value: float, table: list[Tensor]) -> float
     return value if omega is None else omega
 
 
-def same_stride(levels: Levels) -> list[Tensor]:
+def to_omega(grad: Tensor, omega: Tensor | None, table: list[Tensor]) -> Tensor:
+    """A gradient `[B]` as that of what omega came from: a tensor, or the values of a table."""
+    return table_gradient(OmegaLookup(*table), grad) if table else grad.to(omega.dtype)
+
+
+def same_stride(levels: list[Tensor]) -> list[Tensor]:
     """The five tensors with one stride, so that a kernel needs only one (0 where all are expanded)."""
-    stride = levels.gap.stride(0)
+    stride = levels[0].stride(0)
     if all(tensor.stride(0) == stride for tensor in levels):
-        return list(levels)
+        return levels
     return [tensor.contiguous() for tensor in levels]
 
 
+def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """A table as the kernels read it."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
 def split_seed(seed: int | Tensor | None) -> tuple[Tensor | None, int | None]:
-    return (seed.contiguous(), None) if isinstance(seed, Tensor) else (None, seed)
+    return (seed, None) if isinstance(seed, Tensor) else (None, seed)

@@ -19,10 +19,15 @@ def samples(op: str, **tensors: Tensor | None) -> None:
     """Data `[B, ...]`: floating point, and of one shape and device, those of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name == "noise":
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]")
+            hint = "; without guidance, pass cond again" if name == "uncond" else ""
+            raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]{hint}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{op}: `{name}` has layout {tensor.layout}, expected a dense tensor; .to_dense() makes one"
+            )
         if tensor.dtype not in DATA_DTYPES:
             raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
         if tensor is first:
@@ -40,16 +45,21 @@ def samples(op: str, **tensors: Tensor | None) -> None:
 def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
     """A number, or a tensor `[B]` of any float dtype."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{op}: `{name}` has dtype {value.dtype}, expected a float dtype")
-        if value.ndim != 1 or value.shape[0] != like.shape[0]:
+        if value.dtype not in DATA_DTYPES:
+            raise TypeError(
+                f"{op}: `{name}` has dtype {value.dtype}, expected float32, bfloat16, float16 or float64; .float()"
+            )
+        batch = like.shape[0]
+        if value.ndim != 1 or value.shape[0] != batch:
+            remedy = "flatten()" if value.numel() == batch else f"expand({batch}) shares one"
             raise ValueError(
-                f"{op}: `{name}` has shape {list(value.shape)}, expected [B] = [{like.shape[0]}], one for each "
-                f"sample of `{like_name}`; {name}.expand({like.shape[0]}) shares one"
+                f"{op}: `{name}` has shape {list(value.shape)}, expected [B] = [{batch}], one for each sample of "
+                f"`{like_name}`; {name}.{remedy}"
             )
         _device(op, name, value, like_name, like)
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float or a tensor [B]")
+        hint = ", or what OmegaTable.at(c, s, t) returns" if name == "omega" else ""
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float or a tensor [B]{hint}")
 
 
 def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Tensor) -> None:
@@ -80,10 +90,10 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
     if not _alike(value, like):
         _diagnose_levels(op, value, like_name, like)
     if readable(gap):
-        if smallest(gap) < 0:
+        if not smallest(gap) >= 0:
             raise ValueError(
-                f"{op}: `levels.gap` is {smallest(gap):g} in one sample: s lies on the noise side of t; expected "
-                "s <= t (levels(t, s) takes t first)"
+                f"{op}: `levels.gap` is {smallest(gap):g} in one sample, expected 0 or more: s lies on the noise side "
+                "of t there (levels(t, s) takes t first)"
             )
         if prediction == "eps" and smallest(value.signal_t) == 0:
             raise ValueError(
@@ -150,6 +160,8 @@ def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tens
     """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
     if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
         raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")
+    if not torch.compiler.is_compiling() and not 0 <= first_sample < 2**32:
+        raise ValueError(f"{op}: `first_sample` is {first_sample}, expected an index from 0 to 2^32 - 1")
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{op}: `seed` has dtype {value.dtype}, expected int64")
@@ -177,8 +189,10 @@ def readable(tensor: Tensor) -> bool:
 
 
 def smallest(tensor: Tensor) -> float:
-    """The least value; a short vector is quicker as a list."""
-    return min(tensor.tolist()) if tensor.numel() <= 64 else tensor.min().item()
+    """The least value, or NaN where there is one; a short vector is quicker as a list."""
+    if tensor.numel() > 64:
+        return tensor.min().item()
+    return min(tensor.tolist(), key=lambda value: (value == value, value))
 
 
 def brief(value) -> str:

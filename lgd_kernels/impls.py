@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # other devices: the reference
+# The automatic choice, by device; other devices run the reference. Triton goes before CUDA: neither has been timed on a
+# GPU yet, and Triton's kernels have at least run, in its interpreter.
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 HALF = frozenset((torch.bfloat16, torch.float16))
 FLOATS = HALF | {torch.float32}
@@ -26,6 +28,8 @@ ALL_FLOATS = FLOATS | {torch.float64}
 
 def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The implementations of `op` that run on `device` for float32 tensors, the automatic choice first.
+
+    The device itself is not looked for: asked about "cuda", this says what would run there.
 
     >>> import lgd_kernels as lgd
     >>> "reference" in lgd.available_impls("guided_step", "cpu")
@@ -75,12 +79,17 @@ def through_reference(op: str, impl: str | None) -> bool:
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Nothing looks on: no compilation, no dispatch mode, no tensor subclass. Then a call may leave out the operator's
-    own dispatch, which costs more than a small step. (Private name of torch: without it, no short cut.)"""
-    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    if torch.compiler.is_compiling() or modes is None or modes():
+    """Nothing looks on: no compilation, tracing, profiling or dispatch mode, and only plain tensors. Then a call may
+    leave out the operator's own dispatch, which costs more than a small step. (Private names of torch: where one is
+    missing, there is no short cut.)"""
+    try:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return False
+        if torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled():
+            return False
+    except AttributeError:
         return False
-    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return all(tensor is None or _plain(tensor) for tensor in tensors)
 
 
 def rooms() -> list[str]:
@@ -100,30 +109,32 @@ def transforms_active() -> bool:
         return False
 
 
+def batched(upstream: Tensor) -> bool:
+    """A batch of gradients that looks like one, as `torch.autograd.grad(..., is_grads_batched=True)` hands it over."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
 def vmapped() -> bool:
-    """Inside vmap, at any depth."""
+    """Inside vmap, at any depth. Not seen under compilation."""
     if torch.compiler.is_compiling() or not transforms_active():
         return False
     functorch = torch._C._functorch
     return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
 
 
-@functools.cache
 def extension():
     """The C++ module `lgd_kernels._C`, or None where it was not built."""
-    return None if extension_error() else importlib.import_module("lgd_kernels._C")
+    return _load("_C")[0]
 
 
-@functools.cache
 def extension_error() -> str:
     """Why `_C` is missing, or ""."""
-    try:
-        importlib.import_module("lgd_kernels._C")  # torch is loaded by now, so both share one OpenMP runtime
-    except ImportError as error:
-        if importlib.util.find_spec("lgd_kernels._C") is None:
-            return "the C++ extension lgd_kernels._C is not built (it needs a C++17 compiler at install time)"
-        return f"the C++ extension lgd_kernels._C does not load: {error}"
-    return ""
+    return _load("_C")[1]
+
+
+def cuda_extension():
+    """The CUDA module `lgd_kernels._C_cuda`, or None where it was not built."""
+    return _load("_C_cuda")[0]
 
 
 def triton_interpreted() -> bool:
@@ -162,6 +173,11 @@ def _reasons(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...]) -
     return tuple(reasons)
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Its memory holds its values: no subclass, and no negative view."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
+
+
 def _implementations(op: str) -> dict[str, frozenset[torch.dtype]]:
     if op not in rooms():
         raise ValueError(f"`op` is {op!r}, expected one of {', '.join(rooms())}")
@@ -184,7 +200,23 @@ def _triton_unfit(device: str):
         yield f"triton runs on CUDA and ROCm tensors, these are on {device}"
 
 
+@functools.cache
+def _load(name: str):
+    """(module, "") or (None, why not)."""
+    needs = {"_C": "a C++17 compiler", "_C_cuda": "nvcc"}[name]
+    try:
+        return importlib.import_module(f"lgd_kernels.{name}"), ""  # after torch, so both share one OpenMP runtime
+    except ImportError as error:
+        if importlib.util.find_spec(f"lgd_kernels.{name}") is None:
+            return None, f"the extension lgd_kernels.{name} is not built (it needs {needs} at install time)"
+        return None, f"the extension lgd_kernels.{name} does not load: {error}"
+
+
 def _cuda_unfit(device: str):
+    if _load("_C_cuda")[1]:
+        yield _load("_C_cuda")[1]
+    elif torch.version.hip is not None:
+        yield "cuda runs on NVIDIA GPUs, this torch is built for ROCm"
     if device != "cuda":
         yield f"cuda runs on CUDA tensors, these are on the {device.upper()}"
 

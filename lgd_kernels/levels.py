@@ -100,7 +100,7 @@ def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
         return torch.where(known, found, torch.full_like(found, torch.nan)).to(like.dtype)
     if isinstance(omega, Tensor):
         return omega.to(like.dtype)
-    return torch.as_tensor(omega, dtype=like.dtype, device=like.device)
+    return torch.ones((), dtype=like.dtype, device=like.device) * omega  # under compilation not a constant
 
 
 def table_cells(lookup: OmegaLookup, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,13 +139,22 @@ def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where a tensor is."""
-    dtypes = (tensor.dtype for tensor in tensors if tensor is not None)
+    return widest(*(tensor.dtype for tensor in tensors if tensor is not None))
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """float32, or float64 where a dtype is."""
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """`[B]` (or 0-dim) shaped to multiply `[B, ...]`."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def sum_samples(tensor: Tensor) -> Tensor:
+    """`[B, ...]` to `[B]`."""
+    return tensor.sum(tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
 
 
 def _bracket(knots: Tensor, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,26 @@ def seed(tensor: Tensor | None, value: int | None, first_sample: int) -> tuple[i
     if tensor.ndim == 0:
         return tensor.data_ptr(), 0, 0, first_sample & 0xFFFFFFFF
     return tensor.data_ptr(), tensor.stride(0), 0, 0
+
+
+@contextlib.contextmanager
+def current_stream(tensor: Tensor):
+    """The address of the current stream of the tensor's GPU, which is the current one for as long as this lasts."""
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def cuda_column_blocks(like: Tensor) -> int:
+    """Into how many parts the CUDA kernels split a sample (`Tiling` in csrc/common/vec.cuh)."""
+    return max(1, -(-sizes(like)[1] // 2048))
+
+
+@contextlib.contextmanager
+def partial_sums(total: Tensor | None, blocks: int):
+    """Room for `[B, blocks]` parts of a sum per sample; added up in order at the end: no atomics, same bits."""
+    if total is None or blocks == 1:
+        yield total
+        return
+    parts = total.new_empty((total.shape[0], blocks))
+    yield parts
+    torch.sum(parts, 1, out=total)

@@ -59,11 +59,11 @@ def philox_normal(
     >>> bool((whole[2:] == part).all())
     True
     """
+    if not isinstance(shape, (tuple, list)) or not shape or any(size < 0 for size in shape):
+        raise ValueError(f"philox_normal: `shape` is {shape}, expected (B, ...) with no negative size")
     shape = tuple(shape)
-    if not shape or any(size < 0 for size in shape):
-        raise ValueError(f"philox_normal: `shape` is {list(shape)}, expected [B, ...] with no negative size")
-    if not 0 <= stream <= _LOW:
-        raise ValueError(f"philox_normal: `stream` is {stream}, expected 0 to 2^32 - 1")
+    if not isinstance(stream, int) or not 0 <= stream <= _LOW:
+        raise ValueError(f"philox_normal: `stream` is {stream}, expected an integer from 0 to 2^32 - 1")
     checks.seed("philox_normal", seed, first_sample, shape[0], None)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
@@ -71,8 +71,8 @@ def philox_normal(
     extension = impls.extension() if device.type == "cpu" and not torch.compiler.is_compiling() else None
     if extension is None:
         return normal(shape, seed, stream, first_sample, device)
-    out = torch.empty(shape, device=device)
-    seeds = seed.to(device) if isinstance(seed, Tensor) else None
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    seeds = seed.to(device).contiguous() if isinstance(seed, Tensor) else None
     extension.philox_normal(
         out.data_ptr(), *native.sizes(out), 0, stream, native.seed(seeds, seed, first_sample), torch.get_num_threads()
     )

@@ -20,9 +20,10 @@ class Schedule:
     """What every schedule offers. Subclasses define `signal_noise`, `gap`, `log_snr`, `from_unit` and `span`."""
 
     span: tuple[float, float]  # the valid times, both ends included
+    _dtypes = "float32 or float64 (t.float(); half would lose the gap)"
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(signal, noise) at t, in the dtype of t (float32 for an integer t)."""
+        """(signal, noise) at t, in the dtype of t."""
         raise NotImplementedError
 
     def gap(self, t: Tensor, s: Tensor) -> Tensor:
@@ -61,15 +62,15 @@ class Schedule:
         if not isinstance(t, Tensor) and not isinstance(s, Tensor):
             raise TypeError(f"{name}: `t` and `s` are numbers, expected tensors [B]: torch.full((B,), t)")
         t, s = (self._like(one, other, name) for one, other in ((t, s), (s, t)))
+        if self._counts(t) and self._counts(s):
+            t, s = t.long(), s.long()  # an unsigned type has no -1
         if t.shape != s.shape or t.dtype != s.dtype or t.device != s.device:
             raise ValueError(
                 f"{name}: `s` is {list(s.shape)} {s.dtype} on {s.device}, expected that of `t`: "
                 f"{list(t.shape)} {t.dtype} on {t.device}"
             )
         if t.dtype not in (torch.float32, torch.float64) and not (self._counts(t)):
-            raise TypeError(
-                f"{name}: `t` has dtype {t.dtype}, expected float32 or float64 (t.float(); half loses the gap)"
-            )
+            raise TypeError(f"{name}: `t` has dtype {t.dtype}, expected {self._dtypes}")
         if readable(t):
             if bool((s >= t).any()):
                 raise ValueError(
@@ -87,7 +88,7 @@ class Schedule:
             return time
         if not other.is_floating_point() and time != int(time):
             raise TypeError(f"{name}: a time is {time}, expected an integer, as the other time has dtype {other.dtype}")
-        return torch.full_like(other, time)
+        return torch.full_like(other if other.is_floating_point() else other.long(), time)
 
     def _counts(self, t: Tensor) -> bool:
         """Whether t counts steps, for schedules whose times are integers."""
@@ -249,12 +250,17 @@ class Discrete(Schedule):
     dtype: torch.dtype = torch.float32
     _tables: dict = field(default_factory=dict, repr=False)  # per device
 
+    _dtypes = "integers (t.long()); -1 is the data"
+
     def __post_init__(self) -> None:
         alphas = self.alphas_cumprod
         if alphas.ndim != 1 or not alphas.numel():
             raise ValueError(f"Discrete: `alphas_cumprod` has shape {list(alphas.shape)}, expected [N]")
-        if alphas.device.type == "cpu" and not bool(((alphas >= 0) & (alphas <= 1)).all()):
-            raise ValueError("Discrete: `alphas_cumprod` must lie in [0, 1]")
+        if alphas.device.type == "cpu":
+            if not bool(((alphas >= 0) & (alphas <= 1)).all()):
+                raise ValueError("Discrete: `alphas_cumprod` must lie in [0, 1] (a table of DDPM has 20 steps or more)")
+            if not bool((alphas.diff() < 0).all()):
+                raise ValueError("Discrete: `alphas_cumprod` must decrease: index 0 is next to the data")
 
     @classmethod
     def ddpm(cls, steps: int = 1000, **options) -> Discrete:
@@ -292,12 +298,16 @@ class Discrete(Schedule):
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """float64 (signal, noise) at each index."""
         if not self._counts(t):
-            raise TypeError(f"Discrete: `t` has dtype {t.dtype}, expected integers (t.long()); -1 is the data")
+            raise TypeError(f"Discrete: `t` has dtype {t.dtype}, expected {self._dtypes}")
         if t.device not in self._tables:
             alphas = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod.cpu().double()))
             self._tables[t.device] = (alphas.sqrt().to(t.device), (1 - alphas).sqrt().to(t.device))
         signal, noise = self._tables[t.device]
-        return signal[t.long() + 1], noise[t.long() + 1]
+        index = t.long() + 1
+        inside = (index >= 0) & (index < signal.numel())
+        index = torch.where(inside, index, 0)
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=t.device)
+        return torch.where(inside, signal[index], nan), torch.where(inside, noise[index], nan)
 
     def _counts(self, t: Tensor) -> bool:
         return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool

@@ -132,8 +132,8 @@ def _bracket(knots, count, at):
     left = tl.maximum(tl.minimum(left, count - 2), 0)
     low = tl.sum(tl.where(index[None, :] == left[:, None], knots[None, :], 0.0), 1)
     high = tl.sum(tl.where(index[None, :] == left[:, None] + 1, knots[None, :], 0.0), 1)
-    weight = tl.where(count > 1, (at - low) / (high - low), 0.0)
-    return left, tl.minimum(tl.maximum(weight, 0.0), 1.0)
+    weight = tl.minimum(tl.maximum(tl.where(count > 1, (at - low) / (high - low), 0.0), 0.0), 1.0)
+    return left, tl.where(at == at, weight, float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -158,13 +158,13 @@ def omega_at(
     if OMEGA != TABLE:
         return per_sample(omega, omega_stride, omega_value, rows, mask, OMEGA)
     s_index, t_index = tl.arange(0, KNOTS_S), tl.arange(0, KNOTS_T)
-    s_all = tl.load(s_knots + s_index, mask=s_index < rows_count, other=0.0).to(tl.float32)
-    t_all = tl.load(t_knots + t_index, mask=t_index < columns_count, other=0.0).to(tl.float32)
+    s_all = tl.load(s_knots + s_index, mask=s_index < rows_count, other=0.0)
+    t_all = tl.load(t_knots + t_index, mask=t_index < columns_count, other=0.0)
     item = tl.load(c + rows, mask=mask, other=0)
     known = (item >= 0) & (item < conditions)
     item = tl.where(known, item, 0)
-    row, dw = _bracket(s_all, rows_count, tl.load(s + rows, mask=mask, other=0.0).to(tl.float32))
-    column, dv = _bracket(t_all, columns_count, tl.load(t + rows, mask=mask, other=0.0).to(tl.float32))
+    row, dw = _bracket(s_all, rows_count, tl.load(s + rows, mask=mask, other=0.0))
+    column, dv = _bracket(t_all, columns_count, tl.load(t + rows, mask=mask, other=0.0))
     w00 = _corner(values, s_all, t_all, rows_count, columns_count, item, row, column, mask)
     w01 = _corner(values, s_all, t_all, rows_count, columns_count, item, row, column + 1, mask)
     w10 = _corner(values, s_all, t_all, rows_count, columns_count, item, row + 1, column, mask)
@@ -306,14 +306,3 @@ def rounded_stores(*outputs: Tensor | None):
 
 def _truncates(out: Tensor | None) -> bool:
     return out is not None and not out.is_cuda and out.dtype == torch.bfloat16
-
-
-@contextlib.contextmanager
-def partial_sums(total: Tensor | None, blocks: int):
-    """Room for `[B, blocks]` parts of a sum per sample; added up in order at the end: no atomics, same bits."""
-    if total is None or blocks == 1:
-        yield total
-        return
-    parts = total.new_empty((total.shape[0], blocks))
-    yield parts
-    torch.sum(parts, 1, out=total)

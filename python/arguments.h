@@ -1,4 +1,4 @@
-// What Python hands over (lgd_kernels/arguments.py), as the structs of csrc/. A tensor is an address, a dtype code and
+// What Python hands over (lgd_kernels/native.py), as the structs of csrc/. A tensor is an address, a dtype code and
 // a stride; nothing here knows torch.
 #pragma once
 #include <pybind11/pybind11.h>

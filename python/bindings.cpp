@@ -1,22 +1,23 @@
 // lgd_kernels._C: the CPU kernels, by raw address. Torch-free: one build serves every torch.
 #include <pybind11/pybind11.h>
 
+#include "../csrc/common/scalar.h"
+
 namespace lgd {
 void bind_guided_score(pybind11::module_& module);
 void bind_guided_step(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
 
 namespace {
+// Which of its clones the row loops run as (LGD_CLONES in csrc/common/scalar.h).
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(LGD_HAS_CLONES)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3 (AVX2)";
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
   return "x86-64 (SSE2)";
-#elif defined(__aarch64__)
-  return "aarch64 (NEON)";
 #else
-  return "generic";
+  return "the compiler's baseline";
 #endif
 }
 }  // namespace

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lgd_kernels import testing
+from lgd_kernels import impls, testing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,12 +22,13 @@ TARGETS = [
     pytest.param(Target("cpu", "cpu"), id="cpu"),
     pytest.param(Target("triton", "cpu"), id="triton-interpreted", marks=pytest.mark.triton),
     pytest.param(Target("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+    pytest.param(Target("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
 ]
 
 
 def dtypes_of(target: Target) -> list[torch.dtype]:
     """The storage types that a target takes."""
-    return [dtype for dtype in testing.DTYPES if target.impl != "triton" or dtype != torch.float64]
+    return [dtype for dtype in testing.DTYPES if target.impl == "cpu" or dtype != torch.float64]
 
 
 def pytest_generate_tests(metafunc):
@@ -41,7 +42,12 @@ def pytest_collection_modifyitems(config, items):
     if interpreted and not INTERPRETED:
         config.hook.pytest_deselected(items=interpreted)
         items[:] = [item for item in items if item not in set(interpreted)]
+    unbuilt = impls.extension_error() if os.environ.get("LGD_REQUIRE_EXT") != "1" else ""
     for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params.values()
+        runs_cpu = any(value == "cpu" or getattr(value, "impl", None) == "cpu" for value in parameters or ())
+        if unbuilt and (runs_cpu or item.get_closest_marker("extension")):
+            item.add_marker(pytest.mark.skip(reason=unbuilt))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

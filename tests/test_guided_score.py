@@ -145,10 +145,11 @@ def test_operator_manners(generator):
     cond, uncond, omega = (tensor.detach() for tensor in float64_inputs(generator))
     table = list(testing.omegas(3, generator)["table"])
     for arguments in ((omega, 0.0, []), (None, 0.5, []), (None, 0.0, table)):
+        trains = arguments[1] == 0.0
         torch.library.opcheck(torch.ops.lgd.guided_score, (cond, uncond, *arguments, None))
         torch.library.opcheck(
             torch.ops.lgd.guided_score_backward,
-            (cond, cond, uncond, *arguments, cond.dtype, cond.dtype, [True] * 3, None),
+            (cond, cond, uncond, *arguments, cond.dtype, cond.dtype, [True, True, trains], None),
         )
 
 
@@ -159,7 +160,7 @@ def test_compiles_without_breaks_or_recompiles(generator):
     for batch, omega in ((3, 0.5), (4, 0.75), (5, 1.0), (6, 1.25), (7, 1.5)):
         cond, uncond = torch.randn(2, batch, 10, generator=generator).unbind(0)
         assert torch.equal(compiled(cond, uncond, omega), lgd.guided_score(cond, uncond, omega))
-    assert counter.frame_count <= 2
+    assert counter.frame_count == 1
 
     cond, uncond, omega = (tensor.detach().float().requires_grad_() for tensor in float64_inputs(generator))
     compiled = torch.compile(lgd.guided_score, fullgraph=True)
@@ -208,7 +209,7 @@ def test_writes_only_its_output_and_reads_no_stale_memory(target, generator, mon
 
 
 def test_same_bits_twice_and_for_any_thread_count(target, generator):
-    cond, uncond = torch.randn(2, 5, 40001, generator=generator)[..., : 40001 if target.device == target.impl else 3001]
+    cond, uncond = torch.randn(2, 5, 40001 if target.impl == "cpu" else 3001, generator=generator)
     omega = torch.ones(5, requires_grad=True)
     found = []
     for threads in (1, 2, 2):

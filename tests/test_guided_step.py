@@ -150,6 +150,7 @@ def test_close_times(target, generator):
         assert abs(moved / true_move - 1) < 2e-3
 
 
+@pytest.mark.extension
 def test_undefined_steps_are_nan_where_nobody_could_look():
     """On the raw operator nothing is checked, as on a GPU: s after t, eps at signal 0, churn above 1."""
     one, zero, half = torch.ones(1), torch.zeros(1), torch.full((1,), 0.5)

@@ -93,6 +93,7 @@ def test_gradcheck_twice_and_forward_mode(impl, prediction, generator):
     )
 
 
+@pytest.mark.extension
 def test_double_backward_through_the_table(generator):
     x, cond, uncond = torch.randn(3, 3, 5, generator=generator, dtype=torch.float64).unbind(0)
     lookup = testing.promoted(testing.omegas(3, generator)["table"])
@@ -118,10 +119,10 @@ def test_operator_manners(generator):
         torch.library.opcheck(forward, (x, cond, uncond, noise, *scalars, None, None, 0, None))
         torch.library.opcheck(forward, (x, cond, uncond, None, *scalars, None, 5, 2, None))
         torch.library.opcheck(forward, (x, cond, uncond, None, *scalars, torch.arange(3), None, 0, None))
-        torch.library.opcheck(backward, (x, cond, uncond, *scalars, *[x.dtype] * 3, [True] * 5, None))
-        torch.library.opcheck(
-            backward, (x, None, None, *scalars, *[x.dtype] * 3, [True, False, True, False, False], None)
-        )
+        for wanted in ([True] * 5, [True, False, True, False, False]):
+            wanted[4] = wanted[4] and (scalars[0] is not None or bool(scalars[2]))
+            data = (x, cond, uncond) if wanted[4] else (x, None, None)
+            torch.library.opcheck(backward, (*data, *scalars, *[x.dtype] * 3, wanted, None))
 
 
 def test_compiles_without_breaks_or_recompiles(generator):

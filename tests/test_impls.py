@@ -19,7 +19,7 @@ ONE = torch.ones(1, 2)
 
 
 def forget():
-    impls.extension.cache_clear()
+    impls._load.cache_clear()
     impls._choose.cache_clear()
 
 
@@ -35,7 +35,7 @@ def uninterpreted(monkeypatch):
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    monkeypatch.setattr(impls, "extension_error", lambda: "the C++ extension lgd_kernels._C is not built (as if)")
+    monkeypatch.setattr(impls, "_load", lambda name: (None, f"the extension lgd_kernels.{name} is not built (as if)"))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_available_elsewhere(name):
     """The automatic choice first; a device nobody wrote a kernel for still has the reference."""
     pytest.importorskip("triton")
     found = lgd.available_impls(name, "cuda:0")
-    assert found == tuple(impl for impl in ("cuda", "triton", "reference") if impl in found)
+    assert found == tuple(impl for impl in impls.ORDER["cuda"] if impl in found)
     assert found[-1] == "reference" and "triton" in found
     assert lgd.available_impls(name, "mps") == ("reference",)
 
@@ -120,7 +120,7 @@ def test_why_not_a_dtype():
 
 def test_why_not_gives_every_reason(without_extension):
     reasons = lgd.why_not("guided_score", "cpu", ONE.int(), ONE.int(), device="cuda")
-    assert [reason.split(" ", 2)[:2] for reason in reasons] == [["the", "C++"], ["cpu", "runs"], ["cpu", "does"]]
+    assert [reason.split(" ", 2)[:2] for reason in reasons] == [["the", "extension"], ["cpu", "runs"], ["cpu", "does"]]
 
 
 def test_why_not_what_is_not_written(monkeypatch):
@@ -139,8 +139,8 @@ def test_why_not_without_triton(monkeypatch):
 @pytest.mark.parametrize(
     ("missing", "reason"),
     [
-        (True, "the C++ extension lgd_kernels._C is not built (it needs a C++17 compiler at install time)"),
-        (False, "the C++ extension lgd_kernels._C does not load: undefined symbol"),
+        (True, "the extension lgd_kernels._C is not built (it needs a C++17 compiler at install time)"),
+        (False, "the extension lgd_kernels._C does not load: undefined symbol"),
     ],
 )
 def test_why_the_extension_is_missing(monkeypatch, missing, reason):
@@ -151,7 +151,7 @@ def test_why_the_extension_is_missing(monkeypatch, missing, reason):
 
     monkeypatch.setattr(importlib, "import_module", fail)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else "found")
-    assert impls.extension_error.__wrapped__() == reason  # without the cache
+    assert impls._load.__wrapped__("_C") == (None, reason)  # without the cache
 
 
 @pytest.mark.parametrize("call", [lgd.available_impls, lambda name: lgd.why_not(name, "cpu")])
@@ -205,7 +205,7 @@ def test_an_explicit_impl_never_falls_back(with_extension):
 
 
 def test_an_explicit_impl_never_falls_back_to_the_reference(without_extension):
-    message = r"impl='cpu' cannot run here: the C\+\+ extension .* is not built \(as if\)\. These can: reference;"
+    message = r"impl='cpu' cannot run here: the extension .* is not built \(as if\)\. These can: reference;"
     with pytest.raises(ValueError, match=message):
         lgd.guided_score(ONE, ONE, 1.0, impl="cpu")
 
@@ -235,7 +235,8 @@ def test_import_is_silent_and_light():
 import json, sys
 import lgd_kernels as lgd
 def loaded():
-    return [name for name in ("triton", "lgd_kernels._C", "matplotlib", "sklearn") if name in sys.modules]
+    heavy = "triton", "lgd_kernels._C", "lgd_kernels._C_cuda", "matplotlib", "sklearn"
+    return [name for name in heavy if name in sys.modules]
 before = loaded()
 import torch
 from lgd_kernels import impls

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
@@ -159,10 +160,6 @@ def test_filling_is_all_that_the_diagonal_does(target, shape, generator):
     torch.testing.assert_close(seen(target, lookup), omega_at(below, lookup.s), rtol=0, atol=4e-5)  # s - 8 rounds
 
 
-def dtypes_of(target):
-    return [dtype for dtype in testing.DTYPES if target.impl != "triton" or dtype != torch.float64]
-
-
 @pytest.mark.parametrize("times", [torch.float32, torch.float64])
 @pytest.mark.parametrize("knots", [torch.float32, torch.float64])
 @pytest.mark.parametrize("values", testing.DTYPES)
@@ -303,6 +300,13 @@ def test_unknown_condition_is_nan(target, c):
     lookup = at(PLAIN, [0, 0], [0.2, 0.2], [0.8, 0.8])._replace(c=torch.tensor([c, 0]))
     for omega in (seen(target, lookup), omega_at(lookup, lookup.s)):
         assert omega[0].isnan() and omega[1] == pytest.approx(2.75)
+
+
+def test_nan_time_is_nan(target):
+    """A time that went wrong upstream shows, rather than being clamped into the table."""
+    lookup = at(PLAIN, [0, 0, 0], [NAN, 0.2, 0.2], [0.8, NAN, 0.8])
+    for omega in (seen(target, lookup), omega_at(lookup, lookup.s)):
+        assert omega.isnan().tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("upstream", [1.0, math.nan])

@@ -292,7 +292,7 @@ FOUR = torch.tensor([4, 4])
         (FLOW, HALF, THIRD[:1], ValueError, r"`s` is \[1\] torch.float32 on cpu, expected that of `t`: \[2\]"),
         (FLOW, HALF, THIRD.double(), ValueError, r"`s` is \[2\] torch.float64 .* `t`: \[2\] torch.float32"),
         (FLOW, HALF, THIRD.to("meta"), ValueError, r"on meta, expected that of `t`: .* on cpu"),
-        (FLOW, HALF.half(), THIRD.half(), TypeError, r"`t` has dtype torch.float16, .* \(t.float\(\); half loses"),
+        (FLOW, HALF.half(), THIRD.half(), TypeError, r"`t` has dtype torch.float16, .* \(t.float\(\); half would lose"),
         (FLOW, HALF.bfloat16(), THIRD.bfloat16(), TypeError, r"`t` has dtype torch.bfloat16"),
         (FLOW, torch.ones(1, dtype=torch.int64), 0, TypeError, r"`t` has dtype torch.int64, expected float32"),
         (TABLE, FOUR.bool(), FOUR.bool(), TypeError, r"`t` has dtype torch.bool"),
@@ -322,6 +322,7 @@ def test_refuses_a_fraction_of_an_index():
         (torch.ones(0), r"`alphas_cumprod` has shape \[0\], expected \[N\]"),
         (torch.tensor([0.5, 1.5]), r"`alphas_cumprod` must lie in \[0, 1\]"),
         (torch.tensor([0.5, torch.nan]), r"`alphas_cumprod` must lie in \[0, 1\]"),
+        (torch.tensor([0.1, 0.5, 0.9]), "`alphas_cumprod` must decrease"),
     ],
 )
 def test_refuses_tables(alphas, message):

@@ -108,7 +108,8 @@ def test_an_implementation_has_a_launcher(room):
 def test_no_room_without_a_name():
     """Nothing on the other floors that belongs to no op."""
     assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
-    assert {path.stem for path in BINDS if path.suffix == ".cpp"} == {"bindings", "philox", *ROOMS}
+    for floor, shared in ((ROOT / "python", {"bindings", "philox"}), (ROOT / "python" / "cuda", {"bindings"})):
+        assert {path.stem for path in floor.glob("*.cpp")} == shared | set(ROOMS)
 
 
 ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
@@ -200,11 +201,12 @@ def test_csrc_starts_no_threads(path):
 
 
 def test_every_source_is_built():
-    """setup.py takes csrc/*/*_cpu.cpp and python/*.cpp; a source named otherwise would be left out without a word."""
-    sources = [path for path in COMPUTES if path.suffix == ".cpp"]
-    assert [path.name for path in sources if not path.name.endswith("_cpu.cpp")] == []
+    """setup.py takes csrc/*/*_cpu.cpp and python/*.cpp, csrc/*/*_cuda.cu and python/cuda/*.cpp; a source of any other
+    name would be left out without a word."""
+    sources = [path for path in COMPUTES if path.suffix in (".cpp", ".cu")]
+    assert [path.name for path in sources if not path.name.endswith(("_cpu.cpp", "_cuda.cu"))] == []
     assert all(path.parent.parent == ROOT / "csrc" for path in sources)
-    assert all(path.parent == ROOT / "python" for path in BINDS)
+    assert {path.parent for path in BINDS} == {ROOT / "python", ROOT / "python" / "cuda"}
 
 
 @each_room

@@ -27,7 +27,7 @@ template <class S>
 LGD_INLINE int64_t table_bracket(const void* knots, DType dtype, int64_t count, S at, S& weight) {
   int64_t left = 0;
   while (left + 2 < count && load_scalar<S>(knots, dtype, left + 1) <= at) ++left;
-  weight = 0;
+  weight = at == at ? S(0) : at;  // NaN stays NaN
   if (count > 1) {
     const S low = load_scalar<S>(knots, dtype, left), high = load_scalar<S>(knots, dtype, left + 1);
     weight = (at - low) / (high - low);

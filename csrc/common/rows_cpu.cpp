@@ -25,8 +25,11 @@ const S* read_block(const Rows& rows, int64_t sample, int64_t first, int64_t cou
     case DType::f16:
       widen(rows.at<f16>(sample, first), buffer, count);
       break;
-    default:
-      widen(rows.at<float>(sample, first), buffer, count);  // a float among doubles
+    case DType::f32:
+      widen(rows.at<float>(sample, first), buffer, count);
+      break;
+    case DType::f64:
+      widen(rows.at<double>(sample, first), buffer, count);
   }
   return buffer;
 }
@@ -41,8 +44,11 @@ void write_block(const Rows& rows, int64_t sample, int64_t first, int64_t count,
     case DType::f16:
       round_to(block, rows.at<f16>(sample, first), count);
       break;
-    default:
+    case DType::f32:
       round_to(block, rows.at<float>(sample, first), count);
+      break;
+    case DType::f64:
+      round_to(block, rows.at<double>(sample, first), count);
   }
 }
 

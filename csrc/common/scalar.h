@@ -11,6 +11,7 @@
 
 // Row loops are compiled once for each instruction set, and the best one is bound when the module is loaded.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__CUDACC__)
+#define LGD_HAS_CLONES
 #define LGD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LGD_CLONES
@@ -18,7 +19,7 @@
 
 namespace lgd {
 
-enum class DType : int { f32, bf16, f16, f64 };  // the codes that lgd_kernels/arguments.py passes
+enum class DType : int { f32, bf16, f16, f64 };  // the codes that lgd_kernels/native.py passes
 
 struct bf16 {
   uint16_t bits;
@@ -37,9 +38,9 @@ LGD_INLINE float to_float(bf16 value) { return bits_as<float>(uint32_t(value.bit
 
 LGD_INLINE float to_float(f16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
-  // A float with the half's exponent field is 2^112 too small; the product is exact, for subnormals too.
-  uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
-  bits = magnitude >= 0x7c00u ? bits | 0x7f800000u : bits;  // infinity, NaN
+  uint32_t bits = (magnitude << 13) + (112u << 23);  // the exponent's other bias
+  bits = magnitude < 0x400u ? bits_as<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f) : bits;  // subnormal
+  bits = magnitude >= 0x7c00u ? bits | 0x7f800000u : bits;                                     // infinity, NaN
   return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
 }
 
@@ -72,6 +73,11 @@ LGD_INLINE f16 from_float<f16>(float value) {
 
 template <>
 LGD_INLINE float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+LGD_INLINE double from_float<double>(float value) {
   return value;
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels.checks import readable
+from lgd_kernels.checks import DATA_DTYPES, readable
 from lgd_kernels.levels import OmegaLookup, omega_at
 
 
@@ -28,7 +28,8 @@ class OmegaTable:
     """
 
     def __init__(self, values: Tensor, s_knots: Tensor, t_knots: Tensor) -> None:
-        if values.ndim != 3 or not values.is_floating_point() or not values.numel():
+        _tensors("OmegaTable", values=values, s_knots=s_knots, t_knots=t_knots)
+        if values.ndim != 3 or values.dtype not in DATA_DTYPES or not values.numel():
             raise ValueError(
                 f"OmegaTable: `values` is {list(values.shape)} {values.dtype}, expected floats [C, S, T], C, S, T > 0"
             )
@@ -53,6 +54,12 @@ class OmegaTable:
 
         Nothing is computed here. c outside [0, C) raises where it can be seen, and is NaN in the step elsewhere.
         """
+        _tensors("OmegaTable.at", c=c, s=s, t=t)
+        if self.values.shape[1:] != (len(self.s_knots), len(self.t_knots)):
+            raise ValueError(
+                f"OmegaTable.at: `values` now has shape {list(self.values.shape)}, but there are {len(self.s_knots)} "
+                f"and {len(self.t_knots)} knots; make a new table"
+            )
         if c.dtype.is_floating_point or c.dtype.is_complex or c.dtype == torch.bool or c.ndim != 1:
             raise TypeError(f"OmegaTable.at: `c` is {list(c.shape)} {c.dtype}, expected integers [B]")
         for name, tensor in (("s", s), ("t", t)):
@@ -64,6 +71,10 @@ class OmegaTable:
                 raise TypeError(
                     f"OmegaTable.at: `{name}` has dtype {tensor.dtype}, expected float32 or float64, the same for both"
                 )
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"OmegaTable.at: `{name}` requires grad, but no gradient flows to times; pass {name}.detach()"
+                )
         for name, tensor in (("c", c), ("s", s), ("t", t)):
             if tensor.device != self.values.device:
                 raise ValueError(
@@ -74,9 +85,15 @@ class OmegaTable:
                 f"OmegaTable.at: `c` reaches from {int(c.min())} to {int(c.max())}, expected conditions in "
                 f"[0, {self.values.shape[0]})"
             )
-        return OmegaLookup(self.values, self.s_knots, self.t_knots, c.long(), s.detach(), t.detach())
+        return OmegaLookup(self.values, self.s_knots, self.t_knots, c.long(), s, t)
 
     def __call__(self, c: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """omega `[B]` itself, for a look at it; differentiable in `values`."""
         lookup = self.at(c, s, t)
         return omega_at(lookup, torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32)))
+
+
+def _tensors(where: str, **arguments: Tensor) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}: `{name}` is a {type(value).__name__}, expected a tensor")

@@ -21,9 +21,9 @@ def guided_score(
 
     Args:
         cond, uncond: predictions with the condition and without it, `[B, ...]`; float32, bfloat16, float16 or float64,
-            mixed as you like, with any strides. A `uncond` that is `expand`ed over the batch is not copied.
+            mixed as you like, with any strides. An `uncond` that is `expand`ed over the batch is not copied.
         omega: a float; a tensor `[B]` of any float dtype; or `OmegaTable.at(c, s, t)`, looked up inside the kernel.
-        impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
+        impl: "triton", "cuda", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns `[B, ...]`, contiguous, in the dtype of `cond`. Arithmetic is float32 (float64 where a tensor is), rounded
     once. A condition outside the table gives NaN.

@@ -21,5 +21,5 @@ def backward(d_cond, d_uncond, d_omega, upstream, cond, uncond, omega, omega_val
     impls.extension().guided_score_backward(
         rows(d_cond), rows(d_uncond), 0 if d_omega is None else d_omega.data_ptr(),
         rows(upstream), rows(cond), rows(uncond), per_sample(omega, omega_value), table(lookup),
-        *sizes(upstream), wide(upstream, cond, uncond), torch.get_num_threads(),
+        *sizes(upstream), wide(d_cond, d_uncond, d_omega, upstream, cond, uncond), torch.get_num_threads(),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels.levels import OmegaLookup, arithmetic_dtype, omega_at, per_sample
+from lgd_kernels.levels import OmegaLookup, arithmetic_dtype, omega_at, per_sample, sum_samples
 
 
 def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLookup) -> Tensor:
@@ -12,7 +12,7 @@ def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLook
     dtype = arithmetic_dtype(cond, uncond)
     c, u = cond.to(dtype), uncond.to(dtype)
     w = per_sample(omega_at(omega, c), c)
-    return (c + w * (c - u)).to(cond.dtype)
+    return (c + w * (c - u)).to(cond.dtype).contiguous()
 
 
 def guided_score_backward(
@@ -24,5 +24,5 @@ def guided_score_backward(
     w = per_sample(omega_at(omega, g), g)
     d_omega = None
     if cond is not None:
-        d_omega = (g * (cond.to(dtype) - uncond.to(dtype))).unsqueeze(-1).flatten(1).sum(1)
+        d_omega = sum_samples(g * (cond.to(dtype) - uncond.to(dtype)))
     return (1 + w) * g, -w * g, d_omega

@@ -5,13 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.native import sizes, with_contiguous_rows
+from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.triton_common import (
     load_tile,
     omega_arguments,
     omega_at,
     on_device,
-    partial_sums,
     rounded_stores,
     store_tile,
     tile,

@@ -51,7 +51,7 @@ def guided_step(
             `philox_normal(x.shape, seed, stream=1)` is the same noise. With a seed for each sample a sample's noise
             does not depend on its place in the batch.
         first_sample: index of x[0] in the whole batch, where that is split over processes. Of no effect on `[B]` seeds.
-        impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
+        impl: "triton", "cuda", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns x_s `[B, ...]`, contiguous, in the dtype of x. Arithmetic is float32 (float64 where a tensor is), rounded
     once; the coefficients are computed in the dtype of the levels.

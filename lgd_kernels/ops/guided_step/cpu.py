@@ -28,10 +28,11 @@ def backward(
     churn, churn_value,
 ):  # fmt: skip
     upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in (upstream, cond, uncond))
+    is_wide = wide(d_x, d_cond, d_uncond, d_noise, d_omega, upstream, cond, uncond)
     impls.extension().guided_step_backward(
         rows(d_x), rows(d_cond), rows(d_uncond), rows(d_noise), 0 if d_omega is None else d_omega.data_ptr(),
         rows(upstream), rows(cond), rows(uncond),
         per_sample(omega, omega_value), native.table(table), native.levels(levels), PREDICTIONS.index(prediction),
         per_sample(churn, churn_value),
-        *sizes(upstream), wide(upstream, cond, uncond), torch.get_num_threads(),
+        *sizes(upstream), is_wide, torch.get_num_threads(),
     )  # fmt: skip

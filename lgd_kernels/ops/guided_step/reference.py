@@ -11,6 +11,7 @@ from lgd_kernels.levels import (
     omega_at,
     per_sample,
     step_coefficients,
+    sum_samples,
 )
 from lgd_kernels.philox import STREAM_STEP, normal
 
@@ -37,7 +38,7 @@ def guided_step(
         noise = normal(x.shape, seed, STREAM_STEP, first_sample, x.device)
     if noise is not None:
         x_s = x_s + v * noise.to(dtype)
-    return x_s.to(x.dtype)
+    return x_s.to(x.dtype).contiguous()
 
 
 def guided_step_backward(
@@ -56,7 +57,7 @@ def guided_step_backward(
     a, b, v = (per_sample(k.to(dtype), d) for k in _coefficients(levels, prediction, churn, dtype))
     d_omega = None
     if cond is not None:
-        d_omega = (b * d * (cond.to(dtype) - uncond.to(dtype))).unsqueeze(-1).flatten(1).sum(1)
+        d_omega = sum_samples(b * d * (cond.to(dtype) - uncond.to(dtype)))
     return a * d, b * (1 + w) * d, -b * w * d, v * d, d_omega
 
 

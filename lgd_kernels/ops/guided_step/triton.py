@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.native import sizes, with_contiguous_rows
+from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.philox import STREAM_STEP
 from lgd_kernels.triton_common import (
     NOISE_NONE,
@@ -15,7 +15,6 @@ from lgd_kernels.triton_common import (
     omega_arguments,
     omega_at,
     on_device,
-    partial_sums,
     per_sample,
     philox_tile,
     rounded_stores,

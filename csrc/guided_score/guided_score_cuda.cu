@@ -1,0 +1,64 @@
+#include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "guided_score_cuda.h"
+
+namespace lgd {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks) forward(GuidedScore op, Tiling tiling) {
+  const Place at(tiling);
+  if (!at.count) return;
+  const float omega = op.omega.at<float>(at.sample);
+  float cond[kVector], uncond[kVector];
+  Access<T>::load(op.cond, at.sample, at.first, at.count, cond);
+  Access<T>::load(op.uncond, at.sample, at.first, at.count, uncond);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) cond[i] += omega * (cond[i] - uncond[i]);
+  Access<T>::store(op.guided, at.sample, at.first, at.count, cond);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks) backward(GuidedScoreBackward op, Tiling tiling, float* parts) {
+  const Place at(tiling);
+  float sum = 0;
+  if (at.count) {
+    const float omega = op.omega.at<float>(at.sample);
+    float upstream[kVector], cond[kVector], uncond[kVector];
+    Access<T>::load(op.d_guided, at.sample, at.first, at.count, upstream);
+    if (parts) {
+      Access<T>::load(op.cond, at.sample, at.first, at.count, cond);
+      Access<T>::load(op.uncond, at.sample, at.first, at.count, uncond);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum += upstream[i] * (cond[i] - uncond[i]);
+    }
+    store_scaled<T>(op.d_cond, at, 1 + omega, upstream);
+    store_scaled<T>(op.d_uncond, at, -omega, upstream);
+  }
+  if (!parts) return;
+  sum = group_sum(sum, tiling.log_columns);
+  const bool leads = (threadIdx.x & ((1 << tiling.log_columns) - 1)) == 0;
+  if (leads && at.count) parts[at.sample * tiling.column_blocks + at.column_block] = sum;
+}
+
+}  // namespace
+
+int guided_score_cuda(const GuidedScore& op, int64_t batch, int64_t row, void* stream) {
+  const Tiling tiling = Tiling::of(batch, row);
+  const auto launch = [&](auto type) {
+    forward<decltype(type)><<<tiling.blocks(), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, tiling);
+  };
+  dispatch(row, launch, op.guided, op.cond, op.uncond);
+  return cudaGetLastError();
+}
+
+int guided_score_backward_cuda(const GuidedScoreBackward& op, int64_t batch, int64_t row, float* parts, void* stream) {
+  const Tiling tiling = Tiling::of(batch, row);
+  const auto launch = [&](auto type) {
+    backward<decltype(type)><<<tiling.blocks(), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, tiling, parts);
+  };
+  dispatch(row, launch, op.d_guided, op.cond, op.uncond, op.d_cond, op.d_uncond);
+  return cudaGetLastError();
+}
+
+}  // namespace lgd

@@ -1,0 +1,169 @@
+"""The pictures of the report, as PNG data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLOURS = {
+    "unguided": "#8a8f98", "constant": "#d08c2e", "interval": "#3a7ca5", "per class": "#7fb3a2", "learned": "#b3263e",
+}  # fmt: skip
+MOST_SEEDS = 4  # panels side by side
+
+STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8f98",
+    "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+ON_LINE = {
+    "fontsize": 8, "weight": "bold", "ha": "center", "va": "center",
+    "bbox": {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "none"},
+}  # fmt: skip
+
+
+def png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def draw(metrics: dict, shown: list[dict]) -> dict[str, str]:
+    """All pictures by name. `shown` holds, per seed, what `digits.run_seed` returns under "show"."""
+    seeds = metrics["seeds"]
+    with matplotlib.rc_context(STYLE):
+        return {
+            "path": png(omega_path(seeds)),
+            "heat": png(omega_heat(seeds, torch.stack([show["omega"] for show in shown]).mean(0))),
+            "classes": png(energy_by_class(seeds)),
+            "samples": png(sample_grids(shown[0]["real"], shown[0]["samples"], wrong_share(seeds[:1]))),
+            "choice": png(validation(seeds[0])),
+        }
+
+
+def wrong_share(seeds: list[dict]) -> np.ndarray:
+    return np.mean([seed["wrong_captions"] for seed in seeds], 0)  # [10]
+
+
+def class_colours(share: np.ndarray) -> list:
+    """Blue for a clean class to red for one whose captions are mostly wrong, on one scale for every run."""
+    return [colormaps["turbo"](0.08 + 0.84 * min(1.0, value / 0.75)) for value in share]
+
+
+def omega_path(seeds: list[dict]) -> Figure:
+    share = wrong_share(seeds)
+    seeds = seeds[:MOST_SEEDS]
+    figure = Figure(figsize=(3.6 * len(seeds) + (3.6 if len(seeds) == 1 else 1.3), 3.5))
+    panels = figure.subplots(1, len(seeds), sharey=True, squeeze=False)[0]
+    for panel, seed in zip(panels, seeds, strict=True):
+        path = np.array(seed["omega_path"])  # [steps, 10]
+        t = 1 - np.arange(len(path)) / len(path)
+        for c, colour in enumerate(class_colours(share)):
+            panel.plot(t, path[:, c], color=colour, lw=1.6, label=f"{c}: {100 * share[c]:.0f} % wrong")
+            at = min(len(t) - 1, round(len(t) * (0.04 + 0.04 * c)))  # staggered, to tell crossing lines apart
+            panel.text(t[at], path[at, c], c, color=colour, **ON_LINE)
+        interval = seed["chosen"]["interval"]
+        inside = (t - 0.5 / len(t) >= interval["low"]) & (t - 0.5 / len(t) <= interval["high"])
+        panel.step(t, interval["omega"] * inside, color="#222222", lw=1, ls=":", where="post", label="best interval")
+        panel.axhline(seed["chosen"]["constant"]["omega"], color="#222222", lw=1, ls="--", label="best constant")
+        panel.set(title=f"seed {seed['seed']}", xlabel="t: noise → data", xlim=(1, 0))
+    panels[0].set_ylabel("omega(c, s = t − step, t)")
+    panels[0].set_ylim(bottom=-0.02)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="class: captions")
+    return figure
+
+
+def omega_heat(seeds: list[dict], omega: Tensor) -> Figure:
+    """omega [51 (s), 51 (t), 10] of the two cleanest and the two noisiest classes."""
+    share = wrong_share(seeds)
+    order = np.argsort(share, kind="stable")
+    classes = [*order[:2], *order[-2:]]
+    n = omega.shape[0]
+    values = np.ma.masked_where(~np.triu(np.ones((n, n), bool), 1)[..., None].repeat(10, 2), omega.numpy())
+    figure = Figure(figsize=(11.5, 3.1))
+    panels = figure.subplots(1, 4, sharey=True)
+    top = max(values[..., classes].max(), 0.1)
+    for panel, c in zip(panels, classes, strict=True):
+        image = panel.imshow(
+            values[..., c], origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=top, cmap="magma_r", aspect="equal"
+        )
+        step = 1 / len(seeds[0]["omega_path"])
+        panel.plot([step, 1], [0, 1 - step], color="#3a7ca5", lw=1)
+        panel.set(title=f"class {c}: {100 * share[c]:.0f} % of captions wrong", xlabel="t")
+    panels[0].set_ylabel("s")
+    figure.colorbar(image, ax=panels, label="omega", shrink=0.9)
+    return figure
+
+
+def energy_by_class(seeds: list[dict]) -> Figure:
+    share = wrong_share(seeds)
+    figure = Figure(figsize=(9.5, 3.3))
+    panel = figure.subplots()
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        values = np.array([seed["test"][name]["energy_per_class"] for seed in seeds])  # [seeds, 10]
+        at = np.arange(10) + 0.17 * (i - 2)
+        panel.bar(at, values.mean(0), 0.15, color=colour, label=name)
+        if len(seeds) > 1:
+            panel.scatter(at[None].repeat(len(seeds), 0), values, s=5, color="#222222", lw=0, zorder=3)
+    panel.set_xticks(range(10), [f"{c}\n{100 * value:.0f} %" for c, value in enumerate(share)])
+    panel.set(xlabel="class, and share of its captions that are wrong", ylabel="energy distance (test)")
+    panel.legend(ncols=5, loc="upper left")
+    return figure
+
+
+def sample_grids(real: Tensor, samples: Tensor, share: np.ndarray) -> Figure:
+    """real [10, 8, 64] and samples [methods, 10, 8, 64]: one sheet each, a row per class, coloured by its captions."""
+    sheets = {"real (test split)": real, **dict(zip(COLOURS, samples, strict=True))}
+    figure = Figure(figsize=(13.5, 3.2))
+    for panel, (name, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
+        panel.imshow(tile(images), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+        panel.set_yticks([10 * c + 4.5 for c in range(10)], range(10), weight="bold")
+        for label, colour in zip(panel.get_yticklabels(), class_colours(share), strict=True):
+            label.set_color(colour)
+        panel.set_xticks([])
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+        panel.set_title(name, color=COLOURS.get(name, "#222222"))
+    return figure
+
+
+def tile(images: Tensor) -> np.ndarray:
+    """[rows, columns, 64] -> one sheet of 8 x 8 pictures with white borders of one pixel."""
+    rows, columns = images.shape[:2]
+    cells = torch.nn.functional.pad(images.view(rows, columns, 8, 8), (1, 1, 1, 1), value=-1.0)
+    return cells.permute(0, 2, 1, 3).reshape(rows * 10, columns * 10).clamp(-1, 1).numpy()
+
+
+def validation(seed: dict) -> Figure:
+    """What each choice was made from: the primary figure of every setting on the validation split."""
+    found, chosen = seed["validation"], seed["chosen"]
+    figure = Figure(figsize=(9.5, 3.1))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.3, 1))
+    omega, _, _, energy = np.array(found["interval"]).T
+    left.scatter(omega, energy, s=12, color=COLOURS["interval"], alpha=0.5, lw=0, label="intervals")
+    left.plot(*np.array(found["constant"]).T, "o-", ms=4, color=COLOURS["constant"], label="constant")
+    left.set(xlabel="omega", ylabel="energy distance (validation)", title="hand-made guidance")
+    runs: dict[tuple, list] = {}
+    for run in found["learned"]:
+        runs.setdefault((run["delta"], run["s_min"]), []).append((run["steps"], run["energy"]))
+    for i, ((delta, s_min), points) in enumerate(runs.items()):
+        right.plot(
+            *np.array(points).T,
+            "o-",
+            ms=4,
+            color=COLOURS["learned"],
+            alpha=1 - i / (len(runs) + 1),
+            label=f"delta {delta:g}, s_min {s_min:g}",
+        )
+    right.set(xlabel="training steps of omega", title="learned")
+    low = min(pick["validation"] for pick in chosen.values())
+    left.set_ylim(0.8 * low, 3 * low)
+    for panel in (left, right):
+        panel.legend(loc="upper right")
+    return figure

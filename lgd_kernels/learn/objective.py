@@ -1,0 +1,110 @@
+"""The self-consistency loss that omega is learned with, and the times it is learned at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def self_consistency_loss(
+    x_s: Tensor, targets: Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True
+) -> Tensor:
+    """Energy loss of m guided particles against k re-noised targets, one value per item.
+
+        L_i = 1/(m k) sum_jk ||x_s^j - y^k||^beta  -  lam/2 * 1/(m (m-1)) sum_{j != j'} ||x_s^j - x_s^j'||^beta
+
+    For an item (x0, c, s, t) the targets are `y^k = signal_s x0 + noise_s z` and the particles `x_s^j` come by one
+    guided step from `x_t^j = signal_t x0 + noise_t z'`. **z and z' must be independent**: with one shared noise a
+    target knows its particle and the loss degenerates. In expectation L_i is half the squared energy distance
+    between the two laws (lam = 1), up to the target-target term, which does not depend on omega and is left out: L
+    may be negative, and only its differences mean something.
+
+    Args:
+        x_s: guided particles `[B, m, ...]`.
+        targets: `[B, k, ...]`, same trailing shape; m and k may differ.
+        beta: power of the distance, in (0, 2].
+        lam: weight of the repulsion between particles, in [0, 1]. beta = 2, lam = 0 is the L2 variant, which is
+            biased: it asks for guidance even of an exact denoiser.
+        unbiased: average over the m (m-1) pairs of different particles; False divides by m^2 instead.
+
+    Returns `[B]`, float32 (float64 for float64 input).
+
+    Differentiable in `x_s` and `targets`. Where two points coincide the gradient of their distance is taken as 0
+    (the distance has no slope there for beta <= 1, and PyTorch's chain rule would give NaN).
+
+    Source: Galashov et al., arXiv 2510.00815, Eq. 9 and 17-22; beta = 1.75, lam = 1 and m = 4 are the paper's.
+
+    >>> import torch
+    >>> x_s = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])      # B = 1, m = 2
+    >>> y = torch.tensor([[[0.0, 0.0]]])                    # k = 1
+    >>> self_consistency_loss(x_s, y, beta=1.0, lam=1.0)    # (0 + 2) / 2 - 1/2 * (2 + 2) / 2
+    tensor([0.])
+    """
+    if x_s.dim() < 2 or targets.dim() != x_s.dim() or x_s.shape[2:] != targets.shape[2:]:
+        raise ValueError(
+            f"self_consistency_loss: x_s {list(x_s.shape)} and targets {list(targets.shape)} must be [B, m, ...] "
+            "and [B, k, ...] with the same trailing shape"
+        )
+    if len(x_s) != len(targets):
+        raise ValueError(f"self_consistency_loss: x_s holds {len(x_s)} items, targets {len(targets)}")
+    if not 0 < beta <= 2:
+        raise ValueError(f"self_consistency_loss: beta is {beta}, expected a power in (0, 2]")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"self_consistency_loss: lam is {lam}, expected a weight in [0, 1]")
+    m = x_s.shape[1]
+    if lam > 0 and unbiased and m < 2:
+        raise ValueError(
+            "self_consistency_loss: one particle has no partner to be repelled by; pass m >= 2 particles, lam=0 "
+            "or unbiased=False"
+        )
+    dtype = torch.promote_types(torch.promote_types(x_s.dtype, targets.dtype), torch.float32)
+    x_s, targets = x_s.flatten(2).to(dtype), targets.flatten(2).to(dtype)
+    attraction = _powered_distances(x_s, targets, beta).mean((1, 2))  # [B]
+    if lam == 0:
+        return attraction
+    pairs = m * (m - 1) if unbiased else m * m  # the diagonal adds nothing to the sum
+    repulsion = _powered_distances(x_s, x_s, beta).sum((1, 2)) / pairs  # [B]
+    return attraction - lam / 2 * repulsion
+
+
+def sample_times(
+    batch: int,
+    delta: float = 0.1,
+    zeta: float = 0.01,
+    s_min: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pairs of unit times to learn at: `s ~ U[s_min, 1 - zeta - delta]`, then `t = s + U[delta, 1 - zeta - s]`.
+
+    Unit times run from 0 (data) to 1 (noise); `schedule.from_unit` makes them the times of a schedule.
+
+    Args:
+        batch: how many pairs.
+        delta: the shortest step that is learned from. The paper found 0.1 the best of 0.01, 0.1, 0.2, 0.3.
+        zeta: how far t stays below 1. The paper does not state it: this default is ours.
+        s_min: the smallest s. The paper does not state it: this default is ours.
+        generator: where the numbers come from, and on which device.
+
+    Returns `(s, t)`, each `[batch]` float32. Source: Galashov et al., arXiv 2510.00815.
+
+    >>> s, t = sample_times(1000, delta=0.1)
+    >>> bool((t - s > 0.0999).all() and (t < 0.9901).all())
+    True
+    """
+    if not (delta > 0 and zeta >= 0 and s_min >= 0 and s_min <= 1 - zeta - delta):
+        raise ValueError(
+            f"sample_times: delta = {delta}, zeta = {zeta}, s_min = {s_min} leave no times: expected delta > 0 and "
+            "0 <= s_min <= 1 - zeta - delta"
+        )
+    device = generator.device if generator is not None else None
+    u, v = torch.rand(2, batch, generator=generator, device=device)
+    s = s_min + (1 - zeta - delta - s_min) * u
+    t = s + delta + (1 - zeta - s - delta) * v
+    return s, t
+
+
+def _powered_distances(x: Tensor, y: Tensor, beta: float) -> Tensor:
+    """||x_j - y_k||^beta for x [B, m, D], y [B, k, D]: [B, m, k], with gradient 0 where the points coincide."""
+    squared = (x[:, :, None] - y[:, None]).square().sum(-1)
+    apart = squared > 0
+    return torch.where(apart, torch.where(apart, squared, 1.0).pow(beta / 2), 0.0)

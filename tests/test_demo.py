@@ -1,0 +1,184 @@
+"""The main job in miniature: from labels to a report, through the function that the command line calls."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from lgd_kernels.demo import digits, guidance, measures
+from lgd_kernels.demo.data import Labelled, load_digits, replace_labels
+from lgd_kernels.demo.report import text_table
+from lgd_kernels.schedules import RectifiedFlow
+
+for module in ("sklearn", "matplotlib"):
+    pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, what was printed to stdout and stderr) of a quick run with two seeds."""
+    out = tmp_path_factory.mktemp("digits")
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        status = digits.main(["--quick", "--seeds", "2", "--out", str(out)])
+    assert status == 0
+    return out, printed.getvalue(), errors.getvalue()
+
+
+def test_prints_the_table_and_nothing_else(finished):
+    out, printed, errors = finished
+    assert errors == ""  # no bars in a pipe
+    lines = printed.splitlines()
+    assert lines[0].startswith("held-out digits, 2 seeds, noise rising")
+    assert [line[:10].strip() for line in lines[3:8]] == list(digits.METHODS)
+    assert "figures mean nothing" in printed
+    assert lines[-1] == f"report: {out / 'report.html'}"
+
+
+def test_metrics(finished):
+    metrics = json.loads((finished[0] / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert set(metrics) == {"config", "versions", "quick", "seeds", "summary"} and metrics["quick"]
+    for number, seed in enumerate(metrics["seeds"]):
+        assert seed["seed"] == number
+        for values in seed["test"].values():
+            assert len(values["energy_per_class"]) == 10
+            assert values["energy"] == pytest.approx(sum(values["energy_per_class"]) / 10, abs=1e-5)
+            assert 0 <= values["accuracy"] <= 1 and values["frechet"] > 0
+        assert seed["accuracy_real"] > 0.9
+        assert all(omega >= 0 for row in seed["omega_path"] for omega in row)
+        for name, tried in seed["validation"].items():  # the choice is the best of what was tried, on validation
+            energies = [found["energy"] if name == "learned" else found[-1] for found in tried]
+            assert seed["chosen"][name]["validation"] == min(energies)
+        assert len(seed["chosen"]["per class"]["settings"]) == 10
+        assert seed["chosen"]["per class"]["validation"] <= seed["chosen"]["interval"]["validation"]
+    summary, test = metrics["summary"], [seed["test"] for seed in metrics["seeds"]]
+    assert summary["methods"]["learned"]["energy"]["mean"] == pytest.approx(
+        (test[0]["learned"]["energy"] + test[1]["learned"]["energy"]) / 2
+    )
+    assert list(summary["paired"]) == [f"learned - {other}" for other in digits.METHODS[:-1]]
+    assert summary["paired"]["learned - constant"]["energy"]["values"] == pytest.approx(
+        [values["learned"]["energy"] - values["constant"]["energy"] for values in test]
+    )
+
+
+def test_report_is_self_contained(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert "http" not in page and "<script" not in page and "<link" not in page
+    sources = re.findall(r'src="([^"]{0,22})', page)
+    assert len(sources) == 5 and set(sources) == {"data:image/png;base64,"}
+    for name in (*digits.METHODS, "Paired differences", "wrong"):
+        assert name in page
+
+
+def test_one_seed_has_no_interval(finished):
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    metrics["seeds"] = metrics["seeds"][:1]
+    metrics["summary"] = digits.summarise(metrics["seeds"])
+    assert metrics["summary"]["methods"]["learned"]["energy"]["std"] is None
+    table = text_table(metrics)
+    assert "1 seed," in table and "[" not in table and table.count("±") == 1
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name))
+    assert digits.main(["--quick", "--out", str(tmp_path / "none")]) == 1
+    assert "sklearn" in (error := capsys.readouterr().err) and "pip install 'lgd_kernels[demo]'" in error
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--noise", "some"], ["--threads", "0"], ["--what"]])
+def test_refuses(argv, capsys):
+    with pytest.raises(SystemExit):
+        digits.main(argv)
+
+
+def test_default_grid_is_fair():
+    config = digits.Config()
+    intervals = len(config.interval_omegas) * len(config.interval_lows) * len(config.interval_highs)
+    assert intervals >= 100 and intervals > len(config.learning) * config.omega_steps // config.checkpoint_every
+
+
+def test_splits_share_no_image_and_follow_the_seed():
+    data = load_digits("rising", "swapped", seeded())
+    assert [len(part.c) for part in (data.train, data.validation, data.test)] == [1000, 400, 397]
+    assert data.train.x.shape == (1000, 64) and data.train.x.min() == -1 and data.train.x.max() == 1
+    rows = torch.cat([data.train.x, data.validation.x, data.test.x])
+    assert len(rows.unique(dim=0)) == 1797
+    assert torch.equal(data.train.x, load_digits("uniform", "any", seeded()).train.x)
+    assert not torch.equal(data.train.x, load_digits("rising", "swapped", seeded(1)).train.x)
+
+
+def test_replaced_labels():
+    c = torch.arange(10).repeat_interleave(2000)
+    rates = torch.linspace(0, 0.75, 10)
+    swapped = replace_labels(c, rates, "swapped", seeded())
+    assert torch.equal(swapped.bincount(), c.bincount())  # captions stay as frequent
+    assert bool((c[swapped == 0] == 0).all())  # and a clean class has clean captions
+    share = torch.stack([(swapped[c == k] != k).double().mean() for k in range(10)])
+    expected = rates * (1 - rates / rates.sum())  # some get their own label back
+    assert bool((share - expected).abs().max() < 0.03)
+    anything = replace_labels(c, rates, "any", seeded())
+    share = torch.stack([(anything[c == k] != k).double().mean() for k in range(10)])
+    assert bool((share - 0.9 * rates).abs().max() < 0.03) and bool((c[anything == 0] != 0).any())
+
+
+def test_energy_distance():
+    x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [4.0]])
+    # 2 * (1 + 4 + 1 + 2) / 4 - 2 - 3
+    assert float(measures.energy_distance(x, y)) == pytest.approx(-1.0)
+    x, y = torch.randn(2, 3000, 3, generator=seeded())
+    assert abs(float(measures.energy_distance(x, y))) < 0.01 < float(measures.energy_distance(x + 0.5, y))
+    stacked = measures.energy_distance(torch.stack([x, x + 0.5]), y)
+    assert float(stacked[1]) == pytest.approx(float(measures.energy_distance(x + 0.5, y)), abs=1e-6)
+    real = Labelled(torch.cat([y + k for k in range(10)]), torch.arange(10).repeat_interleave(3000))
+    per_class = measures.energy_per_class(torch.stack([y + k for k in range(9)] + [y])[None, :, :200], real)
+    assert per_class.shape == (1, 10) and bool(per_class[0, :9].abs().max() < 0.1) and per_class[0, 9] > 1
+
+
+def test_frechet_distance():
+    x = torch.randn(500, 4, generator=seeded(), dtype=torch.float64)
+    assert measures.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert measures.frechet_distance(x + 2, x) == pytest.approx(4 * 4)
+    assert measures.frechet_distance(3 * x - 3 * x.mean(0), x - x.mean(0)) == pytest.approx(
+        4 * float(x.T.cov().trace())
+    )
+
+
+def test_spread():
+    value = measures.spread([1.0, 2.0, 3.0])
+    assert value["mean"] == 2 and value["std"] == pytest.approx(1)
+    assert value["interval95"] == pytest.approx([2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)])
+
+
+def test_interval_table():
+    table = guidance.interval_table(2.0, 0.4, 0.8, steps=5, classes=3)
+    assert table.tolist() == [[0.0] * 3, [2.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]  # middles .9 .7 .5 .3 .1
+    assert bool((guidance.interval_table(1.0, 0.0, 1.0, steps=50) == 1).all())
+
+
+def test_sampling_takes_each_samples_own_weight():
+    """One batch of settings and classes gives what each gives alone."""
+
+    def predict(x, u, c):
+        return torch.tanh(x) * (1 + c[:, None]), 0.5 * torch.tanh(x) * u[:, None]
+
+    tables = torch.rand(3, 5, 2, generator=seeded())
+    together = guidance.sample_classes(predict, tables, 4, 6, RectifiedFlow(), seeded(1), chunk=2)
+    assert together.shape == (3, 2, 4, 6)
+    z = torch.randn(8, 6, generator=seeded(1))
+    for i, table in enumerate(tables):
+        for c in range(2):
+            alone = guidance.sample(
+                predict, z[4 * c : 4 * c + 4], torch.full((4,), c), table[:, [c, c]], RectifiedFlow()
+            )
+            torch.testing.assert_close(together[i, c], alone)

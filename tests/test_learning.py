@@ -1,0 +1,238 @@
+"""The self-consistency loss, its times, the omega network, and learning with a denoiser that is known exactly."""
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+import lgd_kernels as lgd
+from lgd_kernels.demo import guidance
+from lgd_kernels.demo.measures import energy_distance
+from lgd_kernels.learn.objective import sample_times, self_consistency_loss
+from lgd_kernels.omega.network import OmegaNetwork
+
+# x1 = (0, 0), x2 = (3, 4); y1 = (0, 0), y2 = (3, 0): distances 0, 3, 5, 4, and 5 between the particles
+X = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
+Y = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    "beta, lam, unbiased, expected",
+    [
+        (1.0, 0.0, True, 3.0),  # (0 + 3 + 5 + 4) / 4
+        (1.0, 1.0, True, 0.5),  # 3 - 1/2 * (5 + 5) / 2
+        (1.0, 0.5, True, 1.75),  # 3 - 1/4 * (5 + 5) / 2
+        (1.0, 1.0, False, 1.75),  # 3 - 1/2 * (5 + 5) / 4
+        (2.0, 0.0, True, 12.5),  # (0 + 9 + 25 + 16) / 4
+        (2.0, 1.0, True, 0.0),  # 12.5 - 1/2 * 25
+        (1.75, 1.0, True, (3**1.75 + 5**1.75 + 4**1.75) / 4 - 5**1.75 / 2),
+    ],
+)
+def test_hand_worked_values(beta, lam, unbiased, expected):
+    torch.testing.assert_close(self_consistency_loss(X, Y, beta, lam, unbiased), torch.tensor([expected]))
+
+
+def test_defaults_are_the_papers():
+    assert torch.equal(self_consistency_loss(X, Y), self_consistency_loss(X, Y, 1.75, 1.0, True))
+
+
+def test_one_item_moves_no_other():
+    x, y = torch.randn(3, 4, 5, generator=seeded()), torch.randn(3, 2, 5, generator=seeded(1))
+    before = self_consistency_loss(x, y)
+    x[1], y[1] = 7 * x[1], -y[1]
+    after = self_consistency_loss(x, y)
+    assert torch.equal(before[[0, 2]], after[[0, 2]]) and before[1] != after[1]
+
+
+def test_invariances():
+    x, y = (torch.randn(3, m, 2, 3, generator=seeded(m), dtype=torch.float64) for m in (4, 5))
+    loss = self_consistency_loss(x, y)
+    assert loss.shape == (3,)
+    torch.testing.assert_close(self_consistency_loss(x[:, [2, 0, 3, 1]], y[:, [4, 0, 1, 3, 2]]), loss)  # order
+    torch.testing.assert_close(self_consistency_loss(x.flatten(2), y.flatten(2)), loss)  # trailing shape
+    torch.testing.assert_close(self_consistency_loss(x + 1.5, y + 1.5), loss)  # translation
+    torch.testing.assert_close(self_consistency_loss(3 * x, 3 * y), 3**1.75 * loss)  # scale
+
+
+def test_the_targets_own_law_has_the_least_loss():
+    y, x = torch.randn(2, 20000, 4, 2, generator=seeded())
+    loss = [
+        self_consistency_loss(scale * x + shift, y).mean() for scale, shift in ((1, 0), (0.8, 0), (1.2, 0), (1, 0.3))
+    ]
+    assert min(loss) == loss[0]
+    # lam = 0 has no such optimum: it rewards particles that huddle together
+    assert self_consistency_loss(0.8 * x, y, lam=0.0).mean() < self_consistency_loss(x, y, lam=0.0).mean()
+
+
+@pytest.mark.parametrize("beta, lam, unbiased", [(1.75, 1.0, True), (1.0, 0.5, False), (2.0, 0.0, True)])
+def test_gradient_against_finite_differences(beta, lam, unbiased):
+    x, y = (torch.randn(2, m, 3, generator=seeded(m), dtype=torch.float64, requires_grad=True) for m in (3, 4))
+    assert torch.autograd.gradcheck(lambda x, y: self_consistency_loss(x, y, beta, lam, unbiased), (x, y))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.75, 2.0])
+def test_coincident_particles_have_gradient_zero(beta):
+    x = torch.zeros(1, 3, 2, requires_grad=True)
+    y = torch.zeros(1, 2, 2, requires_grad=True)
+    self_consistency_loss(x, y, beta).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x)) and torch.equal(y.grad, torch.zeros_like(y))
+
+
+def test_precision_of_the_result():
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
+        assert self_consistency_loss(X.to(dtype), Y.to(dtype)).dtype == expected
+
+
+@pytest.mark.parametrize(
+    "x, y, options, message",
+    [
+        (X, Y[..., :1], {}, "same trailing shape"),
+        (X, Y.expand(2, -1, -1), {}, "x_s holds 1 items, targets 2"),
+        (X, Y, {"beta": 2.5}, "beta is 2.5"),
+        (X, Y, {"lam": -1.0}, "lam is -1"),
+        (X[:, :1], Y, {}, "m >= 2"),
+    ],
+)
+def test_loss_refuses(x, y, options, message):
+    with pytest.raises(ValueError, match=message):
+        self_consistency_loss(x, y, **options)
+
+
+def test_times_fill_their_triangle():
+    s, t = sample_times(20000, delta=0.2, zeta=0.05, s_min=0.1, generator=seeded())
+    assert s.shape == t.shape == (20000,)
+    assert s.min() >= 0.1 and s.max() <= 0.75 + 1e-6 and (t - s).min() >= 0.2 - 1e-6 and t.max() <= 0.95 + 1e-6
+    assert abs(s.mean() - 0.425) < 0.005  # U[0.1, 0.75]
+    assert abs((t - s).mean() - (0.2 + 0.95 - 0.425) / 2) < 0.005  # U[0.2, 0.95 - s]
+    again = sample_times(20000, delta=0.2, zeta=0.05, s_min=0.1, generator=seeded())
+    assert torch.equal(s, again[0]) and torch.equal(t, again[1])
+    with pytest.raises(ValueError, match="leave no times"):
+        sample_times(4, delta=0.9, zeta=0.05, s_min=0.1)
+
+
+def test_network_is_non_negative_finite_and_alive():
+    torch.manual_seed(0)
+    net = OmegaNetwork(classes=3, initial=2.0)
+    c = torch.arange(3).repeat(4)
+    s, t = torch.rand(2, 12, generator=seeded()) * 0.5 + torch.tensor([[0.0], [0.5]])
+    s[0], t[0] = 0.0, 1.0  # log-SNR infinite at both ends
+    log_snr = lgd.RectifiedFlow().log_snr
+    omega = net(c, log_snr(s), log_snr(t))
+    assert omega.shape == (12,) and bool((omega - 2).abs().max() < 1)
+    omega.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in net.parameters())
+    with torch.no_grad():
+        net.head[-1].bias.fill_(-9)
+    assert torch.equal(net(c, log_snr(s), log_snr(t)), torch.zeros(12))
+    with pytest.raises(ValueError, match="stays dead"):
+        OmegaNetwork(3, initial=0.0)
+
+
+# A 2-D mixture: two classes of two Gaussians each, whose posterior mean is known.
+MEANS = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, -1.0]])  # the first two are class 0
+STD, SCHEDULE, STEPS = 0.3, lgd.RectifiedFlow(), 25
+
+
+def draw(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    component = torch.randint(0, 4, (n,), generator=generator)
+    return MEANS[component] + STD * torch.randn(n, 2, generator=generator), component // 2
+
+
+def exact_denoiser(wrong: float):
+    """E[x0 | x_t, label], where a label names the other class with probability `wrong`; exact at 0."""
+
+    def estimate(x, u, weights):  # [N, 2], [N], [N, 4]
+        signal, noise = (level[:, None] for level in SCHEDULE.signal_noise(u))
+        variance = (signal * STD).square() + noise.square()
+        offset = x[:, None] - signal[..., None] * MEANS
+        posterior = (weights.log() - offset.square().sum(-1) / (2 * variance)).softmax(1)
+        mean = MEANS + (signal * STD**2 / variance)[..., None] * offset
+        return (posterior[..., None] * mean).sum(1)
+
+    def predict(x, u, c):
+        own = one_hot(c, 2).repeat_interleave(2, 1) / 2
+        return estimate(x, u, own * (1 - wrong) + (0.5 - own) * wrong), estimate(x, u, torch.full_like(own, 0.25))
+
+    return predict
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=["exact", "label-noisy"])
+def learned(request):
+    """(wrong, predict, the last checkpoint): the same start and the same data for both denoisers."""
+    torch.manual_seed(0)
+    generator = seeded()
+    predict = exact_denoiser(request.param)
+    x0, c = draw(2000, generator)
+    checkpoints = guidance.learn_omega(predict, x0, c, SCHEDULE, generator, classes=2, steps=200, every=100, batch=128)
+    assert len(checkpoints) == 2
+    return request.param, predict, checkpoints[-1]
+
+
+def test_learning_leaves_an_exact_denoiser_alone_and_guides_a_noisy_one(learned):
+    wrong, _, net = learned
+    u_s, u_t = sample_times(1000, delta=0.04, generator=seeded(1))
+    omega = guidance.omega_grid(net, SCHEDULE, u_s, u_t).mean()
+    assert omega < 0.05 if wrong == 0 else 0.5 < omega < 4
+
+
+def test_learned_guidance_lowers_the_distance_to_real_data(learned):
+    wrong, predict, net = learned
+    generator = seeded(2)
+    tables = torch.stack([torch.zeros(STEPS, 2), guidance.learned_table(net, SCHEDULE, STEPS)])
+    samples = guidance.sample_classes(predict, tables, 500, 2, SCHEDULE, generator)  # [2, 2, 500, 2]
+    x, c = draw(2000, generator)
+    unguided, guided = (
+        sum(float(energy_distance(group[label], x[c == label])) for label in (0, 1)) / 2 for group in samples
+    )
+    if wrong == 0:
+        assert guided < 0.02  # not spoiled
+    else:
+        assert guided < unguided / 3 and unguided > 0.05
+
+
+def test_learning_takes_the_papers_loss_with_three_independent_noises(monkeypatch):
+    seen = {}
+    step, loss = lgd.guided_step, self_consistency_loss
+
+    def spy_step(x, *args, noise, churn, **options):
+        seen.update(x_t=x, step=noise, churn=churn)
+        return step(x, *args, noise=noise, churn=churn, **options)
+
+    def spy_loss(x_s, targets, beta, lam):
+        seen.update(targets=targets, beta=beta, lam=lam)
+        return loss(x_s, targets, beta, lam)
+
+    monkeypatch.setattr(lgd, "guided_step", spy_step)
+    monkeypatch.setattr(guidance, "self_consistency_loss", spy_loss)
+    zeros = torch.zeros(50, 8)  # data at 0: what is left of x_t and of the targets is their noise
+    guidance.learn_omega(
+        lambda x, u, c: (x, -x), zeros, torch.zeros(50, dtype=torch.int64), SCHEDULE, seeded(), steps=1, every=1
+    )
+    assert (seen["beta"], seen["lam"], seen["churn"]) == (1.75, 1.0, 1.0)
+    assert seen["x_t"].shape == seen["targets"].shape == (256, 4, 8)
+    correlations = torch.stack([seen[name].flatten() for name in ("x_t", "targets", "step")]).corrcoef()
+    assert bool((correlations - torch.eye(3)).abs().max() < 0.06)  # 8192 values: about five standard errors
+
+
+def test_the_loss_itself_prefers_omega_zero_for_an_exact_denoiser():
+    """Not the ReLU: weights on both sides of 0 are worse, under common noise."""
+    generator, predict = seeded(3), exact_denoiser(0.0)
+    x0, c = draw(10000, generator)
+    u_s, u_t = sample_times(len(x0), generator=generator)
+    levels = SCHEDULE.levels(u_t, u_s)
+    z = torch.randn(3, len(x0), 4, 2, generator=generator)
+    signal_t, noise_t, signal_s, noise_s = (level[:, None, None] for level in levels[:4])
+    x_t, y = signal_t * x0[:, None] + noise_t * z[0], signal_s * x0[:, None] + noise_s * z[1]
+    cond, uncond = (
+        p.view_as(x_t) for p in predict(x_t.flatten(0, 1), u_t.repeat_interleave(4), c.repeat_interleave(4))
+    )
+    loss = {
+        omega: float(
+            self_consistency_loss(lgd.guided_step(x_t, cond, uncond, omega, levels, churn=1.0, noise=z[2]), y).mean()
+        )
+        for omega in (-0.5, 0.0, 0.5, 1.0)
+    }
+    assert min(loss, key=loss.get) == 0.0

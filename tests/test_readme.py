@@ -1,0 +1,66 @@
+"""What the README and docs say: their snippets run, their commands exist, their links lead somewhere."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import lgd_kernels as lgd
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_snippets_run_one_after_the_other(page):
+    namespace = {}
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, page.name, "exec"), namespace)
+
+
+def test_the_readme_has_snippets_and_they_do_what_they_say():
+    snippets = blocks(ROOT / "README.md", "python")
+    namespace = {}
+    exec(snippets[0], namespace)
+    # the toy denoiser predicts the condition, so guided samples end at (1 + omega) condition
+    expected = (1 + namespace["omega"]) * namespace["condition"]
+    assert (namespace["x"] - expected[:, None]).abs().max() < 1e-5
+    assert len(snippets) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = {word for page in PAGES for line in blocks(page, "bash") for word in re.findall(r"^make (\w+)", line, re.M)}
+    assert {"demo", "test"} <= named <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_understands_its_file():
+    for target in ("demo", "test"):
+        run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+
+def test_paths_in_the_docs_exist():
+    """`lgd_kernels/...`, `csrc/...` and the like; `<op>` stands for any room."""
+    for page in PAGES:
+        for path in re.findall(r"`((?:lgd_kernels|csrc|python|tests|docs)/[\w./<>]*)`", page.read_text()):
+            assert (ROOT / path.replace("<op>", "guided_step")).exists(), f"{page.name}: {path}"
+
+
+def test_every_public_name_is_in_the_docs():
+    text = "".join(page.read_text() for page in PAGES)
+    assert [name for name in lgd.__all__ if name not in text] == []

@@ -1,0 +1,224 @@
+"""What stands around a call: default dtypes, traces, profiles, subclasses, views; batched and mixed backwards."""
+
+import itertools
+
+import pytest
+import torch
+
+import lgd_kernels as lgd
+from lgd_kernels import testing
+
+LEVELS = testing.step_levels(3)
+
+
+def score(cond, uncond, omega=0.5, **options):
+    return lgd.guided_score(cond, uncond, omega, **options)
+
+
+def step(cond, uncond, omega=0.5, **options):
+    return lgd.guided_step(uncond, cond, uncond, omega, LEVELS, **options)
+
+
+each_op = pytest.mark.parametrize("op", [score, step])
+
+
+@pytest.fixture
+def data(generator):
+    return torch.randn(2, 3, 5, generator=generator).unbind(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_default_dtype_changes_nothing(dtype, data):
+    expected = lgd.philox_normal((3, 1000), seed=1), step(*data, churn=1.0, seed=2)
+    torch.set_default_dtype(dtype)
+    try:
+        found = lgd.philox_normal((3, 1000), seed=1), step(*data, churn=1.0, seed=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@each_op
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_the_operator(op, data):
+    traced = torch.jit.trace(lambda cond, uncond: op(cond, uncond), data, check_trace=False)
+    other = [tensor + 1 for tensor in data]
+    torch.testing.assert_close(traced(*other), op(*other))
+
+
+@each_op
+def test_the_profiler_sees_the_operator(op, data):
+    with torch.profiler.profile() as profile:
+        op(*data)
+    assert any(event.key == f"lgd::guided_{op.__name__}" for event in profile.key_averages())
+
+
+class Halved(torch.Tensor):
+    """Means half of what it holds."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = [arg.held / 2 if isinstance(arg, cls) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+
+@each_op
+def test_subclasses_are_asked(op, data):
+    omega = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(op(*data, Halved(2 * omega)), op(*data, omega))
+
+
+@each_op
+def test_negative_views(op, data):
+    negative = torch.complex(torch.zeros(3, 5), data[0]).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(op(negative, data[1]), op(-data[0], data[1]))
+    omega = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    torch.testing.assert_close(op(*data, omega), op(*data, -1.0))
+
+
+@each_op
+def test_batched_backward(op, data):
+    omega = torch.ones(3, requires_grad=True)
+    upstream = torch.randn(4, 3, 5)
+    batched = torch.autograd.grad(op(*data, omega), omega, upstream, is_grads_batched=True)[0]
+    alone = [torch.autograd.grad(op(*data, omega), omega, one)[0] for one in upstream]
+    torch.testing.assert_close(batched, torch.stack(alone))
+
+
+@each_op
+def test_forward_over_reverse(op, data):
+    omega, tangents = torch.ones(3, requires_grad=True), []
+    for impl in (None, "reference"):
+        guided = op(*data, omega, impl=impl)
+        with torch.autograd.forward_ad.dual_level():
+            upstream = torch.autograd.forward_ad.make_dual(torch.ones(3, 5), 2 * torch.ones(3, 5))
+            grad = torch.autograd.grad(guided, omega, upstream)[0]
+            tangents.append(torch.autograd.forward_ad.unpack_dual(grad).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("wide", range(4))
+@pytest.mark.parametrize("trains", [(0, 1, 2, 3), (1,), (3, 4), (0, 1, 2, 3, 4)])
+def test_gradients_of_mixed_dtypes(wide, trains, generator, monkeypatch):
+    """One float64 among float32: its gradient is float64, and no byte of an output is left as it was."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(torch.nan))
+    tensors = [torch.randn(3, 50, generator=generator) for _ in range(4)] + [torch.rand(3, generator=generator)]
+    tensors[wide] = tensors[wide].double()
+    found = []
+    for impl in (None, "reference"):
+        leaves = [tensor.clone().requires_grad_(i in trains) for i, tensor in enumerate(tensors)]
+        x, cond, uncond, noise, omega = leaves
+        options = {"churn": 0.5, "noise": noise, "prediction": "flow", "impl": impl}
+        stepped = lgd.guided_step(x, cond, uncond, omega, LEVELS, **options)
+        found.append(torch.autograd.grad(stepped.square().sum(), [leaves[i] for i in trains]))
+    for mine, reference, i in zip(*found, trains, strict=True):
+        assert mine.dtype == tensors[i].dtype
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_score_gradients_of_mixed_dtypes(data):
+    for wide in (0, 1):
+        leaves = [tensor.double() if i == wide else tensor for i, tensor in enumerate(data)]
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        grads = torch.autograd.grad(score(*leaves, 0.5).sum(), leaves)
+        assert torch.equal(grads[0], torch.full_like(leaves[0], 1.5))
+        assert torch.equal(grads[1], torch.full_like(leaves[1], -0.5))
+
+
+def test_expanded_seeds(data):
+    """One seed expanded over the batch is a seed for each sample: all rows draw the same."""
+    seeds = torch.tensor([5]).expand(3)
+    z = lgd.philox_normal((3, 5), seeds)
+    assert torch.equal(z[0], z[1]) and torch.equal(z, lgd.philox_normal((3, 5), seeds.clone()))
+    assert torch.equal(step(*data, churn=1.0, seed=seeds), step(*data, churn=1.0, seed=seeds.clone()))
+
+
+def test_the_raw_operator_takes_any_strides(data, generator):
+    lookup = testing.omegas(3, generator)["table"]
+    strided = lookup._replace(values=lookup.values.transpose(0, 2).contiguous().transpose(0, 2))
+    levels = [LEVELS[0].repeat_interleave(2)[::2], *LEVELS[1:]]
+    found = []
+    for table, impl in itertools.product((lookup, strided), (None, "reference")):
+        scalars = None, 0.0, list(table), levels, "x0", None, 0.0
+        found.append(torch.ops.lgd.guided_step(data[0], *data, None, *scalars, None, None, 0, impl))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
+
+
+def test_compiled_table_gradient_is_the_same_every_time(generator):
+    torch._dynamo.reset()
+    x, cond, uncond = torch.randn(3, 20_000, 2, generator=generator).unbind(0)
+    lookup, levels = testing.omegas(20_000, generator)["table"], testing.step_levels(20_000)
+    values = lookup.values.detach().requires_grad_()
+
+    def loss(values):
+        return lgd.guided_step(x, cond, uncond, lookup._replace(values=values), levels).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    first, *others = (torch.autograd.grad(compiled(values), values)[0] for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("nan_first", [True, False])
+def test_nan_is_refused_wherever_it_stands(nan_first, data):
+    values = torch.tensor([torch.nan, 0.5, 0.5] if nan_first else [0.5, 0.5, torch.nan])
+    with pytest.raises(ValueError, match=r"`churn` is .*nan.*, expected values in \[0, 1\]"):
+        step(*data, churn=values, seed=0)
+    with pytest.raises(ValueError, match="`levels.gap` is nan in one sample"):
+        lgd.guided_step(*data, data[0], 0.5, LEVELS._replace(gap=values))
+
+
+def test_noise_that_is_multiplied_by_0_is_not_looked_at(data):
+    noise = torch.full((3, 5), torch.nan)
+    for impl in (None, "reference"):
+        assert torch.equal(step(*data, churn=0.0, noise=noise, impl=impl), step(*data, impl=impl))
+
+
+@pytest.mark.extension
+def test_half_subnormals_survive_flushing(data):
+    tiny = torch.tensor([[2.0**-24, 2.0**-20, -(2.0**-15), 1.0]], dtype=torch.float16)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = lgd.guided_score(tiny, tiny * 0, 1.0, impl="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, 2 * tiny)
+
+
+REFUSED = {
+    "none": (
+        lambda c, u: lgd.guided_step(c, c, None, 0.5, LEVELS),
+        TypeError,
+        "`uncond` is a NoneType.*pass cond",
+    ),
+    "none score": (lambda c, u: lgd.guided_score(c, None, 0.5), TypeError, "`uncond` is a NoneType"),
+    "sparse": (lambda c, u: lgd.guided_score(c.to_sparse(), u, 0.5), TypeError, "`cond` has layout torch.sparse_coo"),
+    "table": (lambda c, u: lgd.guided_score(c, u, "x"), TypeError, r"`omega` is a str.*OmegaTable.at\(c, s, t\)"),
+    "omega column": (lambda c, u: score(c, u, torch.ones(3, 1)), ValueError, r"omega.flatten\(\)"),
+    "omega float8": (
+        lambda c, u: score(c, u, torch.ones(3).to(torch.float8_e4m3fn)),
+        TypeError,
+        "`omega` has dtype torch.float8_e4m3fn, expected float32",
+    ),
+    "first_sample": (
+        lambda c, u: step(c, u, churn=1.0, seed=0, first_sample=-1),
+        ValueError,
+        "`first_sample` is -1, expected an index from 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case, data):
+    call, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        call(*data)
