@@ -56,7 +56,7 @@ def nvcc_version():
 cpu = Pybind11Extension(
     "lgd_kernels._C",
     sorted(glob("csrc/*/*_cpu.cpp") + glob("python/*.cpp")),
-    depends=HEADERS,  # built again when these change; in the sdist
+    depends=HEADERS,  # built again when these change
     cxx_std=17,
     extra_compile_args=warnings + arithmetic + threads,
     extra_link_args=threads,
