@@ -57,7 +57,8 @@ def guided_step(
     once; the coefficients are computed in the dtype of the levels.
 
     Differentiable in x, cond, uncond, noise and omega (in the table's values, for a lookup), any number of times, but
-    not in levels and churn; also under vmap (with `noise`), jvp and func.grad, where the reference runs.
+    not in levels and churn; also under vmap, jvp and func.grad, where the reference runs. Under vmap pass `noise`: a
+    seed is refused there (compiled, it is not noticed, and every entry draws the same).
     `torch.ops.lgd.guided_step`, the raw operator, is not differentiable. Same inputs, same bits, on any thread count.
 
     Raises TypeError or ValueError, naming the argument, before anything is written. Values (s after t, churn outside
