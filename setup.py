@@ -67,6 +67,7 @@ cuda = Pybind11Extension(
     "lgd_kernels._C_cuda",
     sorted(glob("csrc/*/*_cuda.cu") + glob("python/cuda/*.cpp")),
     depends=HEADERS,
+    cxx_std=17,  # said, so that pybind11 does not ask a compiler that may be missing
     optional=True,
 )
 setup(ext_modules=[cpu, *([cuda] if NVCC else [])], cmdclass={"build_ext": BuildExtensions})
