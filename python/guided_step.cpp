@@ -10,8 +10,8 @@ namespace {
 
 template <class S>
 void run(const GuidedStep& op, int64_t batch, int64_t row, int threads) {
-  for_chunks(batch, row, threads,
-             [&](int64_t sample, int64_t first, int64_t last) { guided_step<S>(op, sample, first, last); });
+  const auto work = [&](int64_t sample, int64_t first, int64_t last) { guided_step<S>(op, sample, first, last); };
+  for_chunks(batch, row, threads, work, op.draws ? kSerialDrawn : kSerial);
 }
 
 template <class S>

@@ -8,13 +8,14 @@
 
 namespace lgd {
 
-constexpr int64_t kSerial = 32768;  // elements below which waking a second thread costs more than it saves
+// Elements below which waking a second thread costs more than it saves: where they are read, and where noise is drawn.
+constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 
 // work(sample, first, last) for every chunk of every row.
 template <class Work>
-void for_chunks(int64_t batch, int64_t row, int threads, const Work& work) {
+void for_chunks(int64_t batch, int64_t row, int threads, const Work& work, int64_t serial = kSerial) {
   const int64_t chunks = chunks_of(row), tasks = batch * chunks;
-  if (batch * row < kSerial) threads = 1;
+  if (batch * row < serial) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t sample = task / chunks, first = task % chunks * kChunk;

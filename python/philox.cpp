@@ -18,9 +18,10 @@ void bind_philox(py::module_& module) {
     auto* z = reinterpret_cast<float*>(out);
     const Seed from = seed(seed_);
     py::gil_scoped_release release;
-    for_chunks(batch, row, threads, [&](int64_t sample, int64_t first, int64_t last) {
+    const auto work = [&](int64_t sample, int64_t first, int64_t last) {
       philox_fill(z + sample * row + first, last - first, start + first, from, sample, stream);
-    });
+    };
+    for_chunks(batch, row, threads, work, kSerialDrawn);
   });
 }
 

@@ -3,37 +3,35 @@
 namespace lgd {
 namespace {
 
-template <class S>
-LGD_CLONES void scale_loop(S* out, const S* in, S factor, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = factor * in[i];
+template <class E, class S>
+LGD_CLONES void scale_loop(E* out, const E* in, S factor, int64_t count) {
+  map<S>(out, count, [=](S value) LGD_LAMBDA { return factor * value; }, in);
 }
 
-template <class S>
-LGD_CLONES S dot_difference_loop(const S* upstream, const S* cond, const S* uncond, int64_t count) {
-  S sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += upstream[i] * (cond[i] - uncond[i]);
-  return sum;
+template <class S, class E>
+LGD_CLONES S dot_difference_loop(const E* upstream, const E* cond, const E* uncond, int64_t count) {
+  const auto term = [](S d, S c, S u) LGD_LAMBDA { return d * (c - u); };
+  return sum<S>(count, term, upstream, cond, uncond);
 }
 
 }  // namespace
 
-template <>
-void scale(float* out, const float* in, float factor, int64_t count) {
+template <class E, class S>
+void scale(E* out, const E* in, S factor, int64_t count) {
   scale_loop(out, in, factor, count);
 }
-template <>
-void scale(double* out, const double* in, double factor, int64_t count) {
-  scale_loop(out, in, factor, count);
+
+template <class S, class E>
+S dot_difference(const E* upstream, const E* cond, const E* uncond, int64_t count) {
+  return dot_difference_loop<S>(upstream, cond, uncond, count);
 }
-template <>
-float dot_difference(const float* upstream, const float* cond, const float* uncond, int64_t count) {
-  return dot_difference_loop(upstream, cond, uncond, count);
-}
-template <>
-double dot_difference(const double* upstream, const double* cond, const double* uncond, int64_t count) {
-  return dot_difference_loop(upstream, cond, uncond, count);
-}
+
+#define LGD_INSTANTIATE(E, S)                    \
+  template void scale(E*, const E*, S, int64_t); \
+  template S dot_difference(const E*, const E*, const E*, int64_t);
+LGD_INSTANTIATE(float, float)
+LGD_INSTANTIATE(double, double)
+LGD_INSTANTIATE(bf16, float)
+#undef LGD_INSTANTIATE
 
 }  // namespace lgd

@@ -1,7 +1,7 @@
-// How a CPU kernel walks its data: in blocks of a row, each read as the arithmetic type whatever the storage type.
+// How a CPU kernel walks its data: in blocks of a row.
 //
-// A kernel's own loops then know two types, float and double. A tensor that is stored as the arithmetic type is used
-// where it lies; any other passes through a block buffer that never leaves the nearest cache.
+// A kernel's own loops know one type of element, whatever mixture they are given: tensors of that type are used where
+// they lie, any other passes through a block buffer that never leaves the nearest cache.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -29,19 +29,41 @@ struct Rows {
 
 template <class T>
 constexpr DType dtype_of() {
+  if (std::is_same<T, bf16>::value) return DType::bf16;
   return std::is_same<T, float>::value ? DType::f32 : DType::f64;
 }
 
-// The block as S: in place where it is stored so, in `buffer` otherwise.
+// run(E{}), E being what a kernel's loops read: bf16 where all tensors present are stored so, and are converted in the
+// loop itself; otherwise the arithmetic type S, and other tensors pass through buffers.
+template <class S, class Run, class... R>
+auto with_elements(const Run& run, const R&... tensors) {
+  if constexpr (std::is_same<S, float>::value)
+    if (((!tensors.data || tensors.dtype == DType::bf16) && ...)) return run(bf16{});
+  return run(S{});
+}
+
 template <class S>
-const S* read_block(const Rows& rows, int64_t sample, int64_t first, int64_t count, S* buffer);
+const S* converted_block(const Rows& rows, int64_t sample, int64_t first, int64_t count, S* buffer);
+template <class S>
+void store_converted(const Rows& rows, int64_t sample, int64_t first, int64_t count, const S* block);
+
+// The block as E: in place where it is stored so, in `buffer` otherwise.
+template <class E>
+const E* read_block(const Rows& rows, int64_t sample, int64_t first, int64_t count, E* buffer) {
+  if constexpr (!std::is_same<E, bf16>::value)
+    if (rows.dtype != dtype_of<E>()) return converted_block(rows, sample, first, count, buffer);
+  return rows.at<E>(sample, first);
+}
 
 // Where the kernel should write the block; `write_block` then rounds it to where it belongs.
-template <class S>
-S* open_block(const Rows& rows, int64_t sample, int64_t first, S* buffer) {
-  return rows.dtype == dtype_of<S>() ? rows.at<S>(sample, first) : buffer;
+template <class E>
+E* open_block(const Rows& rows, int64_t sample, int64_t first, E* buffer) {
+  return rows.dtype == dtype_of<E>() ? rows.at<E>(sample, first) : buffer;
 }
-template <class S>
-void write_block(const Rows& rows, int64_t sample, int64_t first, int64_t count, const S* block);
+template <class E>
+void write_block(const Rows& rows, int64_t sample, int64_t first, int64_t count, const E* block) {
+  if constexpr (!std::is_same<E, bf16>::value)
+    if (rows.dtype != dtype_of<E>()) store_converted(rows, sample, first, count, block);
+}
 
 }  // namespace lgd

@@ -2,12 +2,15 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define LGD_INLINE __host__ __device__ __forceinline__
 #else
 #define LGD_INLINE inline __attribute__((always_inline))
 #endif
+
+#define LGD_LAMBDA __attribute__((always_inline))
 
 // Row loops are compiled once for each instruction set, and the best one is bound when the module is loaded.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__CUDACC__)
@@ -51,12 +54,15 @@ LGD_INLINE double to_float(double value) { return value; }
 template <class T>
 LGD_INLINE T from_float(float value);
 
+// The bfloat16 in the upper half of the result.
+LGD_INLINE uint32_t round_to_bf16(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  return value == value ? bits + 0x7fffu + ((bits >> 16) & 1u) : 0x7fc00000u;
+}
+
 template <>
 LGD_INLINE bf16 from_float<bf16>(float value) {
-  const uint32_t bits = bits_as<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  return {uint16_t(round_to_bf16(value) >> 16)};
 }
 
 template <>
@@ -79,6 +85,15 @@ LGD_INLINE float from_float<float>(float value) {
 template <>
 LGD_INLINE double from_float<double>(float value) {
   return value;
+}
+
+// A result of the arithmetic type S, rounded once to where it is stored.
+template <class E, class S>
+LGD_INLINE E rounded(S value) {
+  if constexpr (std::is_same<E, S>::value)
+    return value;
+  else
+    return from_float<E>(float(value));
 }
 
 // One scalar of any storage type, as the arithmetic type S.
