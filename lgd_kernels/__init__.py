@@ -6,7 +6,7 @@ from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.ops.guided_step.api import guided_step
 from lgd_kernels.philox import philox_normal
-from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
+from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear, churn_from_eta
 
 __all__ = [
     "EDM",
@@ -18,6 +18,7 @@ __all__ = [
     "VPCosine",
     "VPLinear",
     "available_impls",
+    "churn_from_eta",
     "guided_score",
     "guided_step",
     "philox_normal",

@@ -133,15 +133,20 @@ def _diagnose_levels(op: str, value: Levels, like_name: str, like: Tensor) -> No
 
 def churn(op: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
     """In [0, 1], a constant for autograd."""
-    per_sample(op, "churn", value, like_name, like)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{op}: `churn` requires grad, but no gradient flows to churn; pass churn.detach()")
+    unit(op, "churn", value, like_name, like)
+
+
+def unit(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
+    """A number or a tensor `[B]` in [0, 1]."""
+    per_sample(op, name, value, like_name, like)
     if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise ValueError(f"{op}: `churn` requires grad, but no gradient flows to churn; pass churn.detach()")
         inside = not readable(value) or (smallest(value) >= 0 and -smallest(-value) <= 1)
     else:
         inside = torch.compiler.is_compiling() or 0 <= value <= 1
     if not inside:
-        raise ValueError(f"{op}: `churn` is {brief(value)}, expected values in [0, 1]")
+        raise ValueError(f"{op}: `{name}` is {brief(value)}, expected values in [0, 1]")
 
 
 def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tensor | None) -> None:
