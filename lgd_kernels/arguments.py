@@ -40,17 +40,17 @@ def to_omega(grad: Tensor, omega: Tensor | None, table: list[Tensor]) -> Tensor:
     return table_gradient(OmegaLookup(*table), grad) if table else grad.to(omega.dtype)
 
 
-def same_stride(levels: list[Tensor]) -> list[Tensor]:
-    """The five tensors with one stride, so that a kernel needs only one (0 where all are expanded)."""
-    stride = levels[0].stride(0)
-    if all(tensor.stride(0) == stride for tensor in levels):
-        return levels
-    return [tensor.contiguous() for tensor in levels]
-
-
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:
     """A table as the kernels read it."""
     return [tensor.contiguous() for tensor in tensors]
+
+
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether one of them does."""
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def split_seed(seed: int | Tensor | None) -> tuple[Tensor | None, int | None]:

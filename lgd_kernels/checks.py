@@ -103,16 +103,16 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
 
 
 def _alike(value: Levels, like: Tensor) -> bool:
-    """The common case, at once: five good tensors."""
+    """The common case, at once: five good tensors. (A loop: a generator takes half as long again.)"""
     shape, dtype, device = like.shape[:1], getattr(value.gap, "dtype", None), like.device
-    return dtype in (torch.float32, torch.float64) and all(
-        isinstance(tensor, Tensor)
-        and tensor.dtype is dtype
-        and tensor.shape == shape
-        and tensor.device == device
-        and not tensor.requires_grad
-        for tensor in value
-    )
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for tensor in value:
+        if not isinstance(tensor, Tensor) or tensor.dtype is not dtype or tensor.requires_grad:
+            return False
+        if tensor.shape != shape or tensor.device != device:
+            return False
+    return True
 
 
 def _diagnose_levels(op: str, value: Levels, like_name: str, like: Tensor) -> None:
@@ -197,7 +197,8 @@ def smallest(tensor: Tensor) -> float:
     """The least value, or NaN where there is one; a short vector is quicker as a list."""
     if tensor.numel() > 64:
         return tensor.min().item()
-    return min(tensor.tolist(), key=lambda value: (value == value, value))
+    values = tensor.tolist()
+    return min(values) if sum(values) == sum(values) else min(values, key=lambda value: (value == value, value))
 
 
 def brief(value) -> str:

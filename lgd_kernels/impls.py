@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 import pkgutil
 
@@ -24,6 +25,9 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 HALF = frozenset((torch.bfloat16, torch.float16))
 FLOATS = HALF | {torch.float32}
 ALL_FLOATS = FLOATS | {torch.float64}
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_given = functools.partial(operator.is_not, None)
 
 
 def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -56,9 +60,9 @@ def why_not(op: str, impl: str, *tensors: Tensor, device: torch.device | str | N
     return list(_reasons(op, impl, torch.device(device).type, dtypes))
 
 
-def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
+def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
     """The implementation that runs; ValueError with every reason where an explicit one cannot."""
-    return _choose(op, impl, tensors[0].device.type, tuple(tensor.dtype for tensor in tensors))
+    return _choose(op, impl, device.type, dtypes)
 
 
 @functools.cache
@@ -79,9 +83,9 @@ def through_reference(op: str, impl: str | None) -> bool:
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Nothing looks on: no compilation, tracing, profiling or dispatch mode, and only plain tensors. Then a call may
-    leave out the operator's own dispatch, which costs more than a small step. (Private names of torch: where one is
-    missing, there is no short cut.)"""
+    """Nothing looks on: no compilation, tracing, profiling or dispatch mode, and only plain tensors, whose memory holds
+    their values. Then a call may leave out the operator's own dispatch, which costs more than a small step. (Private
+    names of torch: where one is missing, there is no short cut.)"""
     try:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return False
@@ -89,7 +93,7 @@ def direct(*tensors: Tensor | None) -> bool:
             return False
     except AttributeError:
         return False
-    return all(tensor is None or _plain(tensor) for tensor in tensors)
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, filter(_given, tensors)))
 
 
 def rooms() -> list[str]:
@@ -171,11 +175,6 @@ def _reasons(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...]) -
             names = ", ".join(sorted(str(one).removeprefix("torch.") for one in offered[impl]))
             reasons.append(f"{impl} does not take {str(dtype).removeprefix('torch.')} (it takes {names})")
     return tuple(reasons)
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Its memory holds its values: no subclass, and no negative view."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
 
 
 def _implementations(op: str) -> dict[str, frozenset[torch.dtype]]:

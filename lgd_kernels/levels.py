@@ -6,7 +6,6 @@ coefficients of a step. `csrc/common/levels.h` and `triton_common.py` compute th
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -144,7 +143,7 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """float32, or float64 where a dtype is."""
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

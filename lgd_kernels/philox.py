@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks, impls, native
+from lgd_kernels import checks, impls
 
 STREAM_USER, STREAM_STEP, STREAM_TARGETS = 0, 1, 2  # so that one seed never shares noise between its uses
 
@@ -73,9 +73,9 @@ def philox_normal(
         return normal(shape, seed, stream, first_sample, device)
     out = torch.empty(shape, dtype=torch.float32, device=device)
     seeds = seed.to(device).contiguous() if isinstance(seed, Tensor) else None
-    extension.philox_normal(
-        out.data_ptr(), *native.sizes(out), 0, stream, native.seed(seeds, seed, first_sample), torch.get_num_threads()
-    )
+    if out.numel():
+        number = None if isinstance(seed, Tensor) else seed
+        extension.philox_normal(out, 0, stream, seeds, number, first_sample, torch.get_num_threads())
     return out
 
 

@@ -247,6 +247,14 @@ def tiling(like: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     return (triton.cdiv(batch, rows) * blocks,), blocks, {"ROWS": rows, "BLOCK": block, **COMPILE}
 
 
+def level_arguments(levels: list[Tensor]) -> tuple[Tensor | int, ...]:
+    """The five tensors and their stride, one for all (0 where all are expanded)."""
+    stride = levels[0].stride(0)
+    if all(tensor.stride(0) == stride for tensor in levels):
+        return *levels, stride
+    return *(tensor.contiguous() for tensor in levels), 1
+
+
 def number_arguments(tensor: Tensor | None, value: float, like: Tensor) -> tuple[Tensor, int, float]:
     """(tensor, stride, value); an absent tensor points at `like` and is never read."""
     return (like, 0, value) if tensor is None else (tensor, tensor.stride(0), 0.0)

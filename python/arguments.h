@@ -1,13 +1,11 @@
-// What Python hands over (lgd_kernels/native.py), as the structs of csrc/. A tensor is an address, a dtype code and
-// a stride; nothing here knows torch.
+// What Python hands over, as the structs of csrc/. A tensor is an object with `data_ptr`, `dtype`, `stride` and
+// `shape`: these are asked for by name, so that nothing here is built against torch or linked to it.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
-#include <tuple>
 
 #include "../csrc/common/levels.h"
 #include "../csrc/common/philox.h"
@@ -15,46 +13,132 @@
 
 namespace lgd {
 
+using Tensor = pybind11::handle;   // or None: absent
+using Tensors = pybind11::handle;  // a list or tuple of them
 using Address = uintptr_t;
-using RowsArgument = std::tuple<Address, int, int64_t>;                // address (0: absent), dtype, stride
-using PerSampleArgument = std::tuple<Address, int, int64_t, double>;   // address (0: the value), dtype, stride, value
-using SeedArgument = std::tuple<Address, int64_t, int64_t, uint32_t>;  // address (0: the value), stride, value, first
-using LevelsArgument = std::tuple<std::array<Address, 5>, int, int64_t>;  // addresses, dtype, stride
-// values, its dtype and three sizes; s_knots, t_knots, their dtype; c, s, t, the dtype of the times
-using TableArgument =
-    std::tuple<Address, int, std::array<int64_t, 3>, Address, Address, int, Address, Address, Address, int>;
 
-inline Rows rows(const RowsArgument& from) {
-  const auto [address, dtype, stride] = from;
-  return {reinterpret_cast<void*>(address), DType(dtype), stride};
+// Made once, when the module is loaded, and never freed: names to ask for, and torch's dtypes in the order of DType.
+struct Python {
+  PyObject *data_ptr, *dtype, *stride, *shape, *numel;
+  PyObject* dtypes[4];
+
+  static const Python& instance() {
+    static const Python python;
+    return python;
+  }
+
+ private:
+  Python()
+      : data_ptr(PyUnicode_InternFromString("data_ptr")),
+        dtype(PyUnicode_InternFromString("dtype")),
+        stride(PyUnicode_InternFromString("stride")),
+        shape(PyUnicode_InternFromString("shape")),
+        numel(PyUnicode_InternFromString("numel")) {
+    const auto torch = pybind11::module_::import("torch");
+    const char* names[] = {"float32", "bfloat16", "float16", "float64"};
+    for (int i = 0; i < 4; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
+  }
+};
+
+inline int64_t integer(PyObject* result) {
+  const auto owned = pybind11::reinterpret_steal<pybind11::object>(result);
+  const int64_t value = owned ? PyLong_AsLongLong(owned.ptr()) : -1;
+  if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+  return value;
 }
 
-inline PerSample per_sample(const PerSampleArgument& from) {
-  const auto [address, dtype, stride, value] = from;
-  return {reinterpret_cast<const void*>(address), DType(dtype), stride, value};
+inline void* address(Tensor tensor) {
+  if (tensor.is_none()) return nullptr;
+  return reinterpret_cast<void*>(integer(PyObject_CallMethodNoArgs(tensor.ptr(), Python::instance().data_ptr)));
 }
 
-inline Seed seed(const SeedArgument& from) {
-  const auto [address, stride, value, first_sample] = from;
-  return {reinterpret_cast<const int64_t*>(address), stride, value, first_sample};
+inline DType dtype(Tensor tensor) {
+  const auto& python = Python::instance();
+  const auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor.ptr(), python.dtype));
+  if (!found) throw pybind11::error_already_set();
+  for (int code = 0; code < 4; ++code)
+    if (found.ptr() == python.dtypes[code]) return DType(code);
+  throw pybind11::type_error("the kernels take float32, bfloat16, float16 and float64");
 }
 
-inline Levels levels(const LevelsArgument& from) {
-  const auto& [addresses, dtype, stride] = from;
-  Levels levels{{}, DType(dtype), stride};
-  for (int i = 0; i < 5; ++i) levels.data[i] = reinterpret_cast<const void*>(addresses[i]);
+// Of the first dimension. (All strides at once take half the time that one of them takes.)
+inline int64_t stride(Tensor tensor) {
+  const auto strides =
+      pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor.ptr(), Python::instance().stride));
+  if (!strides) throw pybind11::error_already_set();
+  return integer(PySequence_GetItem(strides.ptr(), 0));
+}
+
+inline int64_t size(Tensor tensor, int dimension) {
+  const auto& python = Python::instance();
+  const auto shape = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor.ptr(), python.shape));
+  if (!shape) throw pybind11::error_already_set();
+  return integer(PySequence_GetItem(shape.ptr(), dimension));
+}
+
+inline Tensor item(Tensors tensors, int index) {
+  return PyTuple_Check(tensors.ptr()) ? PyTuple_GetItem(tensors.ptr(), index) : PyList_GetItem(tensors.ptr(), index);
+}
+
+// B samples of `row` elements, B not 0.
+struct Sizes {
+  int64_t batch, row;
+
+  explicit Sizes(Tensor like)
+      : batch(size(like, 0)), row(integer(PyObject_CallMethodNoArgs(like.ptr(), Python::instance().numel)) / batch) {}
+};
+
+inline Rows rows(Tensor tensor) {
+  if (tensor.is_none()) return {nullptr, DType::f32, 0};
+  return {address(tensor), dtype(tensor), stride(tensor)};
+}
+
+// Arithmetic is float64: one of them is.
+template <class... R>
+bool wide(const R&... tensors) {
+  return ((tensors.data && tensors.dtype == DType::f64) || ...);
+}
+
+inline PerSample per_sample(Tensor tensor, double value) {
+  if (tensor.is_none()) return {nullptr, DType::f32, 0, value};
+  return {address(tensor), dtype(tensor), stride(tensor), 0};
+}
+
+// Absent, one seed for the batch (a number or a 0-dim tensor), or one for each sample.
+inline Seed seed(Tensor tensor, std::optional<int64_t> value, int64_t first_sample) {
+  if (tensor.is_none()) return {nullptr, 0, value.value_or(0), uint32_t(first_sample)};
+  const auto* data = static_cast<const int64_t*>(address(tensor));
+  const bool own = integer(PyObject_CallMethod(tensor.ptr(), "dim", nullptr)) == 1;
+  return {data, own ? stride(tensor) : 0, 0, own ? 0u : uint32_t(first_sample)};
+}
+
+// Five tensors [B] of one dtype.
+inline Levels levels(Tensors tensors) {
+  Levels levels{{}, {}, dtype(item(tensors, 0))};
+  for (int i = 0; i < 5; ++i) {
+    levels.data[i] = address(item(tensors, i));
+    levels.stride[i] = stride(item(tensors, i));
+  }
   return levels;
 }
 
-inline Omega omega(const PerSampleArgument& from, const std::optional<TableArgument>& table) {
-  Omega omega{per_sample(from), {}};
-  if (!table) return omega;
-  const auto& [values, dtype, sizes, s_knots, t_knots, knots_dtype, c, s, t, times_dtype] = *table;
-  const auto pointer = [](Address address) { return reinterpret_cast<const void*>(address); };
-  omega.table = {pointer(values),  DType(dtype),       sizes[0],
-                 sizes[1],         sizes[2],           pointer(s_knots),
-                 pointer(t_knots), DType(knots_dtype), static_cast<const int64_t*>(pointer(c)),
-                 pointer(s),       pointer(t),         DType(times_dtype)};
+// `table` holds the fields of an OmegaLookup, or nothing.
+inline Omega omega(Tensor tensor, double value, Tensors table) {
+  Omega omega{per_sample(tensor, value), {}};
+  if (PySequence_Size(table.ptr()) == 0) return omega;
+  const Tensor values = item(table, 0), s_knots = item(table, 1), s = item(table, 4);
+  omega.table = {address(values),
+                 dtype(values),
+                 size(values, 0),
+                 size(values, 1),
+                 size(values, 2),
+                 address(s_knots),
+                 address(item(table, 2)),
+                 dtype(s_knots),
+                 static_cast<const int64_t*>(address(item(table, 3))),
+                 address(s),
+                 address(item(table, 5)),
+                 dtype(s)};
   return omega;
 }
 

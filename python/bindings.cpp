@@ -1,7 +1,7 @@
-// lgd_kernels._C: the CPU kernels, by raw address. Torch-free: one build serves every torch.
+// lgd_kernels._C: the CPU kernels, on tensors that it knows by address, dtype and stride. One build serves every torch.
 #include <pybind11/pybind11.h>
 
-#include "../csrc/common/scalar.h"
+#include "arguments.h"
 
 namespace lgd {
 void bind_guided_score(pybind11::module_& module);
@@ -24,6 +24,7 @@ const char* instruction_set() {
 }  // namespace lgd
 
 PYBIND11_MODULE(_C, module) {
+  lgd::Python::instance();
   lgd::bind_guided_score(module);
   lgd::bind_guided_step(module);
   lgd::bind_philox(module);

@@ -15,8 +15,8 @@ void run(const GuidedScore& op, int64_t batch, int64_t row, int threads) {
 }
 
 template <class S>
-void run(const GuidedScoreBackward& op, int64_t batch, int64_t row, int threads, Address d_omega) {
-  sum_chunks(batch, row, threads, reinterpret_cast<S*>(d_omega), [&](int64_t sample, int64_t first, int64_t last) {
+void run(const GuidedScoreBackward& op, int64_t batch, int64_t row, int threads, const Rows& d_omega) {
+  sum_chunks(batch, row, threads, static_cast<S*>(d_omega.data), [&](int64_t sample, int64_t first, int64_t last) {
     return guided_score_backward<S>(op, sample, first, last);
   });
 }
@@ -24,22 +24,23 @@ void run(const GuidedScoreBackward& op, int64_t batch, int64_t row, int threads,
 }  // namespace
 
 void bind_guided_score(py::module_& module) {
-  module.def("guided_score",
-             [](RowsArgument guided, RowsArgument cond, RowsArgument uncond, PerSampleArgument omega_,
-                std::optional<TableArgument> table, int64_t batch, int64_t row, bool wide, int threads) {
-               const GuidedScore op{rows(guided), rows(cond), rows(uncond), omega(omega_, table)};
-               py::gil_scoped_release release;
-               wide ? run<double>(op, batch, row, threads) : run<float>(op, batch, row, threads);
-             });
-  module.def("guided_score_backward",
-             [](RowsArgument d_cond, RowsArgument d_uncond, Address d_omega, RowsArgument d_guided, RowsArgument cond,
-                RowsArgument uncond, PerSampleArgument omega_, std::optional<TableArgument> table, int64_t batch,
-                int64_t row, bool wide, int threads) {
-               const GuidedScoreBackward op{rows(d_cond), rows(d_uncond), rows(d_guided),
-                                            rows(cond),   rows(uncond),   omega(omega_, table)};
-               py::gil_scoped_release release;
-               wide ? run<double>(op, batch, row, threads, d_omega) : run<float>(op, batch, row, threads, d_omega);
-             });
+  module.def("guided_score", [](Tensor guided, Tensor cond, Tensor uncond, Tensor omega_, double omega_value,
+                                Tensors table, int threads) {
+    const GuidedScore op{rows(guided), rows(cond), rows(uncond), omega(omega_, omega_value, table)};
+    const auto [batch, row] = Sizes(guided);
+    py::gil_scoped_release release;
+    wide(op.cond, op.uncond) ? run<double>(op, batch, row, threads) : run<float>(op, batch, row, threads);
+  });
+  module.def("guided_score_backward", [](Tensor d_cond, Tensor d_uncond, Tensor d_omega, Tensor d_guided, Tensor cond,
+                                         Tensor uncond, Tensor omega_, double omega_value, Tensors table, int threads) {
+    const GuidedScoreBackward op{rows(d_cond), rows(d_uncond), rows(d_guided),
+                                 rows(cond),   rows(uncond),   omega(omega_, omega_value, table)};
+    const Rows sums = rows(d_omega);
+    const auto [batch, row] = Sizes(d_guided);
+    py::gil_scoped_release release;
+    wide(sums, op.d_guided, op.cond, op.uncond, op.d_cond, op.d_uncond) ? run<double>(op, batch, row, threads, sums)
+                                                                        : run<float>(op, batch, row, threads, sums);
+  });
 }
 
 }  // namespace lgd

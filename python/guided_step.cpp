@@ -1,6 +1,6 @@
-#include "../csrc/guided_step/guided_step.h"
+#include "guided_step.h"
 
-#include "arguments.h"
+#include "../csrc/guided_step/guided_step.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -15,8 +15,8 @@ void run(const GuidedStep& op, int64_t batch, int64_t row, int threads) {
 }
 
 template <class S>
-void run(const GuidedStepBackward& op, int64_t batch, int64_t row, int threads, Address d_omega) {
-  sum_chunks(batch, row, threads, reinterpret_cast<S*>(d_omega), [&](int64_t sample, int64_t first, int64_t last) {
+void run(const GuidedStepBackward& op, int64_t batch, int64_t row, int threads, const Rows& d_omega) {
+  sum_chunks(batch, row, threads, static_cast<S*>(d_omega.data), [&](int64_t sample, int64_t first, int64_t last) {
     return guided_step_backward<S>(op, sample, first, last);
   });
 }
@@ -24,30 +24,29 @@ void run(const GuidedStepBackward& op, int64_t batch, int64_t row, int threads, 
 }  // namespace
 
 void bind_guided_step(py::module_& module) {
-  module.def("guided_step", [](RowsArgument x_s, RowsArgument x, RowsArgument cond, RowsArgument uncond,
-                               RowsArgument noise, PerSampleArgument omega_, std::optional<TableArgument> table,
-                               LevelsArgument levels_, int prediction, PerSampleArgument churn,
-                               std::optional<SeedArgument> seed_, int64_t batch, int64_t row, bool wide, int threads) {
-    const GuidedStep op{
-        rows(x_s),         rows(x),
-        rows(cond),        rows(uncond),
-        rows(noise),       {omega(omega_, table), levels(levels_), Prediction(prediction), per_sample(churn)},
-        seed_.has_value(), seed_ ? seed(*seed_) : Seed{}};
-    py::gil_scoped_release release;
-    wide ? run<double>(op, batch, row, threads) : run<float>(op, batch, row, threads);
-  });
-  module.def("guided_step_backward",
-             [](RowsArgument d_x, RowsArgument d_cond, RowsArgument d_uncond, RowsArgument d_noise, Address d_omega,
-                RowsArgument d_x_s, RowsArgument cond, RowsArgument uncond, PerSampleArgument omega_,
-                std::optional<TableArgument> table, LevelsArgument levels_, int prediction, PerSampleArgument churn,
-                int64_t batch, int64_t row, bool wide, int threads) {
-               const GuidedStepBackward op{
-                   rows(d_x),      rows(d_cond),
-                   rows(d_uncond), rows(d_noise),
-                   rows(d_x_s),    rows(cond),
-                   rows(uncond),   {omega(omega_, table), levels(levels_), Prediction(prediction), per_sample(churn)}};
+  module.def("guided_step",
+             [](Tensor x_s, Tensor x, Tensor cond, Tensor uncond, Tensor noise, Tensor omega_, double omega_value,
+                Tensors table, Tensors levels_, int prediction, Tensor churn, double churn_value, Tensor seed_,
+                std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
+               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+               const auto op = guided_step_of(x_s, x, cond, uncond, noise, scalars, seed_, seed_value, first_sample);
+               const auto [batch, row] = Sizes(x_s);
                py::gil_scoped_release release;
-               wide ? run<double>(op, batch, row, threads, d_omega) : run<float>(op, batch, row, threads, d_omega);
+               wide(op.x_s, op.cond, op.uncond, op.noise) ? run<double>(op, batch, row, threads)
+                                                          : run<float>(op, batch, row, threads);
+             });
+  module.def("guided_step_backward",
+             [](Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise, Tensor d_omega, Tensor d_x_s, Tensor cond,
+                Tensor uncond, Tensor omega_, double omega_value, Tensors table, Tensors levels_, int prediction,
+                Tensor churn, double churn_value, int threads) {
+               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+               const auto op = guided_step_backward_of(d_x, d_cond, d_uncond, d_noise, d_x_s, cond, uncond, scalars);
+               const Rows sums = rows(d_omega);
+               const auto [batch, row] = Sizes(d_x_s);
+               py::gil_scoped_release release;
+               wide(sums, op.d_x_s, op.cond, op.uncond, op.d_x, op.d_cond, op.d_uncond, op.d_noise)
+                   ? run<double>(op, batch, row, threads, sums)
+                   : run<float>(op, batch, row, threads, sums);
              });
 }
 

@@ -12,16 +12,18 @@ void bind_philox(py::module_& module) {
     philox(words, key[0], key[1]);
     return std::array<uint32_t, 4>{words[0], words[1], words[2], words[3]};
   });
-  // Elements [start, start + row) of each sample; start is a multiple of 4.
-  module.def("philox_normal", [](Address out, int64_t batch, int64_t row, int64_t start, uint32_t stream,
-                                 SeedArgument seed_, int threads) {
-    auto* z = reinterpret_cast<float*>(out);
-    const Seed from = seed(seed_);
+  // Elements [start, start + row) of each sample of out; start is a multiple of 4.
+  module.def("philox_normal", [](Tensor out, int64_t start, uint32_t stream, Tensor seed_,
+                                 std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
+    auto* z = static_cast<float*>(address(out));
+    const Seed from = seed(seed_, seed_value, first_sample);
+    const Sizes sizes(out);
+    const int64_t row = sizes.row;
     py::gil_scoped_release release;
     const auto work = [&](int64_t sample, int64_t first, int64_t last) {
       philox_fill(z + sample * row + first, last - first, start + first, from, sample, stream);
     };
-    for_chunks(batch, row, threads, work, kSerialDrawn);
+    for_chunks(sizes.batch, sizes.row, threads, work, kSerialDrawn);
   });
 }
 

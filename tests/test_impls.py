@@ -84,7 +84,7 @@ def test_interpreter_makes_triton_available(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton" in lgd.available_impls("guided_score", "cpu")
-    assert impls.choose("guided_score", None, ONE) != "triton"  # never by itself
+    assert impls.choose("guided_score", None, ONE.device, ONE.dtype) != "triton"  # never by itself
 
 
 def test_available_without_the_extension(without_extension):
@@ -170,10 +170,10 @@ def test_refuses_unknown_impls():
 
 
 def test_choice(with_extension):
-    assert impls.choose("guided_score", None, ONE) == "cpu"
-    assert impls.choose("guided_score", "reference", ONE) == "reference"
-    assert impls.choose("guided_score", None, ONE.to("meta")) == "reference"
-    assert impls.choose("guided_score", None, ONE, ONE.int()) == "reference"  # that no kernel takes
+    assert impls.choose("guided_score", None, ONE.device, ONE.dtype) == "cpu"
+    assert impls.choose("guided_score", "reference", ONE.device, ONE.dtype) == "reference"
+    assert impls.choose("guided_score", None, torch.device("meta"), ONE.dtype) == "reference"
+    assert impls.choose("guided_score", None, ONE.device, ONE.dtype, torch.int32) == "reference"  # that no kernel takes
 
 
 def test_an_explicit_impl_is_the_one_that_runs(monkeypatch, with_extension):
@@ -217,7 +217,7 @@ def test_an_explicit_impl_never_falls_back_under_vmap():
 
 def test_everything_works_without_the_extension(without_extension):
     """The automatic choice is the reference: the same values, gradients and noise."""
-    assert impls.choose("guided_score", None, ONE) == "reference"
+    assert impls.choose("guided_score", None, ONE.device, ONE.dtype) == "reference"
     cond, omega = torch.tensor([[2.0]], requires_grad=True), torch.tensor([0.5], requires_grad=True)
     guided = lgd.guided_score(cond, torch.tensor([[1.0]]), omega)
     guided.sum().backward()

@@ -68,8 +68,7 @@ def quads_of(target, key, quad, samples, stream, count):
     """Normals [samples, 4 count] from quad (element >> 2) on. The samples follow one another."""
     if target.impl == "cpu":
         out = torch.empty(len(samples), 4 * count)
-        seed = 0, 0, key, int(samples[0])
-        extension().philox_normal(out.data_ptr(), *out.shape, 4 * quad, stream, seed, 1)
+        extension().philox_normal(out, 4 * quad, stream, None, key, int(samples[0]), 1)
         return out
     out = torch.empty(len(samples), 4 * count, device=target.device)
     keys = torch.full((len(samples),), key, device=target.device)

@@ -79,12 +79,12 @@ struct Omega {
 // Levels of B samples: signal_t, noise_t, signal_s, noise_s, gap.
 struct Levels {
   const void* data[5];
+  int64_t stride[5];
   DType dtype;
-  int64_t stride;
 
   template <class S>
   LGD_INLINE S at(int which, int64_t sample) const {
-    return load_scalar<S>(data[which], dtype, sample * stride);
+    return load_scalar<S>(data[which], dtype, sample * stride[which]);
   }
 };
 

@@ -22,7 +22,7 @@
 
 namespace lgd {
 
-enum class DType : int { f32, bf16, f16, f64 };  // the codes that lgd_kernels/native.py passes
+enum class DType : int { f32, bf16, f16, f64 };  // in the order of python/arguments.h
 
 struct bf16 {
   uint16_t bits;

@@ -1,5 +1,5 @@
-// lgd_kernels._C_cuda: the CUDA kernels, by raw address, on the caller's stream. Torch-free like _C.
-#include <pybind11/pybind11.h>
+// lgd_kernels._C_cuda: the CUDA kernels, on the caller's stream.
+#include "../arguments.h"
 
 namespace lgd {
 void bind_guided_score_cuda(pybind11::module_& module);
@@ -7,6 +7,7 @@ void bind_guided_step_cuda(pybind11::module_& module);
 }  // namespace lgd
 
 PYBIND11_MODULE(_C_cuda, module) {
+  lgd::Python::instance();
   lgd::bind_guided_score_cuda(module);
   lgd::bind_guided_step_cuda(module);
   module.attr("compiler") = LGD_NVCC;

@@ -1,5 +1,6 @@
+#include "../guided_step.h"
+
 #include "../../csrc/guided_step/guided_step_cuda.h"
-#include "../arguments.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -7,29 +8,25 @@ namespace py = pybind11;
 namespace lgd {
 
 void bind_guided_step_cuda(py::module_& module) {
-  module.def("guided_step", [](RowsArgument x_s, RowsArgument x, RowsArgument cond, RowsArgument uncond,
-                               RowsArgument noise, PerSampleArgument omega_, std::optional<TableArgument> table,
-                               LevelsArgument levels_, int prediction, PerSampleArgument churn,
-                               std::optional<SeedArgument> seed_, int64_t batch, int64_t row, Address stream) {
-    const GuidedStep op{
-        rows(x_s),         rows(x),
-        rows(cond),        rows(uncond),
-        rows(noise),       {omega(omega_, table), levels(levels_), Prediction(prediction), per_sample(churn)},
-        seed_.has_value(), seed_ ? seed(*seed_) : Seed{}};
-    check(guided_step_cuda(op, batch, row, reinterpret_cast<void*>(stream)), "guided_step");
-  });
-  module.def("guided_step_backward", [](RowsArgument d_x, RowsArgument d_cond, RowsArgument d_uncond,
-                                        RowsArgument d_noise, Address parts, RowsArgument d_x_s, RowsArgument cond,
-                                        RowsArgument uncond, PerSampleArgument omega_,
-                                        std::optional<TableArgument> table, LevelsArgument levels_, int prediction,
-                                        PerSampleArgument churn, int64_t batch, int64_t row, Address stream) {
-    const GuidedStepBackward op{
-        rows(d_x),      rows(d_cond),
-        rows(d_uncond), rows(d_noise),
-        rows(d_x_s),    rows(cond),
-        rows(uncond),   {omega(omega_, table), levels(levels_), Prediction(prediction), per_sample(churn)}};
-    check(guided_step_backward_cuda(op, batch, row, reinterpret_cast<float*>(parts), reinterpret_cast<void*>(stream)),
-          "guided_step_backward");
+  module.def("guided_step",
+             [](Tensor x_s, Tensor x, Tensor cond, Tensor uncond, Tensor noise, Tensor omega_, double omega_value,
+                Tensors table, Tensors levels_, int prediction, Tensor churn, double churn_value, Tensor seed_,
+                std::optional<int64_t> seed_value, int64_t first_sample, Address stream) {
+               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+               const auto op = guided_step_of(x_s, x, cond, uncond, noise, scalars, seed_, seed_value, first_sample);
+               const auto [batch, row] = Sizes(x_s);
+               check(guided_step_cuda(op, batch, row, reinterpret_cast<void*>(stream)), "guided_step");
+             });
+  module.def("guided_step_backward", [](Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise, Tensor parts,
+                                        Tensor d_x_s, Tensor cond, Tensor uncond, Tensor omega_, double omega_value,
+                                        Tensors table, Tensors levels_, int prediction, Tensor churn,
+                                        double churn_value, Address stream) {
+    const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+    const auto op = guided_step_backward_of(d_x, d_cond, d_uncond, d_noise, d_x_s, cond, uncond, scalars);
+    const auto [batch, row] = Sizes(d_x_s);
+    check(
+        guided_step_backward_cuda(op, batch, row, static_cast<float*>(address(parts)), reinterpret_cast<void*>(stream)),
+        "guided_step_backward");
   });
 }
 

@@ -12,7 +12,7 @@ from lgd_kernels import impls
 from lgd_kernels.arguments import (
     contiguous,
     join_omega,
-    same_stride,
+    requires_grad,
     split_number,
     split_omega,
     split_seed,
@@ -69,12 +69,13 @@ def guided_step(
     churn, churn_value = split_number(churn, x)
     seed, seed_value = split_seed(seed)
     scalars = omega, omega_value, table, list(levels), prediction, churn, churn_value
-    trainable = x, cond, uncond, noise, omega, *table[:1]
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trainable):
+    if torch.is_grad_enabled() and requires_grad(x, cond, uncond, noise, omega, *table[:1]):
         numbers = omega_value, churn_value, prediction, seed, seed_value, first_sample, impl
         return _GuidedStep.apply(x, cond, uncond, noise, omega, table[0] if table else None, churn, *numbers,
                                  *levels, *table[1:])  # fmt: skip
-    return _run(x, cond, uncond, noise, *scalars, seed, seed_value, first_sample, impl)
+    plain = impls.direct(x, cond, uncond, noise, omega, churn, seed, *levels, *table)
+    forward = _forward if plain else torch.ops.lgd.guided_step
+    return forward(x, cond, uncond, noise, *scalars, seed, seed_value, first_sample, impl)
 
 
 class _GuidedStep(torch.autograd.Function):
@@ -87,7 +88,9 @@ class _GuidedStep(torch.autograd.Function):
         dtypes = cond.dtype, uncond.dtype, x.dtype if noise is None else noise.dtype
         ctx.options = omega_value, churn_value, prediction, dtypes, [*ctx.needs_input_grad[:4], trains], impl
         scalars = omega, omega_value, table, levels, prediction, churn, churn_value
-        return _run(x, cond, uncond, noise, *scalars, seed, seed_value, first_sample, impl)
+        ctx.plain = impls.direct(x, cond, uncond, noise, omega, churn, seed, *levels, *table)
+        forward = _forward if ctx.plain else torch.ops.lgd.guided_step
+        return forward(x, cond, uncond, noise, *scalars, seed, seed_value, first_sample, impl)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -98,57 +101,57 @@ class _GuidedStep(torch.autograd.Function):
         arguments = upstream, cond, uncond, *scalars, *dtypes, wanted
         if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream):
             grads = _backward_reference(*arguments)  # a formula that autograd and vmap can go through again
-        elif impls.direct(upstream, cond, uncond, omega, churn, *levels, *table):
-            grads = _backward(*arguments, impl)
+        elif ctx.plain and impls.direct(upstream):
+            grads = _launch_backward(*arguments, impl)
         else:
             grads = torch.ops.lgd.guided_step_backward(*arguments, impl)
-        *to_data, d_omega = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        *to_data, d_omega = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return *to_data, *((None, d_omega) if table else (d_omega, None)), *(None,) * (8 + len(rest) - bool(table))
-
-
-def _run(x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed, seed_value,
-         first_sample, impl):  # fmt: skip
-    plain = impls.direct(x, cond, uncond, noise, omega, churn, seed, *levels, *table)
-    forward = _forward if plain else torch.ops.lgd.guided_step
-    return forward(x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed,
-                   seed_value, first_sample, impl)  # fmt: skip
 
 
 def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed,
              seed_value, first_sample, impl):  # fmt: skip
-    data = [tensor for tensor in (x, cond, uncond, noise) if tensor is not None]
-    impl = impls.choose("guided_step", impl, *data)
+    noise_dtype = () if noise is None else (noise.dtype,)
+    impl = impls.choose("guided_step", impl, x.device, x.dtype, cond.dtype, uncond.dtype, *noise_dtype)
     if impl == "reference":
         return reference.guided_step(
             x, cond, uncond, join_omega(omega, omega_value, table), Levels(*levels), prediction,
             churn_value if churn is None else churn, noise, seed_value if seed is None else seed, first_sample,
         )  # fmt: skip
-    x_s = x.new_empty(x.shape)
+    x_s = torch.empty_like(x, memory_format=torch.contiguous_format)  # half as long as new_empty
     if x_s.numel():
         impls.launcher("guided_step", impl).forward(
-            x_s, x, cond, uncond, noise, omega, omega_value, contiguous(table), same_stride(levels), prediction, churn,
+            x_s, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels, prediction, churn,
             churn_value, None if seed is None else seed.contiguous(), seed_value, first_sample,
         )  # fmt: skip
     return x_s
 
 
-def _backward(upstream, cond, uncond, omega, omega_value, table, levels, prediction, churn, churn_value, cond_dtype,
-              uncond_dtype, noise_dtype, wanted, impl):  # fmt: skip
+def _backward(*arguments):
+    upstream, grads = arguments[0], _launch_backward(*arguments)
+    return tuple(upstream.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _launch_backward(upstream, cond, uncond, omega, omega_value, table, levels, prediction, churn, churn_value,
+                     cond_dtype, uncond_dtype, noise_dtype, wanted, impl):  # fmt: skip
+    """Gradients to x, cond, uncond, noise and omega (or the table); None where one is not wanted."""
+    dtypes = upstream.dtype, cond_dtype, uncond_dtype, noise_dtype
+    impl = impls.choose("guided_step", impl, upstream.device, *dtypes)
     scalars = omega, omega_value, table, levels, prediction, churn, churn_value
-    arguments = upstream, cond, uncond, *scalars, cond_dtype, uncond_dtype, noise_dtype, wanted
-    *to_data, unwanted = grads = _allocate(*arguments, impl)
-    impl = impls.choose("guided_step", impl, upstream, *to_data)
     if impl == "reference" or not upstream.numel():
-        found = _backward_reference(*arguments)
-        return tuple(value if want else grad for value, grad, want in zip(found, grads, wanted, strict=True))
-    dtype = widest(upstream.dtype, cond_dtype, uncond_dtype, noise_dtype)
-    d_omega = upstream.new_empty(upstream.shape[:1], dtype=dtype)
-    outputs = (grad if want else None for grad, want in zip((*to_data, d_omega), wanted, strict=True))
+        found = _backward_reference(upstream, cond, uncond, *scalars, *dtypes[1:], wanted)
+        return [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+    grads = [
+        torch.empty_like(upstream, dtype=dtype, memory_format=torch.contiguous_format) if want else None
+        for dtype, want in zip(dtypes, wanted, strict=False)
+    ]
+    grads.append(torch.empty(upstream.shape[:1], device=upstream.device, dtype=widest(*dtypes)) if wanted[4] else None)
     impls.launcher("guided_step", impl).backward(
-        *outputs, upstream, cond, uncond, omega, omega_value, contiguous(table), same_stride(levels), prediction,
-        churn, churn_value,
-    )  # fmt: skip
-    return *to_data, to_omega(d_omega, omega, table) if wanted[4] else unwanted
+        *grads, upstream, cond, uncond, omega, omega_value, contiguous(table), levels, prediction, churn, churn_value
+    )
+    if wanted[4]:
+        grads[4] = to_omega(grads[4], omega, table)
+    return grads
 
 
 def _backward_reference(upstream, cond, uncond, omega, omega_value, table, levels, prediction, churn, churn_value,
@@ -162,21 +165,20 @@ def _backward_reference(upstream, cond, uncond, omega, omega_value, table, level
     return *to_data, to_omega(d_omega, omega, table) if wanted[4] else None
 
 
-def _allocate(upstream, cond, uncond, omega, omega_value, table, levels, prediction, churn, churn_value, cond_dtype,
-              uncond_dtype, noise_dtype, wanted, impl):  # fmt: skip
-    """One tensor for each gradient, empty where it is not wanted. The last is that of omega, or of the table."""
+def _fake_backward(upstream, cond, uncond, omega, omega_value, table, levels, prediction, churn, churn_value,
+                   cond_dtype, uncond_dtype, noise_dtype, wanted, impl):  # fmt: skip
+    """Shapes alone; the last gradient is that of omega, or of the table."""
     dtypes = upstream.dtype, cond_dtype, uncond_dtype, noise_dtype
     to_data = (
-        upstream.new_empty(upstream.shape if want else 0, dtype=dtype)
+        upstream.new_empty(upstream.shape, dtype=dtype) if want else upstream.new_empty(0)
         for dtype, want in zip(dtypes, wanted, strict=False)
     )
     like = table[0] if table else omega
-    d_omega = upstream.new_empty(like.shape, dtype=like.dtype) if wanted[4] else upstream.new_empty(0)
-    return *to_data, d_omega
+    return *to_data, upstream.new_empty(like.shape, dtype=like.dtype) if wanted[4] else upstream.new_empty(0)
 
 
 for _device in ("CPU", "CUDA", "MPS", "XPU"):
     _library.impl("guided_step", _forward, _device)
     _library.impl("guided_step_backward", _backward, _device)
 torch.library.register_fake("lgd::guided_step", lambda x, *_: x.new_empty(x.shape), lib=_library)
-torch.library.register_fake("lgd::guided_step_backward", _allocate, lib=_library)
+torch.library.register_fake("lgd::guided_step_backward", _fake_backward, lib=_library)

@@ -10,6 +10,7 @@ from lgd_kernels.philox import STREAM_STEP
 from lgd_kernels.triton_common import (
     NOISE_NONE,
     NOISE_TENSOR,
+    level_arguments,
     load_tile,
     number_arguments,
     omega_arguments,
@@ -98,7 +99,7 @@ def forward(
     with on_device(x_s), rounded_stores(x_s) as (out,):
         guided_step_kernel[grid](
             out, x, x.stride(0), cond, cond.stride(0), uncond, uncond.stride(0), noise_or_x, noise_or_x.stride(0),
-            *sizes(x_s), *levels, levels[0].stride(0), *number_arguments(churn, churn_value, x),
+            *sizes(x_s), *level_arguments(levels), *number_arguments(churn, churn_value, x),
             **omega_arguments(omega, omega_value, table, x),
             **seed_arguments(seed, seed_value, first_sample, noise, x), STREAM=STREAM_STEP,
             PREDICTION=prediction, CHURN=churn is not None, **shape,
@@ -121,7 +122,7 @@ def backward(
         *out, cond, uncond = (upstream if tensor is None else tensor for tensor in (*outs, parts, cond, uncond))
         guided_step_backward_kernel[grid](
             *out, upstream, upstream.stride(0), cond, cond.stride(0), uncond, uncond.stride(0), *sizes(upstream),
-            *levels, levels[0].stride(0), *number_arguments(churn, churn_value, upstream),
+            *level_arguments(levels), *number_arguments(churn, churn_value, upstream),
             **omega_arguments(omega, omega_value, table, upstream),
             PREDICTION=prediction, CHURN=churn is not None, **wanted, **shape,
         )  # fmt: skip
