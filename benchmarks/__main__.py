@@ -1,0 +1,90 @@
+"""python -m benchmarks: verifies, then times; a mismatch makes the exit status 1. A slower run does not."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment, report
+from benchmarks.measure import FAILURES, measure
+from benchmarks.workload import find, kinds, rooms
+from lgd_kernels import impls
+
+
+def parser() -> argparse.ArgumentParser:
+    parsed = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parsed.add_argument
+    add("ops", nargs="*", metavar="workload", help=f"which ops: {', '.join(rooms())}; all, if none is named")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--impl",
+        nargs="+",
+        default=[],
+        choices=impls.NAMES,
+        help="implementations of ours (those meant for the device)",
+    )
+    add("--dtype", nargs="+", default=[], help="float32, bfloat16, ...")
+    add("--threads", type=int, help="of torch and of our kernels")
+    add("--rounds", type=int, help="samples of each variant, taken in turn (15; 7 with --quick)")
+    add("--quick", action="store_true", help="fewer workloads and rounds")
+    add("--no-compile", action="store_true", help="without the torch.compile baselines")
+    add("--json", type=Path, metavar="FILE", help="write everything, with every sample")
+    add("--plot", type=Path, metavar="FILE", help="write a picture, time against bytes; into a folder: roofline.png")
+    add("--compare", type=Path, metavar="OLD", help="against an older --json: ratios of the same run only")
+    add("--list", action="store_true", help="what would be measured")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, talks
+    options = parser().parse_args(arguments)
+    if unknown := set(options.ops) - set(rooms()):
+        parser().error(f"unknown workload: {', '.join(sorted(unknown))}; there are {', '.join(rooms())}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser().error("--device cuda: torch sees no GPU here")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    workloads = find(options.ops, options.device, options.dtype, options.quick)
+    if options.list:
+        for one in workloads:
+            what = ", ".join(kind.name for kind in kinds(one))
+            print(f"{one.op} {report.compact(one.shape)} {str(one.dtype)[6:]}, {one.case}: {what}")
+        return 0
+    run = {"environment": environment.describe(options.device), "rows": []}
+    print("\n".join(environment.in_words(run["environment"])), end="\n\n")
+    print(report.LEGEND, report.heading(), sep="\n\n", flush=True)
+    rounds = options.rounds or (7 if options.quick else 15)
+    # CUDA graphs are captured on a side stream, and what they capture must have been made on the same one
+    stream = torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else contextlib.nullcontext()
+    with stream:
+        for one in workloads:
+            for row in measure(one, options.device, options.impl, rounds, not options.no_compile):
+                run["rows"].append(row)
+                print(report.table(row), flush=True)
+            write(options.json, run)  # as far as it got, should something stop it
+    if options.plot:
+        from benchmarks import plot
+
+        print(f"picture: {plot.roofline(run, options.plot)}")
+    if options.compare:
+        print("\n".join(report.compare(json.loads(options.compare.read_text()), run)))
+    failed = [one for row in run["rows"] for one in row["variants"] if one["status"] in FAILURES]
+    if failed:
+        print(f"{len(failed)} wrong or failed: not timed", file=sys.stderr)
+    return 1 if failed or not run["rows"] else 0
+
+
+def write(path: Path | None, run: dict) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The error budget of the tests, held against every variant before it is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Variant
+from benchmarks.workload import Kind, Workload, complete, reference
+from lgd_kernels import testing
+from lgd_kernels.levels import OmegaLookup
+
+
+def with_leaves(arguments: dict, wanted: tuple[str, ...]) -> tuple[dict, list[Tensor]]:
+    """The arguments with new leaves of autograd among them, and these; of a table, its values."""
+    arguments, leaves = dict(arguments), []
+    for name in wanted:
+        value = arguments[name]
+        looked_up = isinstance(value, OmegaLookup)
+        leaves.append((value.values if looked_up else value).detach().clone().requires_grad_())
+        arguments[name] = value._replace(values=leaves[-1]) if looked_up else leaves[-1]
+    return arguments, leaves
+
+
+class Verifier:
+    """Holds a call to the error budget of the tests: kernel, reference of the same dtype, float64 truth."""
+
+    def __init__(self, workload: Workload, kind: Kind, inputs: dict) -> None:
+        self.workload, self.kind, self.inputs = workload, kind, inputs
+        self.seeded = inputs.get("seed") is not None
+        output = reference(workload.op)(**complete(workload.op, inputs))
+        upstream = testing.sample(output.shape, output.dtype, torch.Generator().manual_seed(1))
+        self.upstream = upstream.to(output.device)
+        self.same, self.truth = self.results(inputs, False), self.results(inputs, True)
+
+    def __call__(self, call, variant: Variant) -> float | None:
+        """The error against float64, relative to the largest value; AssertionError where it is beyond the budget."""
+        if variant.noise and self.kind.part == "forward":
+            call()  # compiles, so that the draw below is the first one
+            torch.manual_seed(0)
+            found = call()
+            torch.manual_seed(0)
+            if variant.noise == "compiled":
+                return self.is_normal(found)
+            given = self.inputs | {"seed": None, "noise": torch.randn_like(self.inputs["x"])}
+            same, truth, slack = self.results(given, False), self.results(given, True), 0.0
+        else:
+            found, same, truth = call(), self.same, self.truth
+            slack = 6.8e-6 if self.seeded else 0.0  # implementations agree on a normal to 1e-6 max(1, |z|), |z| < 6.8
+        found = (found,) if isinstance(found, Tensor) else found
+        names = self.kind.wanted if self.kind.part != "forward" else ("output",)
+        errors = []
+        for name, k, r, t in zip(names, found, same, truth, strict=True):
+            if name in self.workload.terms or k.shape != self.upstream.shape:
+                testing.assert_sum(k, t, self.terms(name))
+            else:
+                testing.assert_elementwise(k, r, t, slack)
+            errors.append(((k.double() - t).abs().max() / t.abs().max()).item())
+        return max(errors)
+
+    def results(self, inputs: dict, wide: bool) -> tuple[Tensor, ...]:
+        """The reference's output, or its gradients."""
+        if wide:
+            inputs = {name: testing.promoted(value) for name, value in inputs.items()}
+        arguments, leaves = with_leaves(inputs, self.kind.wanted)
+        output = reference(self.workload.op)(**complete(self.workload.op, arguments))
+        if self.kind.part == "forward":
+            return (output.detach(),)
+        return torch.autograd.grad(output, leaves, self.upstream.to(output.dtype))
+
+    def terms(self, name: str) -> Tensor:
+        """sum |terms| of a sum, in float64. Unless the workload knows better, of a gradient through an elementwise op:
+        each element of the output depends on one number only (or on a mean of a few, in a table)."""
+        inputs = {key: testing.promoted(value) for key, value in self.inputs.items()}
+        upstream = self.upstream.double()
+        if name in self.workload.terms:
+            return self.workload.terms[name](inputs, upstream)
+        step = reference(self.workload.op)
+        value = inputs[name]
+        looked_up = isinstance(value, OmegaLookup)
+        leaf = value.values if looked_up else value
+
+        def of(leaf):
+            changed = {name: value._replace(values=leaf) if looked_up else leaf}
+            return step(**complete(self.workload.op, inputs | changed))
+
+        _, slope = torch.func.jvp(of, (leaf,), (torch.ones_like(leaf),))
+        leaf = leaf.detach().requires_grad_()
+        return torch.autograd.grad(of(leaf), leaf, upstream.abs() * slope.sign())[0]
+
+    def is_normal(self, found: Tensor) -> None:
+        """Of noise that nobody else can draw again: it has mean 0, variance 1, and nothing of the data in it."""
+        zeros = torch.zeros_like(self.inputs["x"], dtype=torch.float64)
+        quiet, loud = (self.results(self.inputs | {"seed": None, "noise": zeros + z}, True)[0] for z in (0, 1))
+        z = ((found.double() - quiet) / (loud - quiet)).flatten()
+        limit = 6 / z.numel() ** 0.5
+        assert abs(z.mean()) < limit, f"its noise has mean {z.mean():.3g}, allowed {limit:.3g}"
+        assert abs(z.var() - 1) < 2 * limit, f"its noise has variance {z.var():.4g}, allowed 1 +- {2 * limit:.3g}"
+        for name in ("x", "cond", "uncond"):
+            leaked = (z * self.inputs[name].double().flatten()).mean()
+            assert abs(leaked) < limit, f"its noise correlates with {name}: {leaked:.3g}, allowed {limit:.3g}"

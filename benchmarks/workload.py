@@ -1,0 +1,92 @@
+"""What a workload declares, which measurements follow from it, and how workloads are found."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import lgd_kernels
+from lgd_kernels import impls
+
+SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call, and what it costs at least. Nothing about how it is timed or judged."""
+
+    op: str  # the room; the public function and the reference have its name
+    case: str  # what it is called in the table
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    arguments: Callable[[torch.Generator], dict]  # keyword arguments of the public function, on the CPU
+    bytes: int  # read and written by the forward
+    backward: Mapping[tuple[str, ...], int] = field(default_factory=dict)  # {gradients wanted: bytes of the backward}
+    flops: int = 0  # of the forward, where they matter
+    quick: bool = False  # part of --quick
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    # For results that are sums, "output" or the name of a gradient: what to measure their error against, the sum of
+    # |terms| in float64, from (float64 arguments, float64 upstream). Gradients to omega of an elementwise op need none.
+    terms: Mapping[str, Callable[[dict, Tensor], Tensor]] = field(default_factory=dict)
+
+
+class Kind(NamedTuple):
+    """One thing to time of a workload."""
+
+    name: str
+    part: str  # "forward", "backward" or "both"
+    wanted: tuple[str, ...]  # what requires a gradient
+    bytes: int
+
+
+def kinds(workload: Workload) -> list[Kind]:
+    """Inference; then, for each set of gradients, recording (small calls), the backward alone, and both."""
+    found = [Kind("forward", "forward", (), workload.bytes)]
+    for number, (wanted, moved) in enumerate(workload.backward.items()):
+        to = f"backward to {', '.join(wanted)}"
+        if workload.bytes < SMALL and number == 0:
+            found.append(Kind("forward, recording", "forward", wanted, workload.bytes))
+        found.append(Kind(to, "backward", wanted, moved))
+        if number == 0:
+            found.append(Kind(f"forward + {to}", "both", wanted, workload.bytes + moved))
+    return found
+
+
+def rooms() -> list[str]:
+    """The ops that have workloads: `benchmarks/<op>.py` with a list `WORKLOADS`."""
+    return [room for room in impls.rooms() if importlib.util.find_spec(f"benchmarks.{room}")]
+
+
+def find(ops: list[str], device: str, dtypes: list[str], quick: bool) -> list[Workload]:
+    """The workloads of some ops (of all, if none is named) that belong on a device."""
+    modules = [importlib.import_module(f"benchmarks.{op}") for op in ops or rooms()]
+    return [
+        workload
+        for module in modules
+        for workload in module.WORKLOADS
+        if device in workload.devices
+        and (not dtypes or str(workload.dtype).removeprefix("torch.") in dtypes)
+        and (workload.quick or not quick)
+    ]
+
+
+def public(op: str) -> Callable[..., Tensor]:
+    return getattr(lgd_kernels, op)
+
+
+def reference(op: str) -> Callable[..., Tensor]:
+    """The specification: it takes every argument of the public function but `impl`."""
+    return getattr(importlib.import_module(f"lgd_kernels.ops.{op}.reference"), op)
+
+
+def complete(op: str, arguments: dict) -> dict:
+    """The arguments with the public function's defaults, as its reference wants them."""
+    parameters = inspect.signature(public(op)).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "impl"}
+    return defaults | arguments
