@@ -1,16 +1,23 @@
 # The verbs. Each does all its set-up in a virtual environment of its own, .venv; CI calls the same ones.
 PYTHON ?= python3
 VENV ?= .venv
+GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test aot lint format install
+.PHONY: demo test bench gpu aot lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
 
 test: install            # every test; a missing extension is a failure here, not a skip
 	LGD_REQUIRE_EXT=1 $(RUN) -m pytest $(ARGS)
+
+bench: install           # verify, then time, against eager and compiled PyTorch (ARGS="guided_step --quick"; --help lists all)
+	$(RUN) -m benchmarks $(ARGS)
+
+gpu:                     # on a machine with a GPU, in the Python that is there: build, GPU tests, benchmarks, one JSON
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 aot: install             # what the GPU kernels compile to: registers, spills and load widths, without a GPU
 	$(RUN) tests/aot.py

@@ -36,5 +36,4 @@ WORKLOADS = [
     workload("omega [B]", BATCH, torch.float32, quick=True),
     workload("omega [B]", BATCH, torch.bfloat16),
     workload("omega [B]", LARGE, torch.float32, devices=("cuda",)),
-    workload("omega [B]", LARGE, torch.bfloat16, devices=("cuda",)),
 ]

@@ -19,8 +19,16 @@ def table(row: dict) -> str:
     """One line for what is measured, one for each variant."""
     size = f"{row['bytes'] / 1e6:.3g} MB" + (f", {row['flops'] / 1e9:.3g} GFLOP" if row["flops"] else "")
     cold = ", cold" if row["cold"] else ""
-    title = f"{row['op']} {compact(row['shape'])} {row['dtype']}, {row['case']}: {row['kind']} ({size}{cold})"
-    return "\n".join([title, *(variant(one, row) for one in row["variants"]), copy(row), ""])
+    lines = [f"{name_of(row)} ({size}{cold})", *(variant(one, row) for one in row["variants"]), copy(row)]
+    for one in row["variants"]:
+        lines += [
+            f"  {one['name']}: no {timer}: {why}" for timer, why in one["samples"].items() if isinstance(why, str)
+        ]
+    return "\n".join([*lines, ""])
+
+
+def name_of(row: dict) -> str:
+    return f"{row['op']} {compact(row['shape'])} {row['dtype']}, {row['case']}: {row['kind']}"
 
 
 def variant(one: dict, row: dict) -> str:
@@ -78,7 +86,7 @@ def compare(old: dict, new: dict) -> list[str]:
 def ours(run: dict) -> dict[str, dict]:
     """Our timed variants by what they are of."""
     return {
-        f"{row['op']} {compact(row['shape'])} {row['dtype']}, {row['case']}: {row['kind']}, {one['name']}": one
+        f"{name_of(row)}, {one['name']}": one
         for row in run["rows"]
         for one in row["variants"]
         if one["ours"] and one["status"] == "ok"

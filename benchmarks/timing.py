@@ -38,8 +38,8 @@ def wall(call: Call, cold: bool) -> Sampler:
 
 
 def events(call: Call, cold: bool) -> Sampler:
-    """CUDA events around repeated calls, or, cold, around a single one after the L2 cache was overwritten. (Writing it
-    takes the GPU long enough for the host to run ahead, so a cold sample holds no launch latency.)"""
+    """CUDA events around repeated calls, or, cold, around a single one after the L2 cache was overwritten. (While the
+    GPU writes it the host runs ahead, so little of a cold sample is waiting for launches.)"""
     repeats = 1 if cold else _repeats(call, MANY)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -69,6 +69,8 @@ def graph(call: Call, cold: bool) -> Sampler:
 
 def host(call: Call, cold: bool) -> Sampler:
     """What a call costs the host: many calls that nobody waits for."""
+    for _ in range(3):
+        call()
 
     def sample():
         torch.cuda.synchronize()

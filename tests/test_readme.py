@@ -49,7 +49,7 @@ def test_make_targets_exist():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_understands_its_file():
-    for target in ("demo", "test"):
+    for target in ("demo", "test", "bench", "gpu"):
         run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
 
@@ -57,7 +57,7 @@ def test_make_understands_its_file():
 def test_paths_in_the_docs_exist():
     """`lgd_kernels/...`, `csrc/...` and the like; `<op>` stands for any room."""
     for page in PAGES:
-        for path in re.findall(r"`((?:lgd_kernels|csrc|python|tests|docs)/[\w./<>]*)`", page.read_text()):
+        for path in re.findall(r"`((?:lgd_kernels|csrc|python|tests|docs|benchmarks)/[\w./<>]*)`", page.read_text()):
             assert (ROOT / path.replace("<op>", "guided_step")).exists(), f"{page.name}: {path}"
 
 

@@ -31,6 +31,7 @@ def files(*endings, under=ROOT):
 
 
 MEANS = files(".py", under=PACKAGE)
+MEASURES = files(".py", under=ROOT / "benchmarks")
 COMPUTES = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "csrc")
 BINDS = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "python")
 each_room = pytest.mark.parametrize("room", ROOMS)
@@ -89,6 +90,7 @@ def test_a_room_is_complete(room):
     """One op name on every floor: whoever looks for a piece knows where it is."""
     pieces = [PACKAGE / "ops" / room / name for name in ("__init__.py", "api.py", "op.py", "reference.py")]
     pieces += [ROOT / "csrc" / room / f"{room}.h", ROOT / "python" / f"{room}.cpp", ROOT / "tests" / f"test_{room}.py"]
+    pieces += [ROOT / "benchmarks" / f"{room}.py"]
     assert [in_tree(path) for path in pieces if not path.is_file()] == []
 
 
@@ -210,12 +212,27 @@ def test_every_source_is_built():
 
 
 @each_room
+def test_a_workload_file_only_declares(room):
+    """How it is verified and timed is the same for all."""
+    beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.testing", "__future__"}
+    imported = imports(ROOT / "benchmarks" / f"{room}.py")
+    assert "benchmarks.workload" in imported
+    assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
+
+
+def test_benchmarks_stay_small_and_outside():
+    """The package does not know that it is measured."""
+    assert [path.name for path in MEASURES if len(path.read_text().splitlines()) > 200] == []
+    assert [name_of(path) for path in MEANS if any(name.startswith("benchmarks") for name in imports(path))] == []
+
+
+@each_room
 def test_python_binds_its_room(room):
     assert f"../csrc/{room}/{room}.h" in included(ROOT / "python" / f"{room}.cpp")
     assert f"bind_{room}(module)" in (ROOT / "python" / "bindings.cpp").read_text()
 
 
-@pytest.mark.parametrize("path", [path for path in MEANS if path.stat().st_size], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in MEANS + MEASURES if path.stat().st_size], ids=name_of)
 def test_modules_say_what_they_are_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 

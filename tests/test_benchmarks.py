@@ -1,0 +1,241 @@
+"""The benchmarks themselves: what is wrong is not timed, and what is said of times follows from the samples."""
+
+import functools
+import importlib
+import itertools
+import json
+import types
+
+import pytest
+import torch
+
+from benchmarks import __main__, environment, gpu, measure, report, timing, workload
+from lgd_kernels import impls, testing
+
+SHAPE = (4, 3, 16, 16)
+
+
+def run(*arguments):
+    return __main__.main(["--device", "cpu", "--rounds", "3", "--no-compile", *map(str, arguments)])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One small workload for each op."""
+    step, score = (importlib.import_module(f"benchmarks.{op}") for op in ("guided_step", "guided_score"))
+    monkeypatch.setattr(
+        step, "WORKLOADS", [step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA, step.TO_ALL))]
+    )
+    monkeypatch.setattr(score, "WORKLOADS", [score.workload("omega [B]", SHAPE, torch.bfloat16)])
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+
+
+@pytest.mark.extension
+def test_right_kernels_are_timed(tiny, tmp_path, capsys):
+    """Exit status 0; everything is in the JSON; against itself nothing changed; a picture comes out."""
+    assert run("--json", tmp_path / "run.json") == 0
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "run.json").read_text())
+    assert "guided_step [4,3,16,16] float32, x0: backward to omega" in said and "WRONG" not in said
+    assert max(map(len, said.splitlines())) <= 120
+    assert {"date", "commit", "dirty", "threads", "cpu", "instruction_set", "torch"} <= found["environment"].keys()
+    assert len(found["rows"]) == 5 + 5
+    for row in found["rows"]:
+        assert len(row["copy"]["direct"]) == 3 and row["best"] == {"direct": "eager"}
+        for one in row["variants"]:
+            assert one["status"] == "ok" and len(one["samples"]["direct"]) == 3 and 0 <= one["error"] < 1e-2
+
+    verdicts = report.compare(found, found)
+    assert len(verdicts) == 11 and all(line.startswith("no change") for line in verdicts[:-1])
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("benchmarks.plot")
+    assert plot.roofline(found, tmp_path).stat().st_size > 10_000
+
+
+@pytest.mark.extension
+def test_a_wrong_kernel_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
+    """omega 1 % off in the forward, in every dtype, and its gradient 1 % off in the backward."""
+    right = impls.launcher
+
+    def wrong(op, impl):
+        def forward(*arguments):
+            at = {"guided_score": 3, "guided_step": 5}[op]
+            right(op, impl).forward(*arguments[:at], arguments[at] * 1.01, *arguments[at + 1 :])
+
+        def backward(*arguments):
+            right(op, impl).backward(*arguments)
+            d_omega = arguments[{"guided_score": 2, "guided_step": 4}[op]]
+            d_omega *= 1.01
+
+        return types.SimpleNamespace(forward=forward, backward=backward)
+
+    monkeypatch.setattr(impls, "launcher", wrong)
+    assert run("--json", tmp_path / "run.json") == 1
+    assert "cpu                         WRONG: max error" in capsys.readouterr().out
+    for row in json.loads((tmp_path / "run.json").read_text())["rows"]:
+        cpu, eager = row["variants"]
+        assert cpu["status"] == "WRONG" and "allowed" in cpu["message"] and not cpu["samples"] and not cpu["ratio"]
+        assert eager["status"] == "ok" and eager["samples"]
+
+
+def test_what_cannot_run_says_why(tiny, capsys):
+    assert run("guided_score", "--impl", "cuda") == 0
+    assert (
+        "cannot run: the extension lgd_kernels._C_cuda" in (said := capsys.readouterr().out) or "CUDA tensors" in said
+    )
+    with pytest.raises(SystemExit):
+        run("guided_scores")
+    assert "unknown workload: guided_scores; there are guided_score, guided_step" in capsys.readouterr().err
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("options", [dict(noise="seed"), dict(omega="table")], ids=str)
+def test_every_baseline_agrees(options, monkeypatch):
+    """Those that draw their own noise, and those that torch compiles; here without its slow last step."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+    step = importlib.import_module("benchmarks.guided_step")
+    one = step.workload(SHAPE, torch.bfloat16, gradients=(step.TO_OMEGA,), **options)
+    for row in measure.measure(one, "cpu", [], 1, True):
+        assert len(row["variants"]) >= 3
+        assert [(each["name"], each["message"]) for each in row["variants"] if each["status"] != "ok"] == []
+
+
+def test_noise_of_its_own_is_looked_at():
+    """A baseline's noise that nobody can draw again: too quiet, off centre, or with an omega that is off."""
+    step = importlib.import_module("benchmarks.guided_step")
+    one = step.workload((16, 4, 64, 64), torch.float32, noise="seed")
+    inputs = one.arguments(torch.Generator().manual_seed(0))
+    verifier = measure.Verifier(one, workload.kinds(one)[0], inputs)
+    z = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1))
+
+    def drawn(noise, **changes):
+        return verifier.results(inputs | {"seed": None, "noise": noise} | changes, False)[0]
+
+    verifier.is_normal(drawn(z))
+    for noise, message in ((z * 0.98, "variance"), (z + 0.02, "mean")):
+        with pytest.raises(AssertionError, match=message):
+            verifier.is_normal(drawn(noise))
+    with pytest.raises(AssertionError, match="its noise"):
+        verifier.is_normal(drawn(z, omega=inputs["omega"] * 1.05))
+
+
+def test_every_op_has_workloads():
+    assert workload.rooms() == impls.rooms()
+    for op in impls.rooms():
+        module = importlib.import_module(f"benchmarks.{op}")
+        names = [(one.case, one.shape, one.dtype) for one in module.WORKLOADS]
+        assert len(names) == len(set(names)) and {one.op for one in module.WORKLOADS} == {op}
+        assert any(one.quick and "cpu" in one.devices for one in module.WORKLOADS)
+        one = min(module.WORKLOADS, key=lambda one: one.bytes)
+        arguments = one.arguments(torch.Generator())
+        assert {name for wanted in one.backward for name in wanted} <= arguments.keys()
+
+
+def test_ratios_are_formed_round_by_round():
+    """So what slows a round down for all cancels: here every other round, tenfold."""
+    slow = [1.0, 10.0, 1.0, 10.0, 1.0]
+    best, mine = [2.0 * factor for factor in slow], [1.0 * factor for factor in slow]
+    assert timing.spread(timing.ratios(best, mine)) == [2.0, 2.0, 2.0]
+    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == [3.5, 2.0, 5.0]
+    samples = {"copy": {"direct": slow}, "eager": {"direct": best}, "less": {"direct": mine}, "cpu": {"direct": mine}}
+    variants = [{"name": name, "ours": name == "cpu", "same_work": name != "less"} for name in ("cpu", "eager", "less")]
+    row = measure.compared(samples, variants)
+    assert row["best"] == {"direct": "eager"}  # "less" is faster, and does less
+    assert [one["ratio"]["direct"][0] for one in row["variants"]] == [2.0, 1.0, 2.0]
+    assert [one["of_copy"]["direct"][0] for one in row["variants"]] == [1.0, 0.5, 1.0]
+
+
+def test_variants_alternate_within_each_round():
+    taken = []
+    samplers = {name: lambda name=name: taken.append(name) or float(len(taken)) for name in "abc"}
+    samples = timing.alternate(samplers, 3)
+    assert "".join(taken) == "abcbcacab" and samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_compare_flags_what_leaves_both_spreads():
+    def ran(of_copy, ratio):
+        one = {"name": "cpu", "ours": True, "status": "ok", "of_copy": {"direct": of_copy}, "ratio": {"direct": ratio}}
+        row = {"op": "o", "shape": [1], "dtype": "float32", "case": "c", "kind": "forward", "variants": [one]}
+        return {"rows": [row]}
+
+    def verdict(old, new):
+        return report.compare(ran(*old), ran(*new))[0].split(" o [1]")[0].strip()
+
+    steady = [0.9, 0.8, 1.0], [2.0, 1.9, 2.1]
+    assert verdict(steady, steady) == "no change"
+    assert verdict(steady, ([0.5, 0.4, 0.6], [1.0, 0.9, 1.1])) == "slower"
+    assert verdict(steady, ([0.5, 0.4, 0.6], [2.0, 1.9, 2.1])) == "no change"  # another copy, or another baseline
+    assert verdict(steady, ([1.5, 1.4, 1.6], [4.0, 3.9, 4.1])) == "faster"
+    assert report.compare({"rows": []}, ran(*steady))[0].startswith("new")
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    x = torch.ones(250_000)  # 1 MB
+
+    def call():
+        return ((x + 1) * 2).neg_().clone()  # two temporaries, and the result beside the second
+
+    assert abs(timing.peak_memory(call, "cpu") - 2e6) < 2e4
+
+
+def test_describes_its_surroundings():
+    found = environment.describe("cpu")
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert all(isinstance(line, str) and line for line in environment.in_words(found))
+    assert report.seconds(1.5e-6) == "1.50 us" and report.seconds(0.25) == "250 ms" and report.bytes_(512) == "512 B"
+
+
+def test_terms_of_a_gradient_are_those_of_the_tests(generator):
+    """sum |b upstream (cond - uncond)|, found without knowing the op."""
+    step = importlib.import_module("benchmarks.guided_step")
+    one = step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA,))
+    inputs = one.arguments(generator)
+    verifier = measure.Verifier(one, workload.kinds(one)[1], inputs)
+    b = (inputs["levels"].signal_s.double() * inputs["levels"].gap.double()) / (
+        inputs["levels"].signal_s.double() * inputs["levels"].noise_t.double()
+    )
+    d, cond, uncond = (testing.promoted(value) for value in (verifier.upstream, inputs["cond"], inputs["uncond"]))
+    expected = (d * (cond - uncond)).abs().flatten(1).sum(1) * b.abs()
+    torch.testing.assert_close(verifier.terms("omega"), expected)
+
+
+def test_gpu_says_so_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 1
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_gpu_counts_tests_and_calls_a_skip_a_problem(tmp_path):
+    report_of_pytest = tmp_path / "tests.xml"
+    assert gpu.problems_of_tests(gpu.count(report_of_pytest)) == ["tests: none was run"]
+    report_of_pytest.write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"/><testcase classname="t" name="b"><failure message='
+        '"assert 1 == 2&#10;more"/></testcase><testcase classname="t" name="c"><skipped message="needs a CUDA device"/>'
+        "</testcase></testsuite></testsuites>"
+    )
+    counted = gpu.count(report_of_pytest)
+    assert counted["run"] == 3 and counted["passed"] == 1
+    assert gpu.problems_of_tests(counted) == [
+        "test failed: t::b: assert 1 == 2",
+        "test skipped: t::c: needs a CUDA device",
+    ]
+    assert gpu.problems_of_tests({"run": 1, "passed": 1, "failed": [], "skipped": []}) == []
+
+
+def test_gpu_wants_every_row_of_ours(tmp_path):
+    row = {"op": "o", "shape": [1], "dtype": "float32", "case": "c", "kind": "forward"}
+    statuses = itertools.product((True, False), ("ok", "WRONG", "cannot run"))
+    variants = [{"name": "n", "ours": ours, "status": status, "message": "m"} for ours, status in statuses]
+    found = gpu.problems_of_rows([row | {"variants": variants}], "cuda")
+    assert [line.split(": ")[-2] for line in found] == ["WRONG", "cannot run", "WRONG"]
+    assert gpu.problems_of_rows([], "cuda") == ["cuda: no benchmark row"]
+    assert gpu.problems_of_rows(gpu.read(tmp_path / "missing.json")["rows"], "cpu") == ["cpu: no benchmark row"]
+
+
+def test_gpu_stops_a_phase_that_takes_too_long():
+    python = gpu.sys.executable
+    assert gpu.run("quick", [python, "-c", "pass"], 60, {})[1] == []
+    assert gpu.run("broken", [python, "-c", "raise SystemExit(3)"], 60, {})[1] == ["broken: exit status 3"]
+    for phase, limit in (("slow", 0.5), ("late", -1)):
+        (problem,) = gpu.run(phase, [python, "-c", "import time; time.sleep(60)"], limit, {})[1]
+        assert problem.startswith(f"{phase}: stopped after")
