@@ -53,13 +53,15 @@ def in_words(environment: dict) -> list[str]:
     """Three lines for the screen."""
     e = environment
     commit = e["commit"][:10] + {True: ", with changes", False: "", None: ""}[e["dirty"]]
-    machine = f"{e['cpu']}, {e['instruction_set'] or 'no extension'}, {e['threads']} threads of {e['cores']} cores"
+    machine = f"{e['cpu']}, {e['instruction_set'] or 'no extension'}, threads {e['threads']}, cores {e['cores']}"
     if e["device"] == "cuda":
         machine = f"{e['gpu']}, L2 {e['l2_cache'] / 1e6:.0f} MB, clocks {e['clocks_and_driver']}; {machine}"
     else:
         machine += f", last cache {e['last_level_cache'] / 1e6:.0f} MB, load {e['load']}"
     built = [f"{name} {e[name]}" for name in ("compiler", "nvcc") if e[name]]
     versions = [f"{name} {e[name]}" for name in ("lgd_kernels", "python", "torch", "triton", "numpy")]
+    if e["device"] == "cpu" and e["load"] + e["threads"] > e["cores"] + 1:
+        machine += "\nothers are at work here: fewer --threads give steadier figures"
     return [machine, ", ".join(versions + built), f"commit {commit}, {e['date']}"]
 
 

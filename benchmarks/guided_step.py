@@ -48,8 +48,12 @@ def workload(shape, dtype, prediction="x0", noise="", omega="[B]", gradients=(),
     )
 
 
-WORKLOADS = [
+WORKLOADS = [  # what says most comes first, should a run be cut short
     workload(LATENTS, torch.float32, gradients=(TO_OMEGA,), quick=True),
+    workload(LARGE, torch.float32, gradients=(TO_OMEGA, TO_ALL), devices=("cuda",)),
+    workload(LARGE, torch.float32, noise="seed", devices=("cuda",)),
+    workload(LARGE, torch.bfloat16, gradients=(TO_OMEGA,), devices=("cuda",)),
+    workload(LARGE, torch.bfloat16, noise="seed", devices=("cuda",)),
     workload(LATENTS, torch.bfloat16),
     workload(LATENTS, torch.float32, noise="seed"),
     workload(BATCH, torch.float32, gradients=(TO_OMEGA, TO_ALL), quick=True),
@@ -61,8 +65,4 @@ WORKLOADS = [
     workload(BATCH, torch.float32, "v"),
     workload(BATCH, torch.bfloat16, "v"),
     workload(BATCH, torch.float32, omega="table", gradients=(TO_OMEGA,)),
-    workload(LARGE, torch.float32, gradients=(TO_OMEGA, TO_ALL), devices=("cuda",)),
-    workload(LARGE, torch.bfloat16, gradients=(TO_OMEGA,), devices=("cuda",)),
-    workload(LARGE, torch.float32, noise="seed", devices=("cuda",)),
-    workload(LARGE, torch.bfloat16, noise="seed", devices=("cuda",)),
 ]

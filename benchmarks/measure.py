@@ -26,9 +26,10 @@ def measure(workload: Workload, device: str, names: list[str], rounds: int, comp
         # the backward alone is timed on a graph that is kept, and then nothing may be donated
         with torch._functorch.config.patch(donated_buffer=False), torch.set_grad_enabled(bool(wanted)):
             arguments, leaves = with_leaves(inputs, wanted)
-            functions = {one.name: None if one.why_not else one.bind(arguments) for one in variants}
+            here = [one for one in variants if one.same_work or not wanted]  # a bound is of the forward only
+            functions = {one.name: None if one.why_not else one.bind(arguments) for one in here}
             for kind in group:
-                yield row(workload, kind, device, inputs, leaves, variants, functions, rounds)
+                yield row(workload, kind, device, inputs, leaves, here, functions, rounds)
 
 
 def row(workload, kind, device, inputs, leaves, variants, functions, rounds) -> dict:
@@ -65,7 +66,9 @@ def timed(calls: dict, device: str, cold: bool, rounds: int) -> dict[str, dict]:
         for name, call in calls.items():
             try:
                 samplers[name] = make(call, cold)
-            except RuntimeError as error:  # not everything can be captured in a graph
+            except RuntimeError as error:
+                if timer != "graph":  # not everything can be captured in one
+                    raise
                 found[name][timer] = f"{error}".split("\n")[0]
         for name, samples in timing.alternate(samplers, rounds).items():
             found[name][timer] = samples
@@ -82,7 +85,9 @@ def compared(samples: dict[str, dict], variants: list[dict]) -> dict:
     for one in variants:
         mine = {timer: taken for timer, taken in samples.get(one["name"], {}).items() if _taken(taken)}
         one["samples"] = samples.get(one["name"], {})
-        one["of_copy"] = {timer: timing.spread(timing.ratios(copy[timer], mine[timer])) for timer in mine}
+        one["of_copy"] = {
+            timer: timing.spread(timing.ratios(copy[timer], mine[timer])) for timer in mine if _taken(copy[timer])
+        }
         one["ratio"] = {
             timer: timing.spread(timing.ratios(samples[bests[timer]][timer], mine[timer]))
             for timer in mine

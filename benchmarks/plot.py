@@ -17,7 +17,7 @@ from benchmarks.timing import spread
 
 OURS = {"cpu": "#1f5fae", "triton": "#1f5fae", "cuda": "#6a3d9a", "reference": "#333333"}
 PEERS = (("eager", "#999999", "o"), ("compiled, coeff", "#f4a261", "v"), ("compiled", "#d1495b", "D"))
-APART = 1.13  # rows of the same size stand side by side by this factor
+APART = 1.09  # rows of one size stand side by side, by this factor; each has its own copy's time as a dash
 
 
 def roofline(run: dict, path: Path) -> Path:
@@ -33,7 +33,7 @@ def roofline(run: dict, path: Path) -> Path:
     )
     for panel, axis in zip(panels, axes[:, 0], strict=True):
         draw(axis, panel)
-    axes[-1, 0].set_xlabel("bytes that must move")
+    axes[-1, 0].set_xlabel("bytes that must move (rows of one size stand side by side)")
     figure.suptitle("\n".join(in_words(run["environment"])), fontsize=7.5, color="#555555")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -42,7 +42,7 @@ def roofline(run: dict, path: Path) -> Path:
 
 def draw(axis, rows: list[dict]) -> None:
     copies = sorted({row["bytes"]: spread(row["copy"]["direct"])[0] for row in rows}.items())
-    axis.plot(*zip(*copies, strict=True), color="#2a9d8f", linewidth=2, zorder=1, label="copy: the ceiling")
+    axis.plot(*zip(*copies, strict=True), color="#2a9d8f", linewidth=1, alpha=0.5, zorder=1)
     beside, key = {}, []
     for number, row in enumerate(sorted(rows, key=lambda row: row["bytes"]), start=1):
         place = next((size for size in beside if abs(row["bytes"] / size - 1) < 0.05), row["bytes"])
@@ -50,6 +50,10 @@ def draw(axis, rows: list[dict]) -> None:
         at = place * APART ** beside[place]
         points = [(spread(one["samples"]["direct"])[0], one) for one in row["variants"] if timed(one)]
         axis.plot([at, at], [min(points, key=first)[0], max(points, key=first)[0]], color="#dddddd", zorder=1)
+        ceiling = spread(row["copy"]["direct"])[0]
+        axis.scatter(
+            at, ceiling, s=150, color="#2a9d8f", marker="_", linewidth=2.5, label="copy: the ceiling", zorder=2
+        )
         for median, one in points:
             mark(axis, at, median, one, number)
         dtype = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}[row["dtype"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.timing import spread
 
-WIDTHS = 29, 9, 14, 9, 9, 7, 5, 6, 12, 9, 8
+WIDTHS = 31, 9, 13, 9, 9, 7, 6, 6, 12, 9, 8
 TITLES = "", "median", "p20..p80", "graph", "host", "GB/s", "copy", "ratio", "p20..p80", "memory", "error"
 LEGEND = """GB/s: bytes that must move / median. copy: percent of the bandwidth of a copy of as many bytes, in this run.
 ratio: time of the best baseline (1.00) / this time, round by round: above 1 is faster. memory: peak beyond the inputs.
@@ -33,14 +33,14 @@ def name_of(row: dict) -> str:
 
 def variant(one: dict, row: dict) -> str:
     if one["status"] != "ok":
-        return f"  {one['name']:27} {one['status']}: {one['message']}"
+        return f"  {one['name']:28} {one['status']}: {one['message']}"
     median, low, high = spread(one["samples"]["direct"])
     others = [_time_or_dash(one["samples"].get(timer)) for timer in ("graph", "host")]
     ratio = one["ratio"].get("direct")
     return line((
         f"  {one['name']}", seconds(median), interval(low, high, median), *others,
         digits(row["bytes"] / median / 1e9), f"{100 * one['of_copy']['direct'][0]:.0f}%",
-        digits(ratio[0]) if ratio else "", f"{digits(ratio[1])}..{digits(ratio[2])}" if ratio else "",
+        times(ratio[0]) if ratio else "", f"{times(ratio[1])}..{times(ratio[2])}" if ratio else "",
         "" if one["memory"] is None else bytes_(one["memory"]), "" if one["error"] is None else f"{one['error']:.1e}",
     ))  # fmt: skip
 
@@ -122,6 +122,10 @@ def unit_of(value: float) -> tuple[float, str]:
 def digits(value: float) -> str:
     """Three of them, and never an exponent."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
 
 
 def bytes_(count: int) -> str:
