@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     workloads = find(options.ops, options.device, options.dtype, options.quick)
     if options.list:
         for one in workloads:
-            what = ", ".join(kind.name for kind in kinds(one))
+            what = "; ".join(kind.name for kind in kinds(one))
             print(f"{one.op} {report.compact(one.shape)} {str(one.dtype)[6:]}, {one.case}: {what}")
         return 0
     run = {"environment": environment.describe(options.device), "rows": []}

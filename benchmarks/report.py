@@ -79,7 +79,7 @@ def compare(old: dict, new: dict) -> list[str]:
             f"{name} {then[0]:.2f} -> {now[0]:.2f}" for name, (then, now) in zip(names, moves, strict=False)
         )
         lines.append(f"{verdict:9} {key}: {said}")
-    lines += [f"{'gone':9} {key}" for key in before.keys() - ours(new).keys()]
+    verdicts["only in the older run"] = len(before.keys() - ours(new).keys())
     return [*lines, ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())]
 
 
