@@ -3,6 +3,8 @@
 from lgd_kernels.impls import available_impls, why_not
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.ops.guided_energy.api import guided_energy, guided_energy_curve
+from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
 from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.ops.guided_step.api import guided_step
 from lgd_kernels.philox import philox_normal
@@ -11,14 +13,18 @@ from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosi
 __all__ = [
     "EDM",
     "Discrete",
+    "Expected",
     "Levels",
     "OmegaTable",
     "RectifiedFlow",
+    "Renoise",
     "Schedule",
     "VPCosine",
     "VPLinear",
     "available_impls",
     "churn_from_eta",
+    "guided_energy",
+    "guided_energy_curve",
     "guided_score",
     "guided_step",
     "philox_normal",

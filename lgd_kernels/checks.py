@@ -183,6 +183,57 @@ def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tens
         raise ValueError(f"{op}: `seed` is {value}, expected a value in [-2^63, 2^63)")
 
 
+def particles(op: str, name: str, tensor: Tensor) -> None:
+    """`[B, m, ...]` with m at least 1."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, m, ...], or Renoise or Expected"
+        )
+    if tensor.ndim < 2 or tensor.shape[1] == 0:
+        raise ValueError(
+            f"{op}: `{name}` has shape {list(tensor.shape)}, expected [B, m, ...] with one particle or more for each "
+            f"item; {name}.unsqueeze(1) makes one of each sample"
+        )
+
+
+def like_item(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...]) -> None:
+    """Data `[B, *shape]` on the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]")
+    if tensor.dtype not in DATA_DTYPES:
+        raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+    if tensor.shape != (like.shape[0], *shape):
+        raise ValueError(
+            f"{op}: `{name}` has shape {list(tensor.shape)}, expected {[like.shape[0], *shape]}, to go with "
+            f"`{like_name}` {list(like.shape)}"
+        )
+    _device(op, name, tensor, like_name, like)
+
+
+def count(op: str, name: str, value: int) -> None:
+    """A number of things, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int")
+    if value < 1:
+        raise ValueError(f"{op}: `{name}` is {value}, expected 1 or more")
+
+
+def power(op: str, beta: float, lam: float, unbiased: bool, m: int) -> None:
+    """Of an energy: beta in (0, 2], lam in [0, 1], and a partner for each particle where they repel each other."""
+    for name, value in (("beta", beta), ("lam", lam)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float")
+    if not 0 < beta <= 2:
+        raise ValueError(f"{op}: `beta` is {beta}, expected a power in (0, 2]")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"{op}: `lam` is {lam}, expected a weight in [0, 1]")
+    if lam > 0 and unbiased and m < 2:
+        raise ValueError(
+            f"{op}: `lam` is {lam} but one particle has no partner to be repelled by; pass two or more particles, "
+            "lam=0 or unbiased=False"
+        )
+
+
 def readable(tensor: Tensor) -> bool:
     """Its values can be looked at for nothing: on the CPU, outside compilation and transforms, and not empty."""
     return (

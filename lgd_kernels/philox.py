@@ -79,14 +79,26 @@ def philox_normal(
     return out
 
 
-def normal(shape: tuple[int, ...], seed: int | Tensor, stream: int, first_sample: int, device: torch.device) -> Tensor:
-    """`philox_normal` in plain PyTorch, the specification. Computed in float64 from float32 u, rounded once."""
+def normal(
+    shape: tuple[int, ...],
+    seed: int | Tensor,
+    stream: int,
+    first_sample: int,
+    device: torch.device,
+    particles: int = 1,
+) -> Tensor:
+    """`philox_normal` in plain PyTorch, the specification. Computed in float64 from float32 u, rounded once.
+
+    With `particles`, samples come in items of so many, and a seed of its own belongs to an item; its particles are then
+    samples 0 to particles - 1.
+    """
     batch, elements = shape[0], math.prod(shape[1:])
     quads = torch.arange((elements + 3) // 4, device=device)
     sample = torch.arange(batch, device=device) + first_sample
     seed = seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
     if seed.ndim == 1:
-        sample = torch.zeros_like(sample)
+        sample = torch.arange(batch, device=device) % particles
+        seed = seed.repeat_interleave(particles)
     key = (seed & _LOW, (seed >> 32) & _LOW)
     words = philox(
         (quads & _LOW, quads >> 32, (sample & _LOW)[:, None], torch.full_like(quads, stream)),

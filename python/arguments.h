@@ -142,4 +142,9 @@ inline Omega omega(Tensor tensor, double value, Tensors table) {
   return omega;
 }
 
+inline StepScalars step_scalars(Tensor omega_, double omega_value, Tensors table, Tensors levels_, int prediction,
+                                Tensor churn, double churn_value) {
+  return {omega(omega_, omega_value, table), levels(levels_), Prediction(prediction), per_sample(churn, churn_value)};
+}
+
 }  // namespace lgd

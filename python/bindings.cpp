@@ -4,6 +4,7 @@
 #include "arguments.h"
 
 namespace lgd {
+void bind_guided_energy(pybind11::module_& module);
 void bind_guided_score(pybind11::module_& module);
 void bind_guided_step(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
@@ -25,6 +26,7 @@ const char* instruction_set() {
 
 PYBIND11_MODULE(_C, module) {
   lgd::Python::instance();
+  lgd::bind_guided_energy(module);
   lgd::bind_guided_score(module);
   lgd::bind_guided_step(module);
   lgd::bind_philox(module);

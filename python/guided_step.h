@@ -5,11 +5,6 @@
 
 namespace lgd {
 
-inline StepScalars step_scalars(Tensor omega_, double omega_value, Tensors table, Tensors levels_, int prediction,
-                                Tensor churn, double churn_value) {
-  return {omega(omega_, omega_value, table), levels(levels_), Prediction(prediction), per_sample(churn, churn_value)};
-}
-
 inline GuidedStep guided_step_of(Tensor x_s, Tensor x, Tensor cond, Tensor uncond, Tensor noise,
                                  const StepScalars& scalars, Tensor seed_, std::optional<int64_t> seed_value,
                                  int64_t first_sample) {

@@ -40,4 +40,22 @@ void sum_chunks(int64_t batch, int64_t row, int threads, S* sums, const Work& wo
   }
 }
 
+constexpr int64_t kMostParts = 16;  // of a row, however long: a part may be thousands of sums
+
+// totals[sample, i] = the sum over the row of what work(sample, first, last, sums) adds to sums[i], i < count.
+template <class Work>
+void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work) {
+  const int64_t blocks = (row + kChunk - 1) / kChunk, length = (blocks + kMostParts - 1) / kMostParts * kChunk;
+  const int64_t chunks = (row + length - 1) / length, tasks = batch * chunks;
+  std::vector<double> parts(tasks * count);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t sample = task / chunks, first = task % chunks * length;
+    work(sample, first, std::min(first + length, row), parts.data() + task * count);
+  }
+  std::fill(totals, totals + batch * count, 0.0);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t i = 0; i < count; ++i) totals[task / chunks * count + i] += parts[task * count + i];
+}
+
 }  // namespace lgd

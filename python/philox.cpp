@@ -21,7 +21,7 @@ void bind_philox(py::module_& module) {
     const int64_t row = sizes.row;
     py::gil_scoped_release release;
     const auto work = [&](int64_t sample, int64_t first, int64_t last) {
-      philox_fill(z + sample * row + first, last - first, start + first, from, sample, stream);
+      philox_fill(z + sample * row + first, last - first, start + first, from.key(sample), from.index(sample), stream);
     };
     for_chunks(sizes.batch, sizes.row, threads, work, kSerialDrawn);
   });

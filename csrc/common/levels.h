@@ -123,4 +123,27 @@ LGD_INLINE StepCoefficients<S> step_coefficients(const Levels& levels, int64_t s
   return {to_x + to_x0 * x0_of_x, to_x0 * x0_of_g, noise};
 }
 
+// All that a guided step needs of a sample.
+struct StepScalars {
+  Omega omega;
+  Levels levels;
+  Prediction prediction;
+  PerSample churn;
+};
+
+// Computed in double, rounded once.
+template <class S>
+struct GuidedCoefficients {
+  S x, guided, noise, omega;
+
+  GuidedCoefficients(const StepScalars& scalars, int64_t sample) {
+    const double churn = scalars.churn.at<double>(sample);
+    const auto step = step_coefficients<double>(scalars.levels, sample, scalars.prediction, churn);
+    x = S(step.x);
+    guided = S(step.guided);
+    noise = S(step.noise);
+    omega = S(scalars.omega.at<double>(sample));
+  }
+};
+
 }  // namespace lgd

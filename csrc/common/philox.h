@@ -9,15 +9,18 @@ namespace lgd {
 
 enum : uint32_t { kStreamUser = 0, kStreamStep = 1, kStreamTargets = 2 };
 
-// One seed for the batch, or one for each sample; then a sample's noise does not depend on its place.
+// One seed for the batch, or one for each item; then an item's noise does not depend on its place. An item is a sample,
+// or several particles: its samples follow one another.
 struct Seed {
   const int64_t* data;  // null: `value`
   int64_t stride;
   int64_t value;
-  uint32_t first_sample;
+  uint32_t first_item;
 
-  LGD_INLINE uint64_t key(int64_t sample) const { return uint64_t(data ? data[sample * stride] : value); }
-  LGD_INLINE uint32_t index(int64_t sample) const { return data && stride ? 0u : first_sample + uint32_t(sample); }
+  LGD_INLINE uint64_t key(int64_t item) const { return uint64_t(data ? data[item * stride] : value); }
+  LGD_INLINE uint32_t index(int64_t item, int64_t particle = 0, int64_t particles = 1) const {
+    return uint32_t((data && stride ? 0 : int64_t(first_item) + item) * particles + particle);
+  }
 };
 
 LGD_INLINE void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {

@@ -79,9 +79,9 @@ LGD_CLONES void interleave(const Group& group, float* __restrict out, int quads)
 
 }  // namespace
 
-void philox_fill(float* out, int64_t count, int64_t first, const Seed& seed, int64_t sample, uint32_t stream) {
+void philox_fill(float* out, int64_t count, int64_t first, uint64_t key, uint32_t sample, uint32_t stream) {
   alignas(64) Group group;
-  Counter from{seed.key(sample), uint64_t(first) >> 2, seed.index(sample), stream};
+  Counter from{key, uint64_t(first) >> 2, sample, stream};
   auto words = fill_words;
 #ifdef LGD_HAS_CLONES
   if (__builtin_cpu_supports("avx2")) words = fill_words_avx2;

@@ -4,7 +4,7 @@
 
 namespace lgd {
 
-// out[i] = the normal of element first + i of `sample`, i < count; `first` is a multiple of 4.
-void philox_fill(float* out, int64_t count, int64_t first, const Seed& seed, int64_t sample, uint32_t stream);
+// out[i] = the normal of element first + i, i < count; `first` is a multiple of 4.
+void philox_fill(float* out, int64_t count, int64_t first, uint64_t key, uint32_t sample, uint32_t stream);
 
 }  // namespace lgd

@@ -9,13 +9,6 @@
 
 namespace lgd {
 
-struct StepScalars {
-  Omega omega;
-  Levels levels;
-  Prediction prediction;
-  PerSample churn;
-};
-
 struct GuidedStep {
   Rows x_s;  // out
   Rows x, cond, uncond;

@@ -18,23 +18,8 @@ LGD_CLONES void noisy_step(E* out, const E* x, const E* cond, const E* uncond, c
   map<S>(out, count, body, x, cond, uncond, z);
 }
 
-// Computed in double, rounded once.
-template <class S>
-struct Coefficients {
-  S x, guided, noise, omega;
-
-  Coefficients(const StepScalars& scalars, int64_t sample) {
-    const double churn = scalars.churn.at<double>(sample);
-    const auto step = step_coefficients<double>(scalars.levels, sample, scalars.prediction, churn);
-    x = S(step.x);
-    guided = S(step.guided);
-    noise = S(step.noise);
-    omega = S(scalars.omega.at<double>(sample));
-  }
-};
-
 template <class E, class S>
-void step_blocks(const GuidedStep& op, const Coefficients<S>& k, int64_t sample, int64_t first, int64_t last) {
+void step_blocks(const GuidedStep& op, const GuidedCoefficients<S>& k, int64_t sample, int64_t first, int64_t last) {
   alignas(64) E buffers[5][kBlock];
   alignas(64) float drawn[kBlock];
   for (int64_t at = first; at < last; at += kBlock) {
@@ -44,7 +29,7 @@ void step_blocks(const GuidedStep& op, const Coefficients<S>& k, int64_t sample,
     const E* cond = read_block(op.cond, sample, at, count, buffers[2]);
     const E* uncond = read_block(op.uncond, sample, at, count, buffers[3]);
     if (op.draws) {
-      philox_fill(drawn, count, at, op.seed, sample, kStreamStep);
+      philox_fill(drawn, count, at, op.seed.key(sample), op.seed.index(sample), kStreamStep);
       noisy_step(out, x, cond, uncond, drawn, k.x, k.guided, k.noise, k.omega, count);
     } else if (op.noise.data) {
       const E* z = read_block(op.noise, sample, at, count, buffers[4]);
@@ -58,7 +43,7 @@ void step_blocks(const GuidedStep& op, const Coefficients<S>& k, int64_t sample,
 
 // Returns the part of d_omega.
 template <class E, class S>
-double backward_blocks(const GuidedStepBackward& op, const Coefficients<S>& k, int64_t sample, int64_t first,
+double backward_blocks(const GuidedStepBackward& op, const GuidedCoefficients<S>& k, int64_t sample, int64_t first,
                        int64_t last) {
   alignas(64) E buffers[4][kBlock];
   const Rows* gradients[] = {&op.d_x, &op.d_cond, &op.d_uncond, &op.d_noise};
@@ -84,14 +69,14 @@ double backward_blocks(const GuidedStepBackward& op, const Coefficients<S>& k, i
 
 template <class S>
 void guided_step(const GuidedStep& op, int64_t sample, int64_t first, int64_t last) {
-  const Coefficients<S> k(op.scalars, sample);
+  const GuidedCoefficients<S> k(op.scalars, sample);
   with_elements<S>([&](auto element) { step_blocks<decltype(element)>(op, k, sample, first, last); }, op.x_s, op.x,
                    op.cond, op.uncond, op.noise);
 }
 
 template <class S>
 double guided_step_backward(const GuidedStepBackward& op, int64_t sample, int64_t first, int64_t last) {
-  const Coefficients<S> k(op.scalars, sample);
+  const GuidedCoefficients<S> k(op.scalars, sample);
   return with_elements<S>([&](auto element) { return backward_blocks<decltype(element)>(op, k, sample, first, last); },
                           op.d_x_s, op.cond, op.uncond, op.d_x, op.d_cond, op.d_uncond, op.d_noise);
 }

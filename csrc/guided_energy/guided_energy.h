@@ -1,0 +1,48 @@
+// The energy of guided particles against targets, one item of m particles and k targets at a time, in one pass:
+//   x_s^j = a x_j + b (cond_j + omega (cond_j - uncond_j)) + v z_j        G_j = b (cond_j - uncond_j) = d x_s^j / d
+//   omega P0_jk = ||x_s^j - y_k||^2     P1_jk = <x_s^j - y_k, G_j>               P2_j  = ||G_j||^2 Q0_jl = ||x_s^j -
+//   x_s^l||^2   Q1_jl = <x_s^j - x_s^l, G_j - G_l>       Q2_jl = ||G_j - G_l||^2      j < l loss  = mean P0^(beta/2) -
+//   lam/2 mean Q0^(beta/2)                      slope = d loss / d omega
+#pragma once
+#include "../common/levels.h"
+#include "../common/philox.h"
+#include "../common/rows.h"
+
+namespace lgd {
+
+// As in lgd_kernels/ops/guided_energy/targets.py: given, made from x0 and noise, or integrated out.
+enum class Targets : int { tensor, renoise, expected };
+
+struct GuidedEnergy {
+  Rows x, cond, uncond;  // m rows for each item
+  Rows noise;            // may be absent
+  Rows target;           // k rows for each item, or one: x0
+  Targets kind;
+  int64_t m, k;
+  StepScalars scalars;
+  bool draws;  // z from the seed
+  Seed seed, target_seed;
+
+  int64_t pairs() const { return m * (m - 1) / 2; }
+  int64_t statistics() const { return 2 * m * k + m + 3 * pairs(); }  // P0, P1, P2, Q0, Q1, Q2, one after the other
+};
+
+struct EnergyOptions {
+  double beta, lam;
+  bool unbiased;
+};
+
+// Adds to sums what elements [first, last) of the item give. S: float, or double where any tensor is. `scratch` holds
+// guided_energy_scratch elements.
+template <class S>
+void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch);
+int64_t guided_energy_scratch(int64_t m, int64_t k);
+
+struct Energy {
+  double loss, slope;
+};
+// From the statistics of an item with rows of `row` elements.
+Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
+                            const EnergyOptions& options);
+
+}  // namespace lgd

@@ -1,0 +1,55 @@
+"""What guided particles are compared with, where that is not a tensor but follows from the data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+KINDS = ("tensor", "renoise", "expected")  # the position is the code that the kernels receive
+
+
+class Renoise(NamedTuple):
+    """Targets `signal_s x0 + noise_s z`, k of them for each item, made in the kernel and never stored.
+
+    x0 is `[B, ...]`. The noise is `philox_normal((B * particles, ...), seed, stream=2)`, and for a seed `[B]` of each
+    item's own `philox_normal((particles, ...), seed[b], stream=2)`; stream 2 is apart from the step's noise, so one
+    seed serves both.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.Renoise(torch.zeros(2, 3), particles=4, seed=7).particles
+    4
+    """
+
+    x0: Tensor
+    particles: int
+    seed: int | Tensor
+
+
+class Expected(NamedTuple):
+    """Targets integrated out, for beta = 2 and lam = 0: E ||x_s - y||^2 = ||x_s - signal_s x0||^2 + noise_s^2 D.
+
+    x0 is `[B, ...]`, D its number of elements.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.Expected(torch.zeros(2, 3)).x0.shape
+    torch.Size([2, 3])
+    """
+
+    x0: Tensor
+
+
+def split_target(target: Tensor | Renoise | Expected) -> tuple[Tensor, str, int, int | Tensor | None]:
+    """(tensor, kind, targets for each item, seed), as the operator takes them."""
+    if isinstance(target, Renoise):
+        return target.x0, "renoise", target.particles, target.seed
+    if isinstance(target, Expected):
+        return target.x0, "expected", 1, None
+    return target, "tensor", target.shape[1], None
+
+
+def join_target(data: Tensor, kind: str, particles: int, seed: int | Tensor | None) -> Tensor | Renoise | Expected:
+    """The other way."""
+    if kind == "renoise":
+        return Renoise(data, particles, seed)
+    return Expected(data) if kind == "expected" else data

@@ -1,0 +1,53 @@
+#include "guided_energy.h"
+
+#include "../csrc/guided_energy/guided_energy.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+namespace {
+
+template <class S>
+void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, int threads, S* loss,
+         S* slope, double* statistics) {
+  const auto work = [&](int64_t item, int64_t first, int64_t last, double* sums) {
+    static thread_local std::vector<S> scratch;  // kept: the next block, and the next call, want the same
+    scratch.resize(std::max<size_t>(scratch.size(), guided_energy_scratch(op.m, op.k)));
+    guided_energy<S>(op, item, first, last, sums, scratch.data());
+  };
+  const int64_t count = op.statistics();
+  reduce_rows(batch, row, threads, count, statistics, work);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && batch * count > 2048)
+  for (int64_t item = 0; item < batch; ++item) {
+    const Energy energy = guided_energy_finish(op, item, row, statistics + item * count, options);
+    loss[item] = S(energy.loss);
+    slope[item] = S(energy.slope);
+  }
+}
+
+}  // namespace
+
+void bind_guided_energy(py::module_& module) {
+  module.def("guided_energy", [](Tensor loss, Tensor slope, Tensor statistics, Tensor x, Tensor cond, Tensor uncond,
+                                 Tensor noise, Tensor omega_, double omega_value, Tensors table, Tensors levels_,
+                                 int prediction, Tensor churn, double churn_value, Tensor seed_,
+                                 std::optional<int64_t> seed_value, int64_t first_sample, Tensor target, int kind,
+                                 int64_t m, int64_t k, Tensor target_seed, std::optional<int64_t> target_seed_value,
+                                 double beta, double lam, bool unbiased, int threads) {
+    const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+    const auto op = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample, target, kind, m,
+                                     k, target_seed, target_seed_value);
+    const EnergyOptions options{beta, lam, unbiased};
+    const Sizes sizes(x);
+    const int64_t batch = sizes.batch / m;
+    auto* sums = static_cast<double*>(address(statistics));
+    void *losses = address(loss), *slopes = address(slope);
+    py::gil_scoped_release release;
+    wide(op.x, op.cond, op.uncond, op.noise, op.target)
+        ? run(op, options, batch, sizes.row, threads, static_cast<double*>(losses), static_cast<double*>(slopes), sums)
+        : run(op, options, batch, sizes.row, threads, static_cast<float*>(losses), static_cast<float*>(slopes), sums);
+  });
+}
+
+}  // namespace lgd
