@@ -13,7 +13,7 @@ void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, in
          S* slope, double* statistics) {
   const auto work = [&](int64_t item, int64_t first, int64_t last, double* sums) {
     static thread_local std::vector<S> scratch;  // kept: the next block, and the next call, want the same
-    scratch.resize(std::max<size_t>(scratch.size(), guided_energy_scratch(op.m, op.k)));
+    scratch.resize(std::max<size_t>(scratch.size(), guided_energy_scratch(op)));
     guided_energy<S>(op, item, first, last, sums, scratch.data());
   };
   const int64_t count = op.statistics();

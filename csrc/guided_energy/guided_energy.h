@@ -36,7 +36,7 @@ struct EnergyOptions {
 // guided_energy_scratch elements.
 template <class S>
 void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch);
-int64_t guided_energy_scratch(int64_t m, int64_t k);
+int64_t guided_energy_scratch(const GuidedEnergy& op);
 
 struct Energy {
   double loss, slope;

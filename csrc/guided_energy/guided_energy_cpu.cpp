@@ -7,35 +7,37 @@
 namespace lgd {
 namespace {
 
-constexpr int kTile =
-    4;  // targets, or other particles, that one particle meets at a time: their sums fill the registers
+constexpr int kTile = 4;        // targets, or other particles, that one meets at a time: their sums fill the registers
+constexpr int kGroup = 8;       // particles that meet a tile before the next is fetched: all lie in the nearest cache
+constexpr int64_t kSpan = 256;  // elements of a row that are looked at together
+constexpr int64_t kFlush = 2048;  // elements after which sums go on in double
 
-// A block's particles, slopes and targets stay in the nearest cache, or in the next where they are many.
-constexpr int64_t block_of(int64_t m, int64_t k) { return 2 * m + k <= 12 ? 512 : 256; }
-
+// Sums are kept lane by lane, in memory between spans; a lane adds kFlush / kLanes numbers at most.
 template <class S>
 struct Vector {
+  static constexpr int kLanes = 32 / sizeof(S);
   typedef S type __attribute__((vector_size(32)));
   typedef S unaligned __attribute__((vector_size(32), aligned(sizeof(S)), may_alias));
-  static constexpr int kLanes = 32 / sizeof(S);
 };
 template <class S>
 LGD_INLINE const typename Vector<S>::unaligned& load(const S* from) {
   return *reinterpret_cast<const typename Vector<S>::unaligned*>(from);
 }
 template <class S>
-LGD_INLINE double total(const typename Vector<S>::type& lanes) {
-  S sum = 0;
-  for (int i = 0; i < Vector<S>::kLanes; ++i) sum += lanes[i];
-  return double(sum);
+LGD_INLINE void store(S* to, const typename Vector<S>::type& lanes) {
+  *reinterpret_cast<typename Vector<S>::unaligned*>(to) = lanes;
 }
 
-// P0 and P1 of one particle against K targets.
+// P0 and P1 of one particle against K targets. Elements come in whole vectors.
 template <class S, int K>
-LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, double* p0, double* p1, int64_t count) {
-  typename Vector<S>::type square[K] = {}, along[K] = {};
-  int64_t i = 0;
-  for (; i + Vector<S>::kLanes <= count; i += Vector<S>::kLanes) {
+LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, S* p0, S* p1, int64_t count) {
+  constexpr int kLanes = Vector<S>::kLanes;
+  typename Vector<S>::type square[K], along[K];
+  for (int k = 0; k < K; ++k) {
+    square[k] = load(p0 + k * kLanes);
+    along[k] = load(p1 + k * kLanes);
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
     const typename Vector<S>::type at = load(x + i), g = load(slope + i);
     for (int k = 0; k < K; ++k) {
       const typename Vector<S>::type apart = at - load(y[k] + i);
@@ -44,59 +46,61 @@ LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, doub
     }
   }
   for (int k = 0; k < K; ++k) {
-    S rest_square = 0, rest_along = 0;
-    for (int64_t j = i; j < count; ++j) {
-      const S apart = x[j] - y[k][j];
-      rest_square += apart * apart;
-      rest_along += apart * slope[j];
-    }
-    p0[k] += total<S>(square[k]) + double(rest_square);
-    p1[k] += total<S>(along[k]) + double(rest_along);
+    store(p0 + k * kLanes, square[k]);
+    store(p1 + k * kLanes, along[k]);
   }
 }
 
-// Q0, Q1 and Q2 of one particle against K others, `stride` apart in memory.
+// Q0, Q1 and Q2 of one particle against K others, which follow one another.
 template <class S, int K>
-LGD_CLONES void meet_particles(const S* x, const S* slope, const S* others, const S* slopes, int64_t stride, double* q0,
-                               double* q1, double* q2, int64_t count) {
-  typename Vector<S>::type square[K] = {}, along[K] = {}, turn[K] = {};
-  int64_t i = 0;
-  for (; i + Vector<S>::kLanes <= count; i += Vector<S>::kLanes) {
+LGD_CLONES void meet_particles(const S* x, const S* slope, const S* others, const S* slopes, S* q0, S* q1, S* q2,
+                               int64_t count) {
+  constexpr int kLanes = Vector<S>::kLanes;
+  typename Vector<S>::type square[K], along[K], turn[K];
+  for (int k = 0; k < K; ++k) {
+    square[k] = load(q0 + k * kLanes);
+    along[k] = load(q1 + k * kLanes);
+    turn[k] = load(q2 + k * kLanes);
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
     const typename Vector<S>::type at = load(x + i), g = load(slope + i);
     for (int k = 0; k < K; ++k) {
-      const typename Vector<S>::type apart = at - load(others + k * stride + i);
-      const typename Vector<S>::type turned = g - load(slopes + k * stride + i);
+      const typename Vector<S>::type apart = at - load(others + k * kSpan + i);
+      const typename Vector<S>::type turned = g - load(slopes + k * kSpan + i);
       square[k] += apart * apart;
       along[k] += apart * turned;
       turn[k] += turned * turned;
     }
   }
   for (int k = 0; k < K; ++k) {
-    S rest[3] = {};
-    for (int64_t j = i; j < count; ++j) {
-      const S apart = x[j] - others[k * stride + j], turned = slope[j] - slopes[k * stride + j];
-      rest[0] += apart * apart;
-      rest[1] += apart * turned;
-      rest[2] += turned * turned;
-    }
-    q0[k] += total<S>(square[k]) + double(rest[0]);
-    q1[k] += total<S>(along[k]) + double(rest[1]);
-    q2[k] += total<S>(turn[k]) + double(rest[2]);
+    store(q0 + k * kLanes, square[k]);
+    store(q1 + k * kLanes, along[k]);
+    store(q2 + k * kLanes, turn[k]);
   }
 }
 
-// run(std::integral_constant<int, K>{}, first) over [0, count) in tiles of kTile, the last one smaller.
+template <class S>
+LGD_CLONES void add_squares(S* sums, const S* values, int64_t count) {
+  typename Vector<S>::type square = load(sums);
+  for (int64_t i = 0; i < count; i += Vector<S>::kLanes) {
+    const typename Vector<S>::type value = load(values + i);
+    square += value * value;
+  }
+  store(sums, square);
+}
+
+// run(std::integral_constant<int, count>{}), or kTile where that is less.
 template <class Run>
-LGD_INLINE void in_tiles(int64_t count, const Run& run) {
-  int64_t first = 0;
-  for (; first + kTile <= count; first += kTile) run(std::integral_constant<int, kTile>{}, first);
-  switch (count - first) {
-    case 3:
-      return run(std::integral_constant<int, 3>{}, first);
-    case 2:
-      return run(std::integral_constant<int, 2>{}, first);
+LGD_INLINE void with_size(int64_t count, const Run& run) {
+  switch (count) {
     case 1:
-      return run(std::integral_constant<int, 1>{}, first);
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 3:
+      return run(std::integral_constant<int, 3>{});
+    default:
+      return run(std::integral_constant<int, kTile>{});
   }
 }
 
@@ -129,118 +133,109 @@ LGD_CLONES void add(S* x_s, const E* z, S factor, int64_t count) {
 }
 
 template <class E, class S>
-LGD_CLONES void widen(S* to, const E* from, S factor, int64_t count) {
+LGD_CLONES void scaled(S* to, const E* from, S factor, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) to[i] = factor * S(to_float(from[i]));
 }
 
+// What a thread works in: particles and slopes [m, kSpan], targets [k, kSpan], buffers, and every sum's lanes.
 template <class S>
-LGD_CLONES double square_sum(const S* values, int64_t count) {
-  return sum<S>(count, [](S value) LGD_LAMBDA { return value * value; }, values);
-}
-
-// One block: particles and slopes [m, block], and a pointer to each target's elements.
-template <class S>
-struct Block {
-  S *x_s, *slope, *target, *buffers[4];
+struct Scratch {
+  S *x_s, *slope, *target, *buffers[4], *sums;
   float* drawn;
-  int64_t block;
+  const S** y;
 
-  Block(S* scratch, int64_t m, int64_t k) : block(block_of(m, k)) {
-    x_s = scratch;
-    slope = x_s + m * block;
-    target = slope + m * block;
-    for (int i = 0; i < 4; ++i) buffers[i] = target + (k + i) * block;
-    drawn = reinterpret_cast<float*>(target + (k + 4) * block);
+  Scratch(S* from, const GuidedEnergy& op) {
+    x_s = from;
+    slope = x_s + op.m * kSpan;
+    target = slope + op.m * kSpan;
+    for (int i = 0; i < 4; ++i) buffers[i] = target + (op.k + i) * kSpan;
+    drawn = reinterpret_cast<float*>(buffers[3] + kSpan);
+    sums = buffers[3] + 2 * kSpan;
+    y = reinterpret_cast<const S**>(sums + op.statistics() * Vector<S>::kLanes);
   }
 };
 
 template <class E, class S>
-void fill_particles(const GuidedEnergy& op, const Block<S>& to, int64_t item, int64_t at, int64_t count) {
-  const double churn = op.scalars.churn.template at<double>(item), omega = op.scalars.omega.template at<double>(item);
-  const auto wide = step_coefficients<double>(op.scalars.levels, item, op.scalars.prediction, churn);
-  const S a = S(wide.x), b = S(wide.guided), v = S(wide.noise);
+void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, int64_t item, int64_t at, int64_t count) {
+  const double churn = op.scalars.churn.at<double>(item), omega = op.scalars.omega.at<double>(item);
+  const auto k = step_coefficients<double>(op.scalars.levels, item, op.scalars.prediction, churn);
+  const double signal = op.scalars.levels.at<double>(2, item);
   auto* const buffers = reinterpret_cast<E* const*>(to.buffers);
   const bool centred = op.kind != Targets::tensor;
   const E* x0 = centred ? read_block(op.target, item, at, count, buffers[3]) : nullptr;
   for (int64_t j = 0; j < op.m; ++j) {
     const int64_t row = item * op.m + j;
-    S *x_s = to.x_s + j * to.block, *slope = to.slope + j * to.block;
+    S *x_s = to.x_s + j * kSpan, *slope = to.slope + j * kSpan;
     const E* x = read_block(op.x, row, at, count, buffers[0]);
     const E* cond = read_block(op.cond, row, at, count, buffers[1]);
     const E* uncond = read_block(op.uncond, row, at, count, buffers[2]);
     if (centred)
-      guide_centred(x_s, slope, x, cond, uncond, x0, wide.x, wide.guided, omega, op.scalars.levels.at<double>(2, item),
-                    count);
+      guide_centred(x_s, slope, x, cond, uncond, x0, k.x, k.guided, omega, signal, count);
     else
-      guide(x_s, slope, x, cond, uncond, a, b, S(omega), count);
+      guide(x_s, slope, x, cond, uncond, S(k.x), S(k.guided), S(omega), count);
     if (op.draws) {
       philox_fill(to.drawn, count, at, op.seed.key(item), op.seed.index(item, j, op.m), kStreamStep);
-      add(x_s, to.drawn, v, count);
+      add(x_s, to.drawn, S(k.noise), count);
     } else if (op.noise.data) {
-      add(x_s, read_block(op.noise, row, at, count, buffers[0]), v, count);
+      add(x_s, read_block(op.noise, row, at, count, buffers[0]), S(k.noise), count);
     }
   }
 }
 
-// The k targets of an item, as pointers; in place where they are stored as S.
+// The k targets of an item, as pointers; in place where they are stored as S and fill whole vectors.
 template <class S>
-void fill_targets(const GuidedEnergy& op, const Block<S>& to, int64_t item, int64_t at, int64_t count, const S** y) {
+void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, int64_t item, int64_t at, int64_t count,
+                  int64_t whole) {
   for (int64_t k = 0; k < op.k; ++k) {
-    S* buffer = to.target + k * to.block;
-    y[k] = buffer;
+    S* buffer = to.target + k * kSpan;
+    to.y[k] = buffer;
     if (op.kind == Targets::tensor) {
-      y[k] = read_block(op.target, item * op.k + k, at, count, buffer);
+      const S* found = read_block(op.target, item * op.k + k, at, count, buffer);
+      if (count == whole)
+        to.y[k] = found;
+      else if (found != buffer)
+        std::copy(found, found + count, buffer);
     } else if (op.kind == Targets::renoise) {
       const S noise = S(op.scalars.levels.at<double>(3, item));
       philox_fill(to.drawn, count, at, op.target_seed.key(item), op.target_seed.index(item, k, op.k), kStreamTargets);
-      widen(buffer, to.drawn, noise, count);
+      scaled(buffer, to.drawn, noise, count);
     } else {
       std::fill(buffer, buffer + count, S(0));
     }
+    if (to.y[k] == buffer) std::fill(buffer + count, buffer + whole, S(0));
   }
 }
 
-}  // namespace
-
-int64_t guided_energy_scratch(int64_t m, int64_t k) {
-  // and, at the end, the pointers to the targets
-  return (2 * m + k + 5) * block_of(m, k) + 2 * k;
-}
-
+// All pairs of a span: a group of particles meets a tile of targets, or of particles, then the next tile.
 template <class S>
-void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch) {
+void meet(const GuidedEnergy& op, const Scratch<S>& in, int64_t whole) {
+  constexpr int kLanes = Vector<S>::kLanes;
   const int64_t m = op.m, k = op.k, pairs = op.pairs();
-  const Block<S> block(scratch, m, k);
-  const auto** y = reinterpret_cast<const S**>(scratch + (2 * m + k + 5) * block.block);
-  double *p0 = sums, *p1 = p0 + m * k, *p2 = p1 + m * k, *q0 = p2 + m, *q1 = q0 + pairs, *q2 = q1 + pairs;
-  for (int64_t at = first; at < last; at += block.block) {
-    const int64_t count = std::min(last - at, block.block);
-    with_elements<S>([&](auto element) { fill_particles<decltype(element)>(op, block, item, at, count); }, op.x,
-                     op.cond, op.uncond, op.noise,
-                     op.kind == Targets::tensor ? Rows{nullptr, DType::f32, 0} : op.target);
-    fill_targets(op, block, item, at, count, y);
-    int64_t pair = 0;
-    for (int64_t j = 0; j < m; ++j) {
-      const S *x_s = block.x_s + j * block.block, *slope = block.slope + j * block.block;
-      in_tiles(k, [&](auto size, int64_t tile) {
-        meet_targets<S, size>(x_s, slope, y + tile, p0 + j * k + tile, p1 + j * k + tile, count);
+  S *p0 = in.sums, *p1 = p0 + m * k * kLanes, *p2 = p1 + m * k * kLanes, *q0 = p2 + m * kLanes;
+  S *q1 = q0 + pairs * kLanes, *q2 = q1 + pairs * kLanes;
+  for (int64_t group = 0; group < m; group += kGroup) {
+    const int64_t end = std::min(group + kGroup, m);
+    for (int64_t tile = 0; tile < k; tile += kTile)
+      with_size(k - tile, [&](auto size) {
+        for (int64_t j = group; j < end; ++j) {
+          const int64_t pair = (j * k + tile) * kLanes;
+          meet_targets<S, size>(in.x_s + j * kSpan, in.slope + j * kSpan, in.y + tile, p0 + pair, p1 + pair, whole);
+        }
       });
-      p2[j] += square_sum(slope, count);
-      in_tiles(m - 1 - j, [&](auto size, int64_t tile) {
-        const int64_t offset = (1 + tile) * block.block;
-        meet_particles<S, size>(x_s, slope, x_s + offset, slope + offset, block.block, q0 + pair + tile,
-                                q1 + pair + tile, q2 + pair + tile, count);
-      });
-      pair += m - 1 - j;
-    }
+    for (int64_t j = group; j < end; ++j) add_squares(p2 + j * kLanes, in.slope + j * kSpan, whole);
+    for (int64_t tile = group; tile < m; tile += kTile)
+      for (int64_t j = group; j < end; ++j) {
+        const int64_t first = std::max(tile, j + 1), last = std::min(tile + kTile, m);
+        if (first >= last) continue;
+        const int64_t pair = (j * m - j * (j + 1) / 2 + first - j - 1) * kLanes, other = first * kSpan;
+        with_size(last - first, [&](auto size) {
+          meet_particles<S, size>(in.x_s + j * kSpan, in.slope + j * kSpan, in.x_s + other, in.slope + other, q0 + pair,
+                                  q1 + pair, q2 + pair, whole);
+        });
+      }
   }
 }
-
-template void guided_energy<float>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, float*);
-template void guided_energy<double>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, double*);
-
-namespace {
 
 // The mean of P0^(beta/2), and of its slope beta P0^(beta/2 - 1) P1. A pair that coincides adds nothing.
 Energy mean_power(const double* square, const double* along, int64_t count, double beta) {
@@ -255,6 +250,34 @@ Energy mean_power(const double* square, const double* along, int64_t count, doub
 }
 
 }  // namespace
+
+int64_t guided_energy_scratch(const GuidedEnergy& op) {
+  return (2 * op.m + op.k + 5) * kSpan + op.statistics() * Vector<float>::kLanes + 2 * op.k;
+}
+
+template <class S>
+void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch) {
+  constexpr int kLanes = Vector<S>::kLanes;
+  const Scratch<S> in(scratch, op);
+  const Rows x0 = op.kind == Targets::tensor ? Rows{nullptr, DType::f32, 0} : op.target;
+  for (int64_t start = first; start < last; start += kFlush) {
+    const int64_t stop = std::min(start + kFlush, last);
+    std::fill(in.sums, in.sums + op.statistics() * kLanes, S(0));
+    for (int64_t at = start; at < stop; at += kSpan) {
+      const int64_t count = std::min(stop - at, kSpan), whole = (count + kLanes - 1) / kLanes * kLanes;
+      with_elements<S>([&](auto element) { fill_particles<decltype(element)>(op, in, item, at, count); }, op.x, op.cond,
+                       op.uncond, op.noise, x0);
+      for (int64_t j = 0; j < op.m && count < whole; ++j) {
+        std::fill(in.x_s + j * kSpan + count, in.x_s + j * kSpan + whole, S(0));
+        std::fill(in.slope + j * kSpan + count, in.slope + j * kSpan + whole, S(0));
+      }
+      fill_targets(op, in, item, at, count, whole);
+      meet(op, in, whole);
+    }
+    for (int64_t i = 0; i < op.statistics(); ++i)
+      for (int lane = 0; lane < kLanes; ++lane) sums[i] += double(in.sums[i * kLanes + lane]);
+  }
+}
 
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options) {
@@ -273,5 +296,8 @@ Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, c
   }
   return energy;
 }
+
+template void guided_energy<float>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, float*);
+template void guided_energy<double>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, double*);
 
 }  // namespace lgd
