@@ -133,11 +133,10 @@ class VPCosine(Schedule):
     span = (0.0, 1.0)
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        quarter = math.pi / 2
-        return torch.sin(quarter * (1 - t)), torch.sin(quarter * t)  # cos(pi/2) is negative in float32
+        return _sin_quarter(1 - t), _sin_quarter(t)  # cos(pi/2) is negative in float32
 
     def gap(self, t: Tensor, s: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * (t - s))
+        return _sin_quarter(t - s)
 
     def log_snr(self, t: Tensor) -> Tensor:
         signal, noise = self.signal_noise(t)
@@ -352,3 +351,9 @@ def churn_from_eta(eta: float | Tensor, levels: Levels) -> Tensor:
     r = 1 - gap / torch.where(stays, 1, levels.signal_s * levels.noise_t)
     h = torch.sqrt((1 - eta) * (1 + eta) + (eta * r) ** 2)  # is r to the last bit at eta = 1
     return eta * torch.sqrt((1 + r) / (1 + h))
+
+
+def _sin_quarter(t: Tensor) -> Tensor:
+    """sin(pi t / 2). The factor is written out: torch 2.11 takes math.pi for an input of a graph with dynamic shapes,
+    and traces that twice."""
+    return torch.sin(1.5707963267948966 * t)

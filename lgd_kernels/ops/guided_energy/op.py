@@ -169,7 +169,7 @@ class _GuidedEnergy(torch.autograd.Function):
                     slope = energy(at, (now - now.detach())[:, None], *ctx.options, 1)[:, 0].to(slope.dtype)
                 d_omega = to_omega(upstream * slope, omega, table)
         by_omega = (None, d_omega) if table else (d_omega, None)
-        return d_x, d_cond, d_uncond, d_noise, *by_omega, d_data, *(None,) * (20 + len(table) - bool(table))
+        return d_x, d_cond, d_uncond, d_noise, *by_omega, d_data, *(None,) * (20 + len(table[1:]))
 
 
 def _differentiable_backward(

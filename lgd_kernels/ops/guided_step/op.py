@@ -106,7 +106,7 @@ class _GuidedStep(torch.autograd.Function):
         else:
             grads = torch.ops.lgd.guided_step_backward(*arguments, impl)
         *to_data, d_omega = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return *to_data, *((None, d_omega) if table else (d_omega, None)), *(None,) * (8 + len(rest) - bool(table))
+        return *to_data, *((None, d_omega) if table else (d_omega, None)), *(None,) * (8 + len(levels) + len(table[1:]))
 
 
 def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed,
