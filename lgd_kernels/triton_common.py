@@ -2,6 +2,9 @@
 
 The same formulas as `csrc/common/{philox,levels}.h`, whose comments they share; `philox.py` and `levels.py` specify
 them. Also how a launcher cuts a tensor `[B, ...]` into tiles.
+
+What follows a `return` inside an `if` is compiled too, even where the condition is a constexpr. The place of an absent
+tensor is held by one of another dtype, so what reads it stands in the other branch, never after the `if`.
 """
 
 from __future__ import annotations
@@ -111,9 +114,10 @@ def sample_keys(seed, seed_stride, seed_low, seed_high, first_sample, rows, mask
     if NOISE == NOISE_SEED:
         nothing = tl.zeros_like(rows).to(tl.uint32)
         return nothing + seed_low.to(tl.uint32), nothing + seed_high.to(tl.uint32), (first_sample + rows).to(tl.uint32)
-    key = tl.load(seed + rows * seed_stride, mask=mask, other=0)
-    sample = tl.where(seed_stride == 0, first_sample + rows, 0)
-    return key.to(tl.uint32), (key >> 32).to(tl.uint32), sample.to(tl.uint32)
+    else:
+        key = tl.load(seed + rows * seed_stride, mask=mask, other=0)
+        sample = tl.where(seed_stride == 0, first_sample + rows, 0)
+        return key.to(tl.uint32), (key >> 32).to(tl.uint32), sample.to(tl.uint32)
 
 
 @triton.jit
@@ -121,7 +125,8 @@ def per_sample(data, stride, value, rows, mask, SOURCE: tl.constexpr):
     """A number for each row, float32."""
     if SOURCE == PER_SAMPLE:
         return tl.load(data + rows * stride, mask=mask, other=0.0).to(tl.float32)
-    return tl.zeros_like(rows).to(tl.float32) + value
+    else:
+        return tl.zeros_like(rows).to(tl.float32) + value
 
 
 @triton.jit
@@ -150,13 +155,11 @@ def _corner(values, s_knots, t_knots, rows_count, columns_count, item, row, colu
 
 
 @triton.jit
-def omega_at(
-    omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count,
-    rows, mask, OMEGA: tl.constexpr, KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
+def _table_omega(
+    values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count, rows, mask,
+    KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
 ):  # fmt: skip
-    """omega for each row. In a table: bilinear, clamped outside, NaN for a condition outside it."""
-    if OMEGA != TABLE:
-        return per_sample(omega, omega_stride, omega_value, rows, mask, OMEGA)
+    """Bilinear, clamped outside, NaN for a condition outside the table."""
     s_index, t_index = tl.arange(0, KNOTS_S), tl.arange(0, KNOTS_T)
     s_all = tl.load(s_knots + s_index, mask=s_index < rows_count, other=0.0)
     t_all = tl.load(t_knots + t_index, mask=t_index < columns_count, other=0.0)
@@ -171,6 +174,19 @@ def omega_at(
     w11 = _corner(values, s_all, t_all, rows_count, columns_count, item, row + 1, column + 1, mask)
     found = (1 - dw) * ((1 - dv) * w00 + dv * w01) + dw * ((1 - dv) * w10 + dv * w11)
     return tl.where(known, found, float("nan"))
+
+
+@triton.jit
+def omega_at(
+    omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count,
+    rows, mask, OMEGA: tl.constexpr, KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
+):  # fmt: skip
+    """omega for each row."""
+    if OMEGA == TABLE:
+        return _table_omega(values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count, rows, mask,
+                            KNOTS_S, KNOTS_T)  # fmt: skip
+    else:
+        return per_sample(omega, omega_stride, omega_value, rows, mask, OMEGA)
 
 
 @triton.jit
