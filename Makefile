@@ -5,7 +5,7 @@ GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test bench gpu aot lint format install
+.PHONY: demo test bench gpu aot aot-matrix lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
@@ -21,6 +21,10 @@ gpu:                     # on a machine with a GPU, in the Python that is there:
 
 aot: install             # what the GPU kernels compile to: registers, spills and load widths, without a GPU
 	$(RUN) tests/aot.py
+
+aot-matrix:              # that table and its tests under the oldest Triton of a torch that we run on, and under this one
+	$(MAKE) aot test ARGS=tests/test_aot.py VENV=.venv-triton-3.6 TRITON=3.6.0
+	$(MAKE) aot test ARGS=tests/test_aot.py
 
 lint: install
 	$(RUN) -m ruff check .
@@ -38,4 +42,5 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	LGD_REQUIRE_EXT=1 $(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(if $(TRITON),$(RUN) -m pip install --quiet --no-deps triton==$(TRITON))
 	touch $@

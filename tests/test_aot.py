@@ -11,12 +11,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 @pytest.mark.parametrize("gpu", aot.TARGETS)
-@pytest.mark.parametrize("dtype", aot.DTYPES)
-@pytest.mark.parametrize("variant", aot.VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype"), aot.CASES)
 @pytest.mark.parametrize("kernel", aot.triton_kernels())
 def test_triton(kernel, variant, dtype, gpu):
     row = aot.compile_triton(kernel, variant, dtype, gpu)
-    assert row.spilled == 0 and row.registers > 0
+    assert row.spills == 0 and row.registers > 0
+    if aot.VARIANTS[variant].shape[1] % 16:
+        return  # rows that nothing aligns
     tensors = 2 if kernel == "guided_score_kernel" else 3
     per_tensor = 1 if dtype == "bf16" else 2  # eight elements to a thread; on gfx942 four, half of them
     if gpu.startswith("gfx"):
@@ -32,7 +33,7 @@ def test_cuda():
         f"{op} {way}" for op in ("guided_score", "guided_step") for way in ("forward", "backward")
     }
     for row in rows:
-        assert row.spilled == 0, row
+        assert row.spills == 0, row
         tensors = 2 if row.kernel.startswith("guided_score forward") else 3
         expected = 0 if row.variant == "mixed" else tensors * (2 if row.variant == "fp32" else 1)
         assert row.wide_loads >= expected, row
