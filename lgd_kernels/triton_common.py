@@ -235,9 +235,15 @@ def step_coefficients(signal_t, noise_t, signal_s, noise_s, gap, stride, churn, 
 
 
 @triton.jit
+def column_blocks(row, BLOCK: tl.constexpr):
+    """Of a sample. In 64 bits, because row + BLOCK may pass 2^31; and by a cast, because a row of 1 is a constexpr."""
+    return tl.cdiv(tl.cast(row, tl.int64), BLOCK)
+
+
+@triton.jit
 def tile(batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's samples [ROWS] (int64), which of them exist, the first element (int64) and the columns [BLOCK]."""
-    blocks = tl.cdiv(row, BLOCK).to(tl.int32)
+    blocks = column_blocks(row, BLOCK).to(tl.int32)
     program = tl.program_id(0)
     rows = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = (program % blocks).to(tl.int64) * BLOCK

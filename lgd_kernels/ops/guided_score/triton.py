@@ -7,6 +7,7 @@ import triton.language as tl
 
 from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.triton_common import (
+    column_blocks,
     load_tile,
     omega_arguments,
     omega_at,
@@ -54,7 +55,7 @@ def guided_score_backward_kernel(
         cond = load_tile(cond, cond_stride, rows, first, columns, mask)
         uncond = load_tile(uncond, uncond_stride, rows, first, columns, mask)
         part = tl.sum(d * (cond - uncond), 1)
-        tl.store(d_omega + rows * tl.cdiv(row, BLOCK) + first // BLOCK, part, mask=present)
+        tl.store(d_omega + rows * column_blocks(row, BLOCK) + first // BLOCK, part, mask=present)
 
 
 def forward(guided, cond, uncond, omega, omega_value, table):

@@ -10,6 +10,7 @@ from lgd_kernels.philox import STREAM_STEP
 from lgd_kernels.triton_common import (
     NOISE_NONE,
     NOISE_TENSOR,
+    column_blocks,
     level_arguments,
     load_tile,
     number_arguments,
@@ -86,7 +87,7 @@ def guided_step_backward_kernel(
         cond = load_tile(cond, cond_stride, rows, first, columns, mask)
         uncond = load_tile(uncond, uncond_stride, rows, first, columns, mask)
         part = to_guided * tl.sum(d * (cond - uncond), 1)
-        tl.store(d_omega + rows * tl.cdiv(row, BLOCK) + first // BLOCK, part, mask=present)
+        tl.store(d_omega + rows * column_blocks(row, BLOCK) + first // BLOCK, part, mask=present)
 
 
 def forward(
