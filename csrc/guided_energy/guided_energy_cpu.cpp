@@ -28,9 +28,21 @@ LGD_INLINE void store(S* to, const typename Vector<S>::type& lanes) {
   *reinterpret_cast<typename Vector<S>::unaligned*>(to) = lanes;
 }
 
+// Where the next span's elements of some rows lie: asked for while this one is worked on, since the processor sees no
+// stream in so many short runs.
+struct Ahead {
+  const char* at[4];
+  int64_t size;
+
+  LGD_INLINE void fetch(int64_t i) const {
+    for (const char* row : at) __builtin_prefetch(row + i * size, 0, 2);
+  }
+};
+
 // P0 and P1 of one particle against K targets. Elements come in whole vectors.
 template <class S, int K>
-LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, S* p0, S* p1, int64_t count) {
+LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, S* p0, S* p1, int64_t count,
+                             const Ahead& ahead) {
   constexpr int kLanes = Vector<S>::kLanes;
   typename Vector<S>::type square[K], along[K];
   for (int k = 0; k < K; ++k) {
@@ -44,6 +56,7 @@ LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, S* p
       square[k] += apart * apart;
       along[k] += apart * g;
     }
+    ahead.fetch(i);
   }
   for (int k = 0; k < K; ++k) {
     store(p0 + k * kLanes, square[k]);
@@ -79,29 +92,26 @@ LGD_CLONES void meet_particles(const S* x, const S* slope, const S* others, cons
   }
 }
 
-template <class S>
-LGD_CLONES void add_squares(S* sums, const S* values, int64_t count) {
-  typename Vector<S>::type square = load(sums);
-  for (int64_t i = 0; i < count; i += Vector<S>::kLanes) {
-    const typename Vector<S>::type value = load(values + i);
-    square += value * value;
-  }
-  store(sums, square);
+// P2 of K particles, which follow one another.
+template <class S, int K>
+LGD_CLONES void add_squares(const S* slopes, S* p2, int64_t count) {
+  constexpr int kLanes = Vector<S>::kLanes;
+  typename Vector<S>::type square[K];
+  for (int k = 0; k < K; ++k) square[k] = load(p2 + k * kLanes);
+  for (int64_t i = 0; i < count; i += kLanes)
+    for (int k = 0; k < K; ++k) {
+      const typename Vector<S>::type value = load(slopes + k * kSpan + i);
+      square[k] += value * value;
+    }
+  for (int k = 0; k < K; ++k) store(p2 + k * kLanes, square[k]);
 }
 
-// run(std::integral_constant<int, count>{}), or kTile where that is less.
-template <class Run>
+// run(std::integral_constant<int, count>{}), or with Most where that is less.
+template <int Most, class Run>
 LGD_INLINE void with_size(int64_t count, const Run& run) {
-  switch (count) {
-    case 1:
-      return run(std::integral_constant<int, 1>{});
-    case 2:
-      return run(std::integral_constant<int, 2>{});
-    case 3:
-      return run(std::integral_constant<int, 3>{});
-    default:
-      return run(std::integral_constant<int, kTile>{});
-  }
+  if constexpr (Most > 1)
+    if (count < Most) return with_size<Most - 1>(count, run);
+  run(std::integral_constant<int, Most>{});
 }
 
 template <class E, class S>
@@ -156,50 +166,63 @@ struct Scratch {
   }
 };
 
+// An item's scalars.
+struct Item {
+  int64_t index;
+  StepCoefficients<double> step;
+  double omega, signal, noise;
+
+  Item(const GuidedEnergy& op, int64_t index) : index(index) {
+    const double churn = op.scalars.churn.at<double>(index);
+    step = step_coefficients<double>(op.scalars.levels, index, op.scalars.prediction, churn);
+    omega = op.scalars.omega.at<double>(index);
+    signal = op.scalars.levels.at<double>(2, index);
+    noise = op.scalars.levels.at<double>(3, index);
+  }
+};
+
 template <class E, class S>
-void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, int64_t item, int64_t at, int64_t count) {
-  const double churn = op.scalars.churn.at<double>(item), omega = op.scalars.omega.at<double>(item);
-  const auto k = step_coefficients<double>(op.scalars.levels, item, op.scalars.prediction, churn);
-  const double signal = op.scalars.levels.at<double>(2, item);
+void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& item, int64_t at, int64_t count) {
+  const auto& step = item.step;
   auto* const buffers = reinterpret_cast<E* const*>(to.buffers);
   const bool centred = op.kind != Targets::tensor;
-  const E* x0 = centred ? read_block(op.target, item, at, count, buffers[3]) : nullptr;
+  const E* x0 = centred ? read_block(op.target, item.index, at, count, buffers[3]) : nullptr;
   for (int64_t j = 0; j < op.m; ++j) {
-    const int64_t row = item * op.m + j;
+    const int64_t row = item.index * op.m + j;
     S *x_s = to.x_s + j * kSpan, *slope = to.slope + j * kSpan;
     const E* x = read_block(op.x, row, at, count, buffers[0]);
     const E* cond = read_block(op.cond, row, at, count, buffers[1]);
     const E* uncond = read_block(op.uncond, row, at, count, buffers[2]);
     if (centred)
-      guide_centred(x_s, slope, x, cond, uncond, x0, k.x, k.guided, omega, signal, count);
+      guide_centred(x_s, slope, x, cond, uncond, x0, step.x, step.guided, item.omega, item.signal, count);
     else
-      guide(x_s, slope, x, cond, uncond, S(k.x), S(k.guided), S(omega), count);
+      guide(x_s, slope, x, cond, uncond, S(step.x), S(step.guided), S(item.omega), count);
     if (op.draws) {
-      philox_fill(to.drawn, count, at, op.seed.key(item), op.seed.index(item, j, op.m), kStreamStep);
-      add(x_s, to.drawn, S(k.noise), count);
+      philox_fill(to.drawn, count, at, op.seed.key(item.index), op.seed.index(item.index, j, op.m), kStreamStep);
+      add(x_s, to.drawn, S(step.noise), count);
     } else if (op.noise.data) {
-      add(x_s, read_block(op.noise, row, at, count, buffers[0]), S(k.noise), count);
+      add(x_s, read_block(op.noise, row, at, count, buffers[0]), S(step.noise), count);
     }
   }
 }
 
 // The k targets of an item, as pointers; in place where they are stored as S and fill whole vectors.
 template <class S>
-void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, int64_t item, int64_t at, int64_t count,
+void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, const Item& item, int64_t at, int64_t count,
                   int64_t whole) {
   for (int64_t k = 0; k < op.k; ++k) {
     S* buffer = to.target + k * kSpan;
     to.y[k] = buffer;
     if (op.kind == Targets::tensor) {
-      const S* found = read_block(op.target, item * op.k + k, at, count, buffer);
+      const S* found = read_block(op.target, item.index * op.k + k, at, count, buffer);
       if (count == whole)
         to.y[k] = found;
       else if (found != buffer)
         std::copy(found, found + count, buffer);
     } else if (op.kind == Targets::renoise) {
-      const S noise = S(op.scalars.levels.at<double>(3, item));
-      philox_fill(to.drawn, count, at, op.target_seed.key(item), op.target_seed.index(item, k, op.k), kStreamTargets);
-      scaled(buffer, to.drawn, noise, count);
+      const uint32_t sample = op.target_seed.index(item.index, k, op.k);
+      philox_fill(to.drawn, count, at, op.target_seed.key(item.index), sample, kStreamTargets);
+      scaled(buffer, to.drawn, S(item.noise), count);
     } else {
       std::fill(buffer, buffer + count, S(0));
     }
@@ -207,9 +230,21 @@ void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, int64_t item, in
   }
 }
 
+// The next span of particle j's rows, and of target j's.
+inline Ahead ahead_of(const GuidedEnergy& op, const Item& item, int64_t j, int64_t next) {
+  const int64_t size = op.x.dtype == DType::f64 ? 8 : op.x.dtype == DType::f32 ? 4 : 2;
+  const auto in = [&](const Rows& rows, int64_t row) {
+    return static_cast<const char*>(rows.data) + (row * rows.stride + next) * size;
+  };
+  const int64_t row = item.index * op.m + j;
+  const bool has_target = op.kind == Targets::tensor && j < op.k;
+  const char* x = in(op.x, row);
+  return {{x, in(op.cond, row), in(op.uncond, row), has_target ? in(op.target, item.index * op.k + j) : x}, size};
+}
+
 // All pairs of a span: a group of particles meets a tile of targets, or of particles, then the next tile.
 template <class S>
-void meet(const GuidedEnergy& op, const Scratch<S>& in, int64_t whole) {
+void meet(const GuidedEnergy& op, const Scratch<S>& in, const Item& item, int64_t at, int64_t whole) {
   constexpr int kLanes = Vector<S>::kLanes;
   const int64_t m = op.m, k = op.k, pairs = op.pairs();
   S *p0 = in.sums, *p1 = p0 + m * k * kLanes, *p2 = p1 + m * k * kLanes, *q0 = p2 + m * kLanes;
@@ -217,19 +252,22 @@ void meet(const GuidedEnergy& op, const Scratch<S>& in, int64_t whole) {
   for (int64_t group = 0; group < m; group += kGroup) {
     const int64_t end = std::min(group + kGroup, m);
     for (int64_t tile = 0; tile < k; tile += kTile)
-      with_size(k - tile, [&](auto size) {
+      with_size<kTile>(k - tile, [&](auto size) {
         for (int64_t j = group; j < end; ++j) {
           const int64_t pair = (j * k + tile) * kLanes;
-          meet_targets<S, size>(in.x_s + j * kSpan, in.slope + j * kSpan, in.y + tile, p0 + pair, p1 + pair, whole);
+          meet_targets<S, size>(in.x_s + j * kSpan, in.slope + j * kSpan, in.y + tile, p0 + pair, p1 + pair, whole,
+                                ahead_of(op, item, j, at + kSpan));
         }
       });
-    for (int64_t j = group; j < end; ++j) add_squares(p2 + j * kLanes, in.slope + j * kSpan, whole);
+    for (int64_t tile = group; tile < end; tile += kTile)
+      with_size<kTile>(end - tile,
+                       [&](auto size) { add_squares<S, size>(in.slope + tile * kSpan, p2 + tile * kLanes, whole); });
     for (int64_t tile = group; tile < m; tile += kTile)
       for (int64_t j = group; j < end; ++j) {
         const int64_t first = std::max(tile, j + 1), last = std::min(tile + kTile, m);
         if (first >= last) continue;
         const int64_t pair = (j * m - j * (j + 1) / 2 + first - j - 1) * kLanes, other = first * kSpan;
-        with_size(last - first, [&](auto size) {
+        with_size<kTile>(last - first, [&](auto size) {
           meet_particles<S, size>(in.x_s + j * kSpan, in.slope + j * kSpan, in.x_s + other, in.slope + other, q0 + pair,
                                   q1 + pair, q2 + pair, whole);
         });
@@ -259,20 +297,21 @@ template <class S>
 void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch) {
   constexpr int kLanes = Vector<S>::kLanes;
   const Scratch<S> in(scratch, op);
+  const Item numbers(op, item);
   const Rows x0 = op.kind == Targets::tensor ? Rows{nullptr, DType::f32, 0} : op.target;
   for (int64_t start = first; start < last; start += kFlush) {
     const int64_t stop = std::min(start + kFlush, last);
     std::fill(in.sums, in.sums + op.statistics() * kLanes, S(0));
     for (int64_t at = start; at < stop; at += kSpan) {
       const int64_t count = std::min(stop - at, kSpan), whole = (count + kLanes - 1) / kLanes * kLanes;
-      with_elements<S>([&](auto element) { fill_particles<decltype(element)>(op, in, item, at, count); }, op.x, op.cond,
-                       op.uncond, op.noise, x0);
+      with_elements<S>([&](auto element) { fill_particles<decltype(element)>(op, in, numbers, at, count); }, op.x,
+                       op.cond, op.uncond, op.noise, x0);
       for (int64_t j = 0; j < op.m && count < whole; ++j) {
         std::fill(in.x_s + j * kSpan + count, in.x_s + j * kSpan + whole, S(0));
         std::fill(in.slope + j * kSpan + count, in.slope + j * kSpan + whole, S(0));
       }
-      fill_targets(op, in, item, at, count, whole);
-      meet(op, in, whole);
+      fill_targets(op, in, numbers, at, count, whole);
+      meet(op, in, numbers, at, whole);
     }
     for (int64_t i = 0; i < op.statistics(); ++i)
       for (int lane = 0; lane < kLanes; ++lane) sums[i] += double(in.sums[i * kLanes + lane]);
