@@ -9,12 +9,24 @@ namespace lgd {
 namespace {
 
 template <class S>
+S* scratch(const GuidedEnergy& op) {
+  static thread_local std::vector<S> kept;  // the next block, and the next call, want the same
+  kept.resize(std::max<size_t>(kept.size(), guided_energy_scratch(op)));
+  return kept.data();
+}
+
+template <class S>
+void run(const GuidedEnergyBackward& op, int64_t batch, int64_t row, int threads) {
+  for_chunks(batch, row, threads, [&](int64_t item, int64_t first, int64_t last) {
+    guided_energy_backward<S>(op, item, first, last, scratch<S>(op.forward));
+  });
+}
+
+template <class S>
 void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, int threads, S* loss,
          S* slope, double* statistics) {
   const auto work = [&](int64_t item, int64_t first, int64_t last, double* sums) {
-    static thread_local std::vector<S> scratch;  // kept: the next block, and the next call, want the same
-    scratch.resize(std::max<size_t>(scratch.size(), guided_energy_scratch(op)));
-    guided_energy<S>(op, item, first, last, sums, scratch.data());
+    guided_energy<S>(op, item, first, last, sums, scratch<S>(op));
   };
   const int64_t count = op.statistics();
   reduce_rows(batch, row, threads, count, statistics, work);
@@ -48,6 +60,30 @@ void bind_guided_energy(py::module_& module) {
         ? run(op, options, batch, sizes.row, threads, static_cast<double*>(losses), static_cast<double*>(slopes), sums)
         : run(op, options, batch, sizes.row, threads, static_cast<float*>(losses), static_cast<float*>(slopes), sums);
   });
+  module.def("guided_energy_backward",
+             [](Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise, Tensor d_target, Tensor to_targets,
+                Tensor to_particles, Tensor x, Tensor cond, Tensor uncond, Tensor noise, Tensor omega_,
+                double omega_value, Tensors table, Tensors levels_, int prediction, Tensor churn, double churn_value,
+                Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample, Tensor target, int kind,
+                int64_t m, int64_t k, Tensor target_seed, std::optional<int64_t> target_seed_value, int threads) {
+               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+               const auto forward = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample,
+                                                     target, kind, m, k, target_seed, target_seed_value);
+               const GuidedEnergyBackward op{rows(d_x),
+                                             rows(d_cond),
+                                             rows(d_uncond),
+                                             rows(d_noise),
+                                             rows(d_target),
+                                             forward,
+                                             static_cast<const double*>(address(to_targets)),
+                                             static_cast<const double*>(address(to_particles))};
+               const Sizes sizes(x);
+               const int64_t batch = sizes.batch / m;
+               py::gil_scoped_release release;
+               wide(forward.x, forward.cond, forward.uncond, forward.noise, forward.target)
+                   ? run<double>(op, batch, sizes.row, threads)
+                   : run<float>(op, batch, sizes.row, threads);
+             });
 }
 
 }  // namespace lgd

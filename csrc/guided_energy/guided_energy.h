@@ -38,6 +38,17 @@ template <class S>
 void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch);
 int64_t guided_energy_scratch(const GuidedEnergy& op);
 
+// Gradients to the data from the weights of the pairs, w_jk = 2 d loss / d P0_jk and v_jl = 2 d loss / d Q0_jl:
+//   d_x_s^j = sum_k w_jk (x_s^j - y_k) + sum_l v_jl (x_s^j - x_s^l)        d_y_k = sum_j w_jk (y_k - x_s^j)
+// d_target is d_y or, where targets are made from x0, signal_s sum_k d_y_k.
+struct GuidedEnergyBackward {
+  Rows d_x, d_cond, d_uncond, d_noise, d_target;  // out, each may be absent
+  GuidedEnergy forward;
+  const double *to_targets, *to_particles;  // [B, m, k], [B, pairs]
+};
+template <class S>
+void guided_energy_backward(const GuidedEnergyBackward& op, int64_t item, int64_t first, int64_t last, S* scratch);
+
 struct Energy {
   double loss, slope;
 };

@@ -148,7 +148,8 @@ LGD_CLONES void scaled(S* to, const E* from, S factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = factor * S(to_float(from[i]));
 }
 
-// What a thread works in: particles and slopes [m, kSpan], targets [k, kSpan], buffers, and every sum's lanes.
+// What a thread works in: particles and slopes [m, kSpan], targets [k, kSpan], buffers, and every sum's lanes or, in
+// the backward, the targets' gradients [k, kSpan].
 template <class S>
 struct Scratch {
   S *x_s, *slope, *target, *buffers[4], *sums;
@@ -162,7 +163,7 @@ struct Scratch {
     for (int i = 0; i < 4; ++i) buffers[i] = target + (op.k + i) * kSpan;
     drawn = reinterpret_cast<float*>(buffers[3] + kSpan);
     sums = buffers[3] + 2 * kSpan;
-    y = reinterpret_cast<const S**>(sums + op.statistics() * Vector<S>::kLanes);
+    y = reinterpret_cast<const S**>(sums + std::max(op.statistics() * Vector<S>::kLanes, op.k * kSpan));
   }
 };
 
@@ -275,6 +276,25 @@ void meet(const GuidedEnergy& op, const Scratch<S>& in, const Item& item, int64_
   }
 }
 
+// to += weight (from - other), and the opposite to `back`.
+template <class S>
+LGD_CLONES void pull(S* to, S* back, const S* from, const S* other, S weight, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const S force = weight * (from[i] - other[i]);
+    to[i] += force;
+    back[i] -= force;
+  }
+}
+
+template <class S>
+void put(const Rows& rows, int64_t row, int64_t at, int64_t count, const S* values, double factor, S* buffer) {
+  if (!rows.data) return;
+  S* out = open_block(rows, row, at, buffer);
+  scale(out, values, S(factor), count);
+  write_block(rows, row, at, count, out);
+}
+
 // The mean of P0^(beta/2), and of its slope beta P0^(beta/2 - 1) P1. A pair that coincides adds nothing.
 Energy mean_power(const double* square, const double* along, int64_t count, double beta) {
   Energy sum{0, 0};
@@ -290,7 +310,8 @@ Energy mean_power(const double* square, const double* along, int64_t count, doub
 }  // namespace
 
 int64_t guided_energy_scratch(const GuidedEnergy& op) {
-  return (2 * op.m + op.k + 5) * kSpan + op.statistics() * Vector<float>::kLanes + 2 * op.k;
+  const int64_t sums = std::max(op.statistics() * Vector<float>::kLanes, op.k * kSpan);
+  return (2 * op.m + op.k + 5) * kSpan + sums + 2 * op.k;
 }
 
 template <class S>
@@ -318,6 +339,45 @@ void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t 
   }
 }
 
+template <class S>
+void guided_energy_backward(const GuidedEnergyBackward& op, int64_t item, int64_t first, int64_t last, S* scratch) {
+  const GuidedEnergy& forward = op.forward;
+  const int64_t m = forward.m, k = forward.k;
+  const Scratch<S> in(scratch, forward);
+  const Item numbers(forward, item);
+  const double *weight = op.to_targets + item * m * k, *between = op.to_particles + item * forward.pairs();
+  const bool made = forward.kind != Targets::tensor;
+  S *to_x = in.slope, *to_y = in.sums;  // gradients to x_s and y
+  for (int64_t at = first; at < last; at += kSpan) {
+    const int64_t count = std::min(last - at, kSpan);
+    fill_particles<S>(forward, in, numbers, at, count);
+    fill_targets(forward, in, numbers, at, count, count);
+    std::fill(to_x, to_x + m * kSpan, S(0));
+    std::fill(to_y, to_y + k * kSpan, S(0));
+    for (int64_t j = 0, pair = 0; j < m; ++j) {
+      const S* x_s = in.x_s + j * kSpan;
+      for (int64_t t = 0; t < k; ++t)
+        pull(to_x + j * kSpan, to_y + t * kSpan, x_s, in.y[t], S(weight[j * k + t]), count);
+      for (int64_t l = j + 1; l < m; ++l, ++pair)
+        pull(to_x + j * kSpan, to_x + l * kSpan, x_s, in.x_s + l * kSpan, S(between[pair]), count);
+    }
+    const double guided = numbers.step.guided, omega = numbers.omega;
+    for (int64_t j = 0; j < m; ++j) {
+      const int64_t row = item * m + j;
+      const S* values = to_x + j * kSpan;
+      put(op.d_x, row, at, count, values, numbers.step.x, in.buffers[0]);
+      put(op.d_cond, row, at, count, values, guided * (1 + omega), in.buffers[0]);
+      put(op.d_uncond, row, at, count, values, -guided * omega, in.buffers[0]);
+      put(op.d_noise, row, at, count, values, numbers.step.noise, in.buffers[0]);
+    }
+    for (int64_t t = 1; made && t < k; ++t)  // all to x0
+      for (int64_t i = 0; i < count; ++i) to_y[i] += to_y[t * kSpan + i];
+    for (int64_t t = 0; t < (made ? 1 : k); ++t)
+      put(op.d_target, made ? item : item * k + t, at, count, to_y + t * kSpan, made ? numbers.signal : 1.0,
+          in.buffers[0]);
+  }
+}
+
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options) {
   const int64_t m = op.m, k = op.k, pairs = op.pairs();
@@ -338,5 +398,7 @@ Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, c
 
 template void guided_energy<float>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, float*);
 template void guided_energy<double>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, double*);
+template void guided_energy_backward<float>(const GuidedEnergyBackward&, int64_t, int64_t, int64_t, float*);
+template void guided_energy_backward<double>(const GuidedEnergyBackward&, int64_t, int64_t, int64_t, double*);
 
 }  // namespace lgd

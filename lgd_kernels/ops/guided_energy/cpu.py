@@ -24,6 +24,24 @@ def forward(
     )  # fmt: skip
 
 
+def backward(
+    d_x, d_cond, d_uncond, d_noise, d_target, to_targets, to_particles, x, cond, uncond, noise, omega, omega_value,
+    table, levels, prediction, churn, churn_value, seed, seed_value, first_sample, target, kind, k, *target_seed,
+):  # fmt: skip
+    m = x.shape[1]
+    x, cond, uncond, noise, d_x, d_cond, d_uncond, d_noise = (
+        with_contiguous_rows(particle_rows(tensor))
+        for tensor in (x, cond, uncond, noise, d_x, d_cond, d_uncond, d_noise)
+    )
+    if kind == "tensor":
+        target, d_target = particle_rows(target), particle_rows(d_target)
+    impls.extension().guided_energy_backward(
+        d_x, d_cond, d_uncond, d_noise, d_target, to_targets.contiguous(), to_particles.contiguous(), x, cond, uncond,
+        noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value,
+        first_sample, with_contiguous_rows(target), KINDS.index(kind), m, k, *target_seed, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def particle_rows(tensor):
     """[B, m, ...] as [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
     return None if tensor is None else tensor.flatten(0, 1)

@@ -27,6 +27,9 @@ IMPLEMENTATIONS = {
     "cpu": impls.ALL_FLOATS,
     "reference": impls.ALL_FLOATS,
 }
+WITH_BACKWARD = (
+    "cpu",
+)  # to the data, by a kernel; others by the reference's formula (to omega there is no other pass)
 
 _library = torch.library.Library("lgd", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -241,14 +244,24 @@ def _fake(x, cond, uncond, noise, omega, omega_value, table, levels, prediction,
 def _backward(to_targets, to_particles, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn,
               churn_value, seed, seed_value, first_sample, data, kind, k, target_seed, target_seed_value, wanted,
               impl):  # fmt: skip
+    inputs = x, cond, uncond, noise, data
+    impl = impls.choose("guided_energy", impl, x.device, *(one.dtype for one in inputs if one is not None))
+    empty = x.new_empty(0)
+    if impl in WITH_BACKWARD and x.numel():
+        grads = [tensor.new_empty(tensor.shape) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
+        impls.launcher("guided_energy", impl).backward(
+            *grads, to_targets, to_particles, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels,
+            prediction, churn, churn_value, None if seed is None else seed.contiguous(), seed_value, first_sample,
+            data, kind, k, None if target_seed is None else target_seed.contiguous(), target_seed_value,
+        )  # fmt: skip
+        return tuple(empty if grad is None else grad for grad in grads)
     found = reference.guided_energy_backward(
         to_targets, to_particles, x, cond, uncond, join_omega(omega, omega_value, table), Levels(*levels),
         join_target(data, kind, k, target_seed_value if target_seed is None else target_seed), prediction,
         churn_value if churn is None else churn, noise, seed_value if seed is None else seed, first_sample,
     )  # fmt: skip
-    inputs = x, cond, uncond, noise, data
     return tuple(
-        grad.to(tensor.dtype).view(tensor.shape).contiguous() if want else x.new_empty(0)
+        grad.to(tensor.dtype).view(tensor.shape).contiguous() if want else empty
         for grad, tensor, want in zip(found, inputs, wanted, strict=True)
     )
 
