@@ -34,6 +34,14 @@ LGD_CLONES void fill_words(Group& group, const Counter& from, int quads) {
 __attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counter& from, int quads) {
   const __m256i multiply0 = _mm256_set1_epi64x(0xD2511F53), multiply1 = _mm256_set1_epi64x(0xCD9E8D57);
   const __m256i low_halves = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+  __m256i keys[10][2];
+  uint32_t key0 = uint32_t(from.key), key1 = uint32_t(from.key >> 32);
+  for (auto& key : keys) {
+    key[0] = _mm256_set1_epi64x(key0);
+    key[1] = _mm256_set1_epi64x(key1);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
   for (int i = 0; i < quads; i += kLanes) {
     __m256i words[4][kLanes / 4];
     for (int part = 0; part < kLanes / 4; ++part) {
@@ -43,20 +51,15 @@ __attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counter
       words[2][part] = _mm256_set1_epi64x(from.sample);
       words[3][part] = _mm256_set1_epi64x(from.stream);
     }
-    uint32_t key0 = uint32_t(from.key), key1 = uint32_t(from.key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const __m256i to0 = _mm256_set1_epi64x(key0), to2 = _mm256_set1_epi64x(key1);
+    for (const auto& key : keys)
       for (int part = 0; part < kLanes / 4; ++part) {
         const __m256i product0 = _mm256_mul_epu32(words[0][part], multiply0);
         const __m256i product1 = _mm256_mul_epu32(words[2][part], multiply1);
-        words[0][part] = _mm256_xor_si256(_mm256_srli_epi64(product1, 32), _mm256_xor_si256(words[1][part], to0));
+        words[0][part] = _mm256_xor_si256(_mm256_srli_epi64(product1, 32), _mm256_xor_si256(words[1][part], key[0]));
         words[1][part] = product1;
-        words[2][part] = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), _mm256_xor_si256(words[3][part], to2));
+        words[2][part] = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), _mm256_xor_si256(words[3][part], key[1]));
         words[3][part] = product0;
       }
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
     for (int lane = 0; lane < 4; ++lane)
       for (int part = 0; part < kLanes / 4; ++part) {
         const __m256i packed = _mm256_permutevar8x32_epi32(words[lane][part], low_halves);
