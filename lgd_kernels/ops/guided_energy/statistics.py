@@ -70,20 +70,24 @@ def _each(per_particle: Tensor, k: int) -> Tensor:
 
 
 def _mean(a: Tensor, b: Tensor, c: Tensor, shift: Tensor, beta: float, order: int) -> Tensor:
-    """The mean over pairs of a power of a + 2 d b + d^2 c, or of a derivative in d."""
+    """The mean over pairs of a power of a + 2 d b + d^2 c, or of a derivative in d. A power is exp(p log .): torch.pow
+    takes more than twice as long."""
     d = shift[:, :, None]
     a, b, c = a[:, None], b[:, None], c[:, None]
-    square = torch.clamp(a + d * (2 * b + d * c), min=0)  # [B, K, pairs]
+    if order == 0 and not shift.requires_grad:
+        square = torch.addcmul(2 * b, c, d).mul_(d).add_(a).clamp_(min=0)  # [B, K, pairs]
+        return square.log_().mul_(beta / 2).exp_().mean(-1)
+    square = ((c * d + 2 * b) * d + a).clamp(min=0)
     apart = square > 0
-    square = torch.where(apart, square, 1.0)
+    log = torch.where(apart, square, 1.0).log()
     if order == 0:
-        terms = square.pow(beta / 2)
+        terms = torch.exp(beta / 2 * log)
     else:
         half = b + d * c  # half the slope of the square
-        terms = beta * square.pow(beta / 2 - 1)
+        terms = beta * torch.exp((beta / 2 - 1) * log)
         if order == 1:
             terms = terms * half
         else:
-            terms = terms * (c + (beta - 2) * half * half / square)
-    missing = torch.where(a == a, torch.zeros_like(terms), a)  # NaN stays NaN
+            terms = terms * (c + (beta - 2) * half * half * torch.exp(-log))
+    missing = torch.where(square == square, torch.zeros_like(terms), square)  # NaN stays NaN
     return torch.where(apart, terms, missing).mean(-1)
