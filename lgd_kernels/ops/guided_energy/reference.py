@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,12 +121,12 @@ def particles(
     that are integrated out (else 0). All in float32, or float64 where a tensor is."""
     data = target.x0 if isinstance(target, (Renoise, Expected)) else target
     dtype = arithmetic_dtype(x, cond, uncond, noise, data)
-    batch, m = x.shape[:2]
+    batch, m, elements = *x.shape[:2], math.prod(x.shape[2:])  # -1 would not do for an empty batch
     if seed is not None and noise is None and not (isinstance(churn, (int, float)) and churn == 0):
         first = first_sample * m
         noise = normal((batch * m, *x.shape[2:]), seed, STREAM_STEP, first, x.device, m).view(x.shape)
     x, cond, uncond, noise = (
-        None if one is None else one.reshape(batch, m, -1).to(dtype) for one in (x, cond, uncond, noise)
+        None if one is None else one.reshape(batch, m, elements).to(dtype) for one in (x, cond, uncond, noise)
     )
     a, b, v = (per_sample(k.to(dtype), x) for k in _coefficients(levels, prediction, churn, x))
     w = per_sample(omega_at(omega, x), x)
@@ -133,14 +135,14 @@ def particles(
     if noise is not None:
         x_s = x_s + v * noise
     if not isinstance(target, (Renoise, Expected)):
-        return x_s, slope, target.reshape(batch, target.shape[1], -1).to(dtype), 0.0
+        return x_s, slope, target.reshape(batch, target.shape[1], elements).to(dtype), 0.0
     signal, noise_s = (per_sample(level.to(dtype), x) for level in (levels.signal_s, levels.noise_s))
-    y = signal * data.reshape(batch, 1, -1).to(dtype)
+    y = signal * data.reshape(batch, 1, elements).to(dtype)
     if isinstance(target, Expected):
         return x_s, slope, y, noise_s[:, 0, 0] ** 2 * y.shape[-1]
     shape, first = (batch * target.particles, *data.shape[1:]), first_sample * target.particles
     z = normal(shape, target.seed, STREAM_TARGETS, first, x.device, target.particles)
-    return x_s, slope, y + noise_s * z.view(batch, target.particles, -1).to(dtype), 0.0
+    return x_s, slope, y + noise_s * z.view(batch, target.particles, elements).to(dtype), 0.0
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
