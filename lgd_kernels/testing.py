@@ -60,8 +60,8 @@ def promoted(value):
     """Tensors, alone or in a NamedTuple, in float64; everything else as it is."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    if isinstance(value, (Levels, OmegaLookup)):
-        return type(value)(*(promoted(tensor) for tensor in value))
+    if isinstance(value, tuple):
+        return type(value)(*(promoted(field) for field in value))
     return value
 
 
@@ -69,8 +69,8 @@ def moved(value, device: str):
     """Tensors, alone or in a NamedTuple, on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, (Levels, OmegaLookup)):
-        return type(value)(*(tensor.to(device) for tensor in value))
+    if isinstance(value, tuple):
+        return type(value)(*(moved(field, device) for field in value))
     return value
 
 

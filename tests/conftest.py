@@ -32,8 +32,10 @@ def dtypes_of(target: Target) -> list[torch.dtype]:
 
 
 def pytest_generate_tests(metafunc):
+    """A module whose room does not offer every implementation says in IMPLEMENTATIONS which."""
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", TARGETS)
+        offered = getattr(metafunc.module, "IMPLEMENTATIONS", impls.NAMES)
+        metafunc.parametrize("target", [one for one in TARGETS if one.values[0].impl in offered])
 
 
 def pytest_collection_modifyitems(config, items):

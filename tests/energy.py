@@ -1,0 +1,116 @@
+"""What the tests of guided_energy share: its definition through other rooms, the terms of its sums, and the calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import lgd_kernels as lgd
+from lgd_kernels import testing
+from lgd_kernels.learn.objective import self_consistency_loss
+from lgd_kernels.levels import Levels, OmegaLookup, widest
+from lgd_kernels.ops.guided_step import reference as step
+
+
+def on(target, function, *args, **options):
+    """By the target's implementation, on its device."""
+    moved = (testing.moved(value, target.device) for value in args)
+    options = {name: testing.moved(value, target.device) for name, value in options.items()}
+    return function(*moved, impl=target.impl, **options)
+
+
+def guided_energy(target, *args, **options):
+    return on(target, lgd.guided_energy, *args, **options)
+
+
+def loss_and_slope(target, x, cond, uncond, omega, *args, **options):
+    """L and dL / domega for omega `[B]`, on the CPU."""
+    omega = omega.detach().to(target.device).requires_grad_()
+    loss = guided_energy(target, x, cond, uncond, omega, *args, **options)
+    return loss.detach().cpu(), torch.autograd.grad(loss.sum(), omega)[0].cpu()
+
+
+def points(x, cond, uncond, omega, levels, target, prediction="x0", churn=0.0, noise=None, seed=None, first_sample=0):
+    """x_s `[B, m, ...]` by guided_step's reference and y `[B, k, ...]`, noise from philox_normal."""
+    batch, m = x.shape[:2]
+
+    def each(value):  # of an item, for each of its particles
+        if isinstance(value, OmegaLookup):
+            return value._replace(**{name: each(getattr(value, name)) for name in "cst"})
+        return value.repeat_interleave(m) if isinstance(value, Tensor) else value
+
+    if noise is None and seed is not None:
+        noise = drawn((batch, m, *x.shape[2:]), seed, 1, first_sample).to(x.dtype)
+    flat = [one if one is None else one.flatten(0, 1) for one in (x, cond, uncond, noise)]
+    each_level = Levels(*map(each, levels))
+    x_s = step.guided_step(*flat[:3], each(omega), each_level, prediction, each(churn), flat[3], None, 0).view(x.shape)
+    if isinstance(target, lgd.Renoise):
+        z = drawn((batch, target.particles, *x.shape[2:]), target.seed, 2, first_sample)
+        column = (-1, *(1,) * (x.ndim - 1))
+        target = levels.signal_s.view(column) * target.x0[:, None] + levels.noise_s.view(column) * z.to(x.dtype)
+    return x_s, target
+
+
+def drawn(shape, seed, stream, first_sample=0):
+    """The noise of B items of so many particles, `[B, particles, ...]`."""
+    batch, particles, *rest = shape
+    if isinstance(seed, Tensor) and seed.ndim:
+        return torch.stack([lgd.philox_normal((particles, *rest), int(one), stream=stream) for one in seed])
+    first = first_sample * particles
+    return lgd.philox_normal((batch * particles, *rest), seed, stream=stream, first_sample=first).view(shape)
+
+
+def defined(*args, beta=1.75, lam=1.0, unbiased=True, **options):
+    """The definition: guided_step, then self_consistency_loss. Differentiable."""
+    return self_consistency_loss(*points(*args, **options), beta, lam, unbiased)
+
+
+def truth(x, cond, uncond, omega, levels, target, *, beta=1.75, lam=1.0, unbiased=True, **options):
+    """In float64, for omega `[B]`: L, dL / domega, and the sums of |terms| that their errors are measured against."""
+    args = [testing.promoted(value) for value in (x, cond, uncond, omega, levels, target)]
+    options = {name: testing.promoted(value) for name, value in options.items()}
+    omega = args[3] = args[3].detach().requires_grad_()
+    x_s, y = points(*args, **options)
+    x_s, y = x_s.flatten(2), y.flatten(2)
+    loss = self_consistency_loss(x_s, y, beta, lam, unbiased)
+    slope = torch.autograd.grad(loss.sum(), omega, retain_graph=True)[0]
+    turn = x_s.detach() - points(*args[:3], omega.detach() + 1, *args[4:], **options)[0].flatten(2)  # -G
+    m = x_s.shape[1]
+    share = lam / 2 if m > 1 else 0.0
+    pairs = m * (m - 1) if unbiased and m > 1 else m * m
+    x_s = x_s.detach()
+    apart, between = torch.cdist(x_s, y, compute_mode=DIRECT), torch.cdist(x_s, x_s, compute_mode=DIRECT)
+    lengths, turns = turn.norm(dim=-1)[:, :, None], torch.cdist(turn, turn, compute_mode=DIRECT)
+    terms = (apart**beta).mean((1, 2)) + share * (between**beta).sum((1, 2)) / pairs
+    steep = torch.where(between > 0, between, 1.0) ** (beta - 1)
+    slopes = beta * (apart ** (beta - 1) * lengths).mean((1, 2)) + share * beta * (steep * turns).sum((1, 2)) / pairs
+    return loss.detach(), slope, terms, slopes
+
+
+DIRECT = "donot_use_mm_for_euclid_dist"
+
+
+def problem(
+    generator, m, k, row, dtypes=torch.float32, batch=3, kind="tensor", noise=False, layout="contiguous", **options
+):
+    """Arguments of guided_energy: x, cond, uncond, omega, levels, target, and its options."""
+    row = row if isinstance(row, tuple) else (row,)
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,) * 5
+
+    def made(count, dtype):
+        return testing.sample((batch, count, *row), dtype, generator, layout)
+
+    x, cond, uncond, z = (made(m, dtype) for dtype in dtypes[:4])
+    t = torch.linspace(0.9, 0.5, batch)
+    levels = lgd.RectifiedFlow().levels(t, t - 0.3)
+    omega = torch.rand(batch, generator=generator, dtype=widest(*dtypes)) * 3
+    if kind == "tensor":
+        target = made(k, dtypes[4])
+        if row == (1,):  # single numbers would be as close to each other as their rounding
+            target = target + 6
+    else:
+        x0 = made(1, dtypes[4])[:, 0]
+        target = lgd.Expected(x0) if kind == "expected" else lgd.Renoise(x0, k, 11)
+    if noise:
+        options = {"churn": torch.rand(batch, generator=generator), "noise": z} | options
+    return (x, cond, uncond, omega, levels, target), options
