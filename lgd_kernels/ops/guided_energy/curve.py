@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lgd_kernels import checks
 from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
 
 POINTS = 257  # where a minimum is looked for first
@@ -64,10 +67,11 @@ class EnergyCurve:
         tensor([2.], dtype=torch.float64)
         """
         low, high = map(float, bracket)
-        if not low < high:
+        if not -math.inf < low < high < math.inf:
             raise ValueError(f"EnergyCurve.minimize: `bracket` is {bracket}, expected (low, high) with low < high")
         at = self.statistics
-        batch, _, k = at.P0.shape
+        batch, m, k = at.P0.shape
+        checks.power("EnergyCurve.minimize", beta, lam, unbiased, m)
         if group is not None and (group.shape != (batch,) or group.dtype != torch.int64):
             raise ValueError(
                 f"EnergyCurve.minimize: `group` is {group.dtype} of shape {list(group.shape)}, expected int64 "
@@ -82,8 +86,9 @@ class EnergyCurve:
 
         if beta == 2 and lam == 0:
             steepness, offset = pooled(k * at.P2.sum(1)), pooled(at.P1.sum((1, 2)))
-            best = torch.where(steepness > 0, -offset / torch.where(steepness > 0, steepness, 1.0), low)
-            return best.clamp(low, high)
+            flat = steepness == 0
+            best = torch.where(flat, low + 0 * offset, -offset / torch.where(flat, 1.0, steepness))
+            return best.clamp(low, high)  # NaN stays NaN
 
         def loss(points):  # [G, K]
             return pooled(self.loss(points if group is None else points[group], beta, lam, unbiased))
@@ -101,11 +106,13 @@ class EnergyCurve:
             )
             candidates = torch.cat((best, candidates), 1)  # ties go to what was found first
             width /= 16
-        return candidates.gather(1, loss(candidates).argmin(1, keepdim=True))[:, 0]
+        least, where = loss(candidates).min(1, keepdim=True)
+        return torch.where(least.isnan(), least, candidates.gather(1, where))[:, 0]
 
     def _evaluate(self, omega, beta, lam, unbiased, order) -> Tensor:
         at = self.statistics
         batch, m, k = at.P0.shape
+        checks.power("EnergyCurve", beta, lam, unbiased, m)
         omega = torch.as_tensor(omega, dtype=torch.float64, device=at.P0.device)
         if omega.ndim == 0:
             omega = omega.expand(batch)

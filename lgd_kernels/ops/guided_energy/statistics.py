@@ -74,16 +74,18 @@ def _mean(a: Tensor, b: Tensor, c: Tensor, shift: Tensor, beta: float, order: in
     takes more than twice as long."""
     d = shift[:, :, None]
     a, b, c = a[:, None], b[:, None], c[:, None]
-    if order == 0 and not shift.requires_grad:
+    if order == 0 and beta < 2 and not shift.requires_grad:
         square = torch.addcmul(2 * b, c, d).mul_(d).add_(a).clamp_(min=0)  # [B, K, pairs]
         return square.log_().mul_(beta / 2).exp_().mean(-1)
-    square = ((c * d + 2 * b) * d + a).clamp(min=0)
+    square, half = a + d * (2 * b + d * c), b + d * c  # the square, and half its slope
+    if beta == 2:  # has every derivative, also where points coincide
+        return (square, 2 * half, 2 * c + 0 * half)[order].mean(-1)
+    square = torch.clamp(square, min=0)
     apart = square > 0
     log = torch.where(apart, square, 1.0).log()
     if order == 0:
         terms = torch.exp(beta / 2 * log)
     else:
-        half = b + d * c  # half the slope of the square
         terms = beta * torch.exp((beta / 2 - 1) * log)
         if order == 1:
             terms = terms * half
