@@ -48,7 +48,7 @@ void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double*
   const int64_t blocks = (row + kChunk - 1) / kChunk, length = (blocks + kMostParts - 1) / kMostParts * kChunk;
   const int64_t chunks = (row + length - 1) / length, tasks = batch * chunks;
   std::vector<double> parts(tasks * count);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t sample = task / chunks, first = task % chunks * length;
     work(sample, first, std::min(first + length, row), parts.data() + task * count);
