@@ -162,7 +162,9 @@ class _GuidedEnergy(torch.autograd.Function):
         else:
             if any(ctx.to_data):
                 weights = pair_weights(Statistics.unpack(found, ctx.m, k), upstream, *ctx.options)
-                grads = torch.ops.lgd.guided_energy_backward(*weights, *arguments[1:-3], ctx.to_data, ctx.impl)
+                again = impls.transforms_active() or impls.batched(upstream)  # forward AD or vmap, through the formula
+                run = _backward_reference if again else torch.ops.lgd.guided_energy_backward
+                grads = run(*weights, *arguments[1:-3], ctx.to_data, ctx.impl)
                 d_x, d_cond, d_uncond, d_noise, d_data = (
                     grad if want else None for grad, want in zip(grads, ctx.to_data, strict=True)
                 )
@@ -223,7 +225,7 @@ def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, predicti
         if kind == "expected":
             loss = loss + levels[3].double() ** 2 * data[:1].numel()
         return loss.to(dtype), slope.to(dtype), found.pack()
-    loss, slope = torch.empty((2, batch), dtype=dtype, device=x.device).unbind()
+    loss, slope = (torch.empty(batch, dtype=dtype, device=x.device) for _ in range(2))
     found = torch.empty((batch, Statistics.count(m, k)), dtype=torch.float64, device=x.device)
     impls.launcher("guided_energy", impl).forward(
         loss, slope, found, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels, prediction, churn,
@@ -246,7 +248,6 @@ def _backward(to_targets, to_particles, x, cond, uncond, noise, omega, omega_val
               impl):  # fmt: skip
     inputs = x, cond, uncond, noise, data
     impl = impls.choose("guided_energy", impl, x.device, *(one.dtype for one in inputs if one is not None))
-    empty = x.new_empty(0)
     if impl in WITH_BACKWARD and x.numel():
         grads = [tensor.new_empty(tensor.shape) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
         impls.launcher("guided_energy", impl).backward(
@@ -254,14 +255,24 @@ def _backward(to_targets, to_particles, x, cond, uncond, noise, omega, omega_val
             prediction, churn, churn_value, None if seed is None else seed.contiguous(), seed_value, first_sample,
             data, kind, k, None if target_seed is None else target_seed.contiguous(), target_seed_value,
         )  # fmt: skip
-        return tuple(empty if grad is None else grad for grad in grads)
+        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    return _backward_reference(
+        to_targets, to_particles, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn,
+        churn_value, seed, seed_value, first_sample, data, kind, k, target_seed, target_seed_value, wanted, impl,
+    )  # fmt: skip
+
+
+def _backward_reference(to_targets, to_particles, x, cond, uncond, noise, omega, omega_value, table, levels, prediction,
+                        churn, churn_value, seed, seed_value, first_sample, data, kind, k, target_seed,
+                        target_seed_value, wanted, impl):  # fmt: skip
     found = reference.guided_energy_backward(
         to_targets, to_particles, x, cond, uncond, join_omega(omega, omega_value, table), Levels(*levels),
         join_target(data, kind, k, target_seed_value if target_seed is None else target_seed), prediction,
         churn_value if churn is None else churn, noise, seed_value if seed is None else seed, first_sample,
     )  # fmt: skip
+    inputs = x, cond, uncond, noise, data
     return tuple(
-        grad.to(tensor.dtype).view(tensor.shape).contiguous() if want else empty
+        grad.to(tensor.dtype).view(tensor.shape).contiguous() if want else x.new_empty(0)
         for grad, tensor, want in zip(found, inputs, wanted, strict=True)
     )
 

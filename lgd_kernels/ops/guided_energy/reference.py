@@ -151,9 +151,11 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def powered(squared: Tensor, beta: float) -> Tensor:
-    """||.||^beta from the square, with slope 0 where two points coincide."""
+    """||.||^beta from the square; for beta < 2 constant to autograd, however often, where two points coincide."""
+    if beta == 2:
+        return squared
     apart = squared > 0
-    return torch.where(apart, torch.where(apart, squared, 1.0).pow(beta / 2), squared)  # NaN stays NaN
+    return torch.where(apart, torch.where(apart, squared, 1.0).pow(beta / 2), 0 * squared)  # NaN stays NaN
 
 
 def _coefficients(levels: Levels, prediction: str, churn: float | Tensor, like: Tensor):
