@@ -151,8 +151,8 @@ def unit(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor
 
 def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tensor | None) -> None:
     """Noise comes from `noise` or from `seed`, never from both, and from one where there is churn."""
-    if seed is not None and impls.vmapped():
-        raise ValueError(f"{op}: `seed` under vmap would draw the same noise for every entry; pass noise=...")
+    if seed is not None:
+        not_vmapped(op, "seed", "noise=...")
     if noise is not None and seed is not None:
         raise ValueError(f"{op}: `noise` and `seed` were both given, expected one of them")
     if noise is None and seed is None and (isinstance(churn, Tensor) or churn != 0):
@@ -161,7 +161,15 @@ def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tens
         )
 
 
-def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tensor | None) -> None:
+def not_vmapped(op: str, name: str, instead: str) -> None:
+    """A seed does not know which entry of a batch it is asked for."""
+    if impls.vmapped():
+        raise ValueError(f"{op}: `{name}` under vmap would draw the same noise for every entry; pass {instead}")
+
+
+def seed(
+    op: str, value: int | Tensor, first_sample: int, batch: int, like: Tensor | None, name: str = "seed"
+) -> None:
     """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
     if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
         raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")
@@ -169,18 +177,18 @@ def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tens
         raise ValueError(f"{op}: `first_sample` is {first_sample}, expected an index from 0 to 2^32 - 1")
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
-            raise TypeError(f"{op}: `seed` has dtype {value.dtype}, expected int64")
+            raise TypeError(f"{op}: `{name}` has dtype {value.dtype}, expected int64")
         if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
             raise ValueError(
-                f"{op}: `seed` has shape {list(value.shape)}, expected [] for one seed or [B] = [{batch}] for each "
+                f"{op}: `{name}` has shape {list(value.shape)}, expected [] for one seed or [B] = [{batch}] for each "
                 "sample's own"
             )
         if like is not None and value.device != like.device:
-            raise ValueError(f"{op}: `seed` is on {value.device}, expected {like.device}; seed.to(...) moves it")
+            raise ValueError(f"{op}: `{name}` is on {value.device}, expected {like.device}; {name}.to(...) moves it")
     elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: `seed` is a {type(value).__name__}, expected an int or an int64 tensor")
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int or an int64 tensor")
     elif not torch.compiler.is_compiling() and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{op}: `seed` is {value}, expected a value in [-2^63, 2^63)")
+        raise ValueError(f"{op}: `{name}` is {value}, expected a value in [-2^63, 2^63)")
 
 
 def particles(op: str, name: str, tensor: Tensor) -> None:

@@ -136,8 +136,9 @@ def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, nois
     if isinstance(target, (Renoise, Expected)):
         checks.like_item(name, "target.x0", target.x0, "x", x, x.shape[2:])
     if isinstance(target, Renoise):
+        checks.not_vmapped(name, "target.seed", "the targets")
         checks.count(name, "target.particles", target.particles)
-        checks.seed(name, target.seed, first_sample, x.shape[0], x)
+        checks.seed(name, target.seed, first_sample, x.shape[0], x, "target.seed")
     elif not isinstance(target, Expected):
         checks.particles(name, "target", target)
         checks.like_item(name, "target", target, "x", x, (target.shape[1], *x.shape[2:]))
