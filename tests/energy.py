@@ -104,12 +104,11 @@ def problem(
     t = torch.linspace(0.9, 0.5, batch)
     levels = lgd.RectifiedFlow().levels(t, t - 0.3)
     omega = torch.rand(batch, generator=generator, dtype=widest(*dtypes)) * 3
-    if kind == "tensor":
-        target = made(k, dtypes[4])
-        if row == (1,):  # single numbers would be as close to each other as their rounding
-            target = target + 6
-    else:
-        x0 = made(1, dtypes[4])[:, 0]
+    target = made(k if kind == "tensor" else 1, dtypes[4])
+    if row == (1,):  # single numbers would be as close to each other as their rounding
+        target = target + 10
+    if kind != "tensor":
+        x0 = target[:, 0]
         target = lgd.Expected(x0) if kind == "expected" else lgd.Renoise(x0, k, 11)
     if noise:
         options = {"churn": torch.rand(batch, generator=generator), "noise": z} | options
