@@ -40,11 +40,17 @@ LGD_INLINE To bits_as(From from) {
 LGD_INLINE float to_float(bf16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
 
 LGD_INLINE float to_float(f16 value) {
+#if defined(__CUDA_ARCH__)  // one instruction where there is one
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t magnitude = value.bits & 0x7fffu;
   uint32_t bits = (magnitude << 13) + (112u << 23);  // the exponent's other bias
   bits = magnitude < 0x400u ? bits_as<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f) : bits;  // subnormal
   bits = magnitude >= 0x7c00u ? bits | 0x7f800000u : bits;                                     // infinity, NaN
   return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
+#endif
 }
 
 LGD_INLINE float to_float(float value) { return value; }
