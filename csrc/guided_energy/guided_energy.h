@@ -1,8 +1,9 @@
 // The energy of guided particles against targets, one item of m particles and k targets at a time, in one pass:
-//   x_s^j = a x_j + b (cond_j + omega (cond_j - uncond_j)) + v z_j        G_j = b (cond_j - uncond_j) = d x_s^j / d
-//   omega P0_jk = ||x_s^j - y_k||^2     P1_jk = <x_s^j - y_k, G_j>               P2_j  = ||G_j||^2 Q0_jl = ||x_s^j -
-//   x_s^l||^2   Q1_jl = <x_s^j - x_s^l, G_j - G_l>       Q2_jl = ||G_j - G_l||^2      j < l loss  = mean P0^(beta/2) -
-//   lam/2 mean Q0^(beta/2)                      slope = d loss / d omega
+//   x_s^j = a x_j + b (cond_j + omega (cond_j - uncond_j)) + v z_j
+//   G_j   = b (cond_j - uncond_j) = d x_s^j / d omega
+//   P0_jk = ||x_s^j - y_k||^2      P1_jk = <x_s^j - y_k, G_j>              P2_j  = ||G_j||^2
+//   Q0_jl = ||x_s^j - x_s^l||^2    Q1_jl = <x_s^j - x_s^l, G_j - G_l>      Q2_jl = ||G_j - G_l||^2    j < l
+//   loss  = mean P0^(beta/2) - lam/2 mean Q0^(beta/2)                      slope = d loss / d omega
 #pragma once
 #include "../common/levels.h"
 #include "../common/philox.h"
@@ -23,8 +24,10 @@ struct GuidedEnergy {
   bool draws;  // z from the seed
   Seed seed, target_seed;
 
-  int64_t pairs() const { return m * (m - 1) / 2; }
-  int64_t statistics() const { return 2 * m * k + m + 3 * pairs(); }  // P0, P1, P2, Q0, Q1, Q2, one after the other
+  LGD_INLINE int64_t pairs() const { return m * (m - 1) / 2; }
+  LGD_INLINE int64_t statistics() const {
+    return 2 * m * k + m + 3 * pairs();
+  }  // P0, P1, P2, Q0, Q1, Q2, one after the other
 };
 
 struct EnergyOptions {
@@ -52,6 +55,33 @@ void guided_energy_backward(const GuidedEnergyBackward& op, int64_t item, int64_
 struct Energy {
   double loss, slope;
 };
+
+// Pairs that have a term of their own: those with targets, then, where they repel each other, those of particles.
+LGD_INLINE int64_t guided_energy_terms(const GuidedEnergy& op, const EnergyOptions& options) {
+  return op.m * op.k + (options.lam != 0 ? op.pairs() : 0);
+}
+
+// Such a term, from the statistics of the item: a share of square^(beta/2), and of its slope beta square^(beta/2 - 1)
+// along. A pair that coincides adds nothing.
+LGD_INLINE Energy guided_energy_term(const GuidedEnergy& op, const double* statistics, int64_t term,
+                                     const EnergyOptions& options) {
+  const int64_t meetings = op.m * op.k, pairs = op.pairs();
+  const bool repels = term >= meetings;
+  const double* square = statistics + term + (repels ? meetings + op.m : 0);
+  if (*square == 0) return {0, 0};
+  const double repulsion = options.lam / 2 * (options.unbiased ? 1.0 : double(op.m - 1) / double(op.m));
+  const double share = repels ? -repulsion / double(pairs) : 1 / double(meetings);
+  const double power = share * pow(*square, options.beta / 2), along = square[repels ? pairs : meetings];
+  return {power, options.beta * power / *square * along};
+}
+
+// What targets that are integrated out add to the loss.
+LGD_INLINE double guided_energy_variance(const GuidedEnergy& op, int64_t item, int64_t row) {
+  if (op.kind != Targets::expected) return 0;
+  const double noise = op.scalars.levels.at<double>(3, item);
+  return noise * noise * double(row);
+}
+
 // From the statistics of an item with rows of `row` elements.
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options);

@@ -295,18 +295,6 @@ void put(const Rows& rows, int64_t row, int64_t at, int64_t count, const S* valu
   write_block(rows, row, at, count, out);
 }
 
-// The mean of P0^(beta/2), and of its slope beta P0^(beta/2 - 1) P1. A pair that coincides adds nothing.
-Energy mean_power(const double* square, const double* along, int64_t count, double beta) {
-  Energy sum{0, 0};
-  for (int64_t i = 0; i < count; ++i) {
-    if (square[i] == 0) continue;
-    const double power = std::pow(square[i], beta / 2);
-    sum.loss += power;
-    sum.slope += beta * power / square[i] * along[i];
-  }
-  return {sum.loss / double(count), sum.slope / double(count)};
-}
-
 }  // namespace
 
 int64_t guided_energy_scratch(const GuidedEnergy& op) {
@@ -380,18 +368,11 @@ void guided_energy_backward(const GuidedEnergyBackward& op, int64_t item, int64_
 
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options) {
-  const int64_t m = op.m, k = op.k, pairs = op.pairs();
-  const double *p0 = statistics, *p1 = p0 + m * k, *q0 = p1 + m * k + m, *q1 = q0 + pairs;
-  Energy energy = mean_power(p0, p1, m * k, options.beta);
-  if (op.kind == Targets::expected) {
-    const double noise = op.scalars.levels.at<double>(3, item);
-    energy.loss += noise * noise * double(row);
-  }
-  if (options.lam != 0 && pairs > 0) {
-    const Energy repulsion = mean_power(q0, q1, pairs, options.beta);
-    const double share = options.lam / 2 * (options.unbiased ? 1.0 : double(m - 1) / double(m));
-    energy.loss -= share * repulsion.loss;
-    energy.slope -= share * repulsion.slope;
+  Energy energy{guided_energy_variance(op, item, row), 0};
+  for (int64_t i = 0; i < guided_energy_terms(op, options); ++i) {
+    const Energy term = guided_energy_term(op, statistics, i, options);
+    energy.loss += term.loss;
+    energy.slope += term.slope;
   }
   return energy;
 }

@@ -24,6 +24,7 @@ from lgd_kernels.ops.guided_energy.statistics import Statistics, energy, pair_we
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise, join_target, split_target
 
 IMPLEMENTATIONS = {
+    "cuda": impls.FLOATS,
     "cpu": impls.ALL_FLOATS,
     "reference": impls.ALL_FLOATS,
 }

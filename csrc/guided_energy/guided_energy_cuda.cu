@@ -1,0 +1,403 @@
+// First every item's chunks, a block each, sum their part of the statistics in float, a few thousand terms to a sum;
+// then a block for each item adds the chunks, in order and in double. Up to four particles and four targets meet in
+// registers, more in shared memory.
+//
+// m = k = 4, B = 256, D = 12288: 16 tensors' worth of elements, 101 MB in half precision and 201 MB in float, are read
+// once (with targets made here 13: 82 and 164 MB); 500 Mflop: 80 for the meetings of a particle and a target, 54 for
+// those of particles, 28 to guide, for each element of an item. On an H100 both take 20 to 30 us.
+#include "../common/vec.cuh"
+#include "guided_energy_cuda.h"
+
+namespace lgd {
+namespace {
+
+constexpr int kFew = 128;        // threads of a block where sums stay in registers
+constexpr int kTile = 4;         // rows that meet as many others in a warp's registers
+constexpr int64_t kPart = 1024;  // elements: chunks are multiples
+
+struct Chunks {
+  int64_t length;
+  int count;
+
+  // Enough blocks to fill a large GPU a few times over, if the data allow.
+  static Chunks of(int64_t batch, int64_t row) {
+    const int64_t parts = (row + kPart - 1) / kPart, most = (1023 + batch) / batch, wanted = most < 64 ? most : 64;
+    const int64_t length = (parts + wanted - 1) / wanted;
+    return {length * kPart, int((parts + length - 1) / length)};
+  }
+};
+
+// Where a sum goes among an item's statistics, or -1: of a particle and a target (P0, P1, P2), or of particles j < l.
+LGD_INLINE int64_t target_slot(const GuidedEnergy& op, int which, int j, int k) {
+  if (j >= op.m || k >= op.k) return -1;
+  if (which < 2) return which * op.m * op.k + j * op.k + k;
+  return k == 0 ? 2 * op.m * op.k + j : -1;
+}
+LGD_INLINE int64_t particle_slot(const GuidedEnergy& op, int which, int j, int l) {
+  if (l <= j || l >= op.m) return -1;
+  return 2 * op.m * op.k + op.m + which * op.pairs() + j * op.m - int64_t(j) * (j + 1) / 2 + l - j - 1;
+}
+
+// What a block's elements are computed with.
+struct Scalars {
+  double x, guided, omega, signal;  // around signal x0 in double: particles near it keep their distance
+  float noise, target_noise;
+  uint64_t key, target_key;
+  uint32_t index, target_index;  // of the first particle
+
+  __device__ __forceinline__ Scalars() {}
+  __device__ __forceinline__ void of(const GuidedEnergy& op, int64_t item) {
+    const double churn = op.scalars.churn.at<double>(item);
+    const auto step = step_coefficients<double>(op.scalars.levels, item, op.scalars.prediction, churn);
+    x = step.x;
+    guided = step.guided;
+    omega = op.scalars.omega.at<double>(item);
+    signal = op.scalars.levels.at<double>(2, item);
+    noise = float(step.noise);
+    target_noise = float(op.scalars.levels.at<double>(3, item));
+    if (op.draws) {
+      key = op.seed.key(item);
+      index = op.seed.index(item, 0, op.m);
+    }
+    if (op.kind == Targets::renoise) {
+      target_key = op.target_seed.key(item);
+      target_index = op.target_seed.index(item, 0, op.k);
+    }
+  }
+};
+
+// The next 16 bytes of a row; of any type, four elements, 0 from `count` on.
+template <class T>
+struct Read {
+  typedef Pack<T> type;
+  static __device__ __forceinline__ type at(const Rows& rows, int64_t row, int64_t first, int) {
+    return *reinterpret_cast<const type*>(rows.at<T>(row, first));
+  }
+};
+template <>
+struct Read<Mixed> {
+  typedef Pack<float> type;
+  static __device__ __forceinline__ type at(const Rows& rows, int64_t row, int64_t first, int count) {
+    type read;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      read.value[i] = i < count ? load_scalar<float>(rows.data, rows.dtype, row * rows.stride + first + i) : 0.0f;
+    return read;
+  }
+};
+template <class T>
+constexpr int kWidth = sizeof(typename Read<T>::type) / sizeof(typename Read<T>::type().value[0]);
+
+template <class T>
+struct Particle {
+  typename Read<T>::type x, cond, uncond;
+
+  __device__ __forceinline__ void load(const GuidedEnergy& op, int64_t row, int64_t at, int count) {
+    x = Read<T>::at(op.x, row, at, count);
+    cond = Read<T>::at(op.cond, row, at, count);
+    uncond = Read<T>::at(op.uncond, row, at, count);
+  }
+};
+
+// Elements 4 quad to 4 quad + 3 of what was read: a particle before its noise, and its slope.
+template <class T>
+__device__ __forceinline__ void guide(const GuidedEnergy& op, const Scalars& k, const Particle<T>& from,
+                                      const typename Read<T>::type& x0, int quad, float (&x_s)[4], float (&slope)[4]) {
+  const bool centred = op.kind != Targets::tensor;
+  const float a = float(k.x), b = float(k.guided), omega = float(k.omega);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x = to_float(from.x.value[4 * quad + i]), c = to_float(from.cond.value[4 * quad + i]);
+    const float u = to_float(from.uncond.value[4 * quad + i]);
+    slope[i] = b * (c - u);
+    if (centred)
+      x_s[i] =
+          float(k.x * x + k.guided * (c + k.omega * (double(c) - u)) - k.signal * to_float(x0.value[4 * quad + i]));
+    else
+      x_s[i] = a * x + b * (c + omega * (c - u));
+  }
+}
+
+// Their noise. (Read here, not with the rest: that would take the registers that hold the sums.)
+template <class T>
+__device__ __forceinline__ void disturb(const GuidedEnergy& op, const Scalars& k, int64_t row, int j, int64_t at,
+                                        int quad, int count, float (&x_s)[4]) {
+  float z[4];
+  if (op.draws) {
+    philox_normal4(k.key, (uint64_t(at) >> 2) + quad, k.index + j, kStreamStep, z);
+  } else {
+    const auto read = Read<T>::at(op.noise, row, at, count);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) z[i] = to_float(read.value[4 * quad + i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x_s[i] += k.noise * z[i];
+}
+
+// Likewise of target t.
+template <class T>
+__device__ __forceinline__ void aim(const GuidedEnergy& op, const Scalars& k, const typename Read<T>::type& from, int t,
+                                    int64_t at, int quad, float (&y)[4]) {
+  float z[4] = {0, 0, 0, 0};
+  if (op.kind == Targets::renoise)
+    philox_normal4(k.target_key, (uint64_t(at) >> 2) + quad, k.target_index + t, kStreamTargets, z);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    y[i] = op.kind == Targets::tensor ? to_float(from.value[4 * quad + i]) : k.target_noise * z[i];
+}
+
+// The sum of values[i] over the warp, in lane i: halves change places, so that a step adds half as many as the last.
+template <int kHalf = 16>
+__device__ __forceinline__ float spread_sum(float (&values)[32]) {
+  const bool upper = threadIdx.x & kHalf;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = values[i], high = values[i + kHalf];
+    values[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kHalf);
+  }
+  if constexpr (kHalf > 1) return spread_sum<kHalf / 2>(values);
+  return values[0];
+}
+
+// Blocks on a multiprocessor, so that what is read in one go and every sum have a register.
+template <class T, int M, int K>
+constexpr int kResident = kWidth<T> == 8 && M * K == 16 ? 2 : 3;
+
+// At most M particles and K targets: where there are fewer, the last takes the places left, and its sums go nowhere.
+template <class T, int M, int K>
+__global__ void __launch_bounds__(kFew, kResident<T, M, K>)
+    few(GuidedEnergy op, Chunks chunks, int64_t row, float* parts) {
+  constexpr int kMeetings = M * K, kPairs = M * (M - 1) / 2, kParticles = 2 * kMeetings + M;
+  constexpr int kSums = kParticles + 3 * kPairs, kGroups = (kSums + 31) / 32;
+  __shared__ Scalars k;
+  __shared__ float warps[kFew / 32][32 * kGroups];
+  const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
+  const int64_t last = first + chunks.length < row ? first + chunks.length : row;
+  if (threadIdx.x == 0) k.of(op, item);
+  __syncthreads();
+
+  float sums[kGroups][32] = {};
+  const auto sum = [&](int i) -> float& { return sums[i / 32][i % 32]; };
+  for (int64_t at = first + threadIdx.x * kWidth<T>; at < last; at += kFew * kWidth<T>) {
+    const int count = last - at < kWidth<T> ? int(last - at) : kWidth<T>;
+    Particle<T> particles[M];
+    typename Read<T>::type targets[K];
+#pragma unroll
+    for (int j = 0; j < M; ++j) particles[j].load(op, item * op.m + (j < op.m ? j : op.m - 1), at, count);
+    if (op.kind == Targets::tensor) {
+#pragma unroll
+      for (int t = 0; t < K; ++t)
+        targets[t] = Read<T>::at(op.target, item * op.k + (t < op.k ? t : op.k - 1), at, count);
+    } else {
+      targets[0] = Read<T>::at(op.target, item, at, count);  // x0
+    }
+#pragma unroll
+    for (int quad = 0; quad < kWidth<T> / 4; ++quad) {
+      float x_s[M][4], slope[M][4], y[K][4];
+#pragma unroll
+      for (int j = 0; j < M; ++j) guide<T>(op, k, particles[j], targets[0], quad, x_s[j], slope[j]);
+      if (op.draws || op.noise.data) {
+#pragma unroll
+        for (int j = 0; j < M; ++j)
+          disturb<T>(op, k, item * op.m + (j < op.m ? j : op.m - 1), j, at, quad, count, x_s[j]);
+      }
+#pragma unroll
+      for (int t = 0; t < K; ++t) aim<T>(op, k, targets[t], t, at, quad, y[t]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (std::is_same<T, Mixed>::value && 4 * quad + i >= count) break;
+#pragma unroll
+        for (int j = 0; j < M; ++j) {
+          sum(2 * kMeetings + j) += slope[j][i] * slope[j][i];
+#pragma unroll
+          for (int t = 0; t < K; ++t) {
+            const float apart = x_s[j][i] - y[t][i];
+            sum(j * K + t) += apart * apart;
+            sum(kMeetings + j * K + t) += apart * slope[j][i];
+          }
+#pragma unroll
+          for (int l = j + 1; l < M; ++l) {
+            const int pair = kParticles + j * M - j * (j + 1) / 2 + l - j - 1;
+            const float apart = x_s[j][i] - x_s[l][i], turned = slope[j][i] - slope[l][i];
+            sum(pair) += apart * apart;
+            sum(pair + kPairs) += apart * turned;
+            sum(pair + 2 * kPairs) += turned * turned;
+          }
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group)
+    warps[threadIdx.x / 32][32 * group + threadIdx.x % 32] = spread_sum(sums[group]);
+  __syncthreads();
+  const int i = threadIdx.x;
+  if (i >= kSums) return;
+  float total = 0;
+  for (int warp = 0; warp < kFew / 32; ++warp) total += warps[warp][i];
+  int64_t slot = -1;
+  if (i < 2 * kMeetings) {
+    slot = target_slot(op, i / kMeetings, i % kMeetings / K, i % K);
+  } else if (i < kParticles) {
+    slot = target_slot(op, 2, i - 2 * kMeetings, 0);
+  } else if constexpr (M > 1) {
+    int j = 0, other = (i - kParticles) % kPairs;
+    for (; other >= M - 1 - j; ++j) other -= M - 1 - j;
+    slot = particle_slot(op, (i - kParticles) / kPairs, j, j + 1 + other);
+  }
+  if (slot >= 0) parts[blockIdx.x * op.statistics() + slot] = total;
+}
+
+// Any number: a span of all rows is staged, [particles, targets, slopes], and each warp lets tiles of four particles
+// meet four rows, its lanes along the span. The sums of a tile go on in `parts`, where they have one owner.
+template <bool kTargets>
+__device__ __forceinline__ void meet(const GuidedEnergy& op, const float* staged, int span, int j, int other,
+                                     bool begins, float* parts) {
+  float sums[2][32] = {};
+  const auto sum = [&](int which, int i, int r) -> float& { return sums[which / 2][which % 2 * 16 + 4 * i + r]; };
+  const int64_t m = op.m, rows = kTargets ? op.k : m;
+  const float* values = staged + (kTargets ? m * span : 0);
+  const float* slopes = staged + (m + op.k) * span;
+  for (int at = threadIdx.x % 32; at < span; at += 32) {
+    float x_s[kTile], slope[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const int64_t place = (j + i < m ? j + i : m - 1) * span + at;  // the last takes the places left
+      x_s[i] = staged[place];
+      slope[i] = slopes[place];
+    }
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) {
+      const int64_t place = (other + r < rows ? other + r : rows - 1) * span + at;
+      const float value = values[place], turn = kTargets ? 0.0f : slopes[place];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        const float apart = x_s[i] - value, turned = slope[i] - turn;
+        sum(0, i, r) += apart * apart;
+        sum(1, i, r) += apart * turned;
+        if (!kTargets || r == 0) sum(2, i, r) += turned * turned;
+      }
+    }
+  }
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    const float total = spread_sum(sums[group]);
+    const int lane = threadIdx.x % 32, which = 2 * group + lane / 16, i = j + lane % 16 / 4, r = other + lane % 4;
+    const int64_t slot = which > 2 ? -1 : kTargets ? target_slot(op, which, i, r) : particle_slot(op, which, i, r);
+    if (slot >= 0) parts[slot] = begins ? total : parts[slot] + total;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    many(GuidedEnergy op, Chunks chunks, int64_t row, int span, float* parts) {
+  __shared__ Scalars k;
+  alignas(16) __shared__ float staged[kStaged];
+  const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
+  const int64_t last = first + chunks.length < row ? first + chunks.length : row;
+  const int m = int(op.m), rows = int(op.m + op.k), packs = span / kWidth<T>;
+  const int lefts = (m + kTile - 1) / kTile, rights = int(op.k + kTile - 1) / kTile, meetings = lefts * rights;
+  parts += blockIdx.x * op.statistics();
+  if (threadIdx.x == 0) k.of(op, item);
+  for (int64_t start = first; start < last; start += span) {
+    __syncthreads();
+    for (int unit = threadIdx.x; unit < rows * packs; unit += kThreads) {
+      const int j = unit / packs, offset = unit % packs * kWidth<T>;
+      const int64_t at = start + offset, left = last - at;
+      const int count = int(left < 0 ? 0 : left < kWidth<T> ? left : kWidth<T>);
+      Particle<T> particle;
+      typename Read<T>::type target;
+      if (count && j < m) {
+        particle.load(op, item * m + j, at, count);
+        if (op.kind != Targets::tensor) target = Read<T>::at(op.target, item, at, count);  // x0
+      } else if (count && op.kind == Targets::tensor) {
+        target = Read<T>::at(op.target, item * op.k + j - m, at, count);
+      }
+#pragma unroll
+      for (int quad = 0; quad < kWidth<T> / 4; ++quad) {
+        Pack<float> value, slope;
+        if (count && j < m) {
+          guide<T>(op, k, particle, target, quad, value.value, slope.value);
+          if (op.draws || op.noise.data) disturb<T>(op, k, item * m + j, j, at, quad, count, value.value);
+        }
+        if (count && j >= m) aim<T>(op, k, target, j - m, at, quad, value.value);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (4 * quad + i >= count) value.value[i] = slope.value[i] = 0;
+        auto* to = reinterpret_cast<Pack<float>*>(staged + j * span + offset + 4 * quad);
+        *to = value;
+        if (j < m) to[rows * span / 4] = slope;
+      }
+    }
+    __syncthreads();
+    const bool begins = start == first;
+    for (int tile = threadIdx.x / 32; tile < meetings; tile += kThreads / 32)
+      meet<true>(op, staged, span, tile / rights * kTile, tile % rights * kTile, begins, parts);
+    for (int tile = threadIdx.x / 32; tile < lefts * lefts; tile += kThreads / 32)
+      if (tile / lefts <= tile % lefts)
+        meet<false>(op, staged, span, tile / lefts * kTile, tile % lefts * kTile, begins, parts);
+  }
+}
+
+__global__ void __launch_bounds__(kFew)
+    finish(GuidedEnergy op, EnergyOptions options, int64_t row, int chunks, const float* parts, EnergyOutputs out) {
+  const int64_t item = blockIdx.x, count = op.statistics();
+  double* statistics = out.statistics + item * count;
+  for (int64_t i = threadIdx.x; i < count; i += kFew) {
+    double sum = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) sum += parts[(item * chunks + chunk) * count + i];
+    statistics[i] = sum;
+  }
+  __syncthreads();
+  Energy energy{0, 0};
+  for (int64_t i = threadIdx.x; i < guided_energy_terms(op, options); i += kFew) {
+    const Energy term = guided_energy_term(op, statistics, i, options);
+    energy.loss += term.loss;
+    energy.slope += term.slope;
+  }
+  __shared__ Energy energies[kFew];
+  energies[threadIdx.x] = energy;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double loss = guided_energy_variance(op, item, row), slope = 0;
+  for (int i = 0; i < kFew; ++i) {
+    loss += energies[i].loss;
+    slope += energies[i].slope;
+  }
+  out.loss[item] = float(loss);
+  out.slope[item] = float(slope);
+}
+
+}  // namespace
+
+int64_t guided_energy_chunks(int64_t batch, int64_t row) { return Chunks::of(batch, row).count; }
+
+int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, float* parts,
+                       const EnergyOutputs& out, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const Chunks chunks = Chunks::of(batch, row);
+  const int64_t blocks = batch * chunks.count;
+  const int64_t room = kStaged / guided_energy_rows(op.m, op.k) / 32 * 32;
+  const int span = int(room < 512 ? room : 512);
+  const auto launch = [&](auto type) {
+    using T = decltype(type);
+    if (op.m == 1 && op.k == 1)
+      few<T, 1, 1><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
+    else if (op.m <= 2 && op.k <= 2)
+      few<T, 2, 2><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
+    else if (op.m <= 4 && op.k == 1)
+      few<T, 4, 1><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
+    else if (op.m <= 4 && op.k <= 4)
+      few<T, 4, 4><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
+    else
+      many<T><<<blocks, kThreads, 0, stream>>>(op, chunks, row, span, parts);
+  };
+  dispatch(row, launch, op.x, op.cond, op.uncond, op.noise, op.target);
+  const int error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  finish<<<batch, kFew, 0, stream>>>(op, options, row, chunks.count, parts, out);
+  return cudaGetLastError();
+}
+
+}  // namespace lgd

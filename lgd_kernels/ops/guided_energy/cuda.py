@@ -1,0 +1,33 @@
+"""Launches csrc/guided_energy/guided_energy_cuda.cu on the current stream."""
+
+from __future__ import annotations
+
+import torch
+
+from lgd_kernels import impls, native
+from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.ops.guided_energy.targets import KINDS
+
+
+def forward(
+    loss, slope, statistics, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value,
+    seed, seed_value, first_sample, target, kind, k, target_seed, target_seed_value, *options,
+):  # fmt: skip
+    extension = impls.cuda_extension()
+    batch, m = x.shape[:2]
+    chunks = extension.guided_energy_chunks(batch, native.sizes(x)[1] // m)
+    parts = statistics.new_empty((batch, chunks, statistics.shape[1]), dtype=torch.float32)
+    x, cond, uncond, noise = (with_contiguous_rows(particle_rows(tensor)) for tensor in (x, cond, uncond, noise))
+    target = with_contiguous_rows(particle_rows(target) if kind == "tensor" else target)
+    with native.current_stream(loss) as stream:
+        extension.guided_energy(
+            loss, slope, statistics, parts, x, cond, uncond, noise, omega, omega_value, table, levels,
+            PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value, first_sample, target,
+            KINDS.index(kind), m, k, target_seed, target_seed_value, *options, stream,
+        )  # fmt: skip
+
+
+def particle_rows(tensor):
+    """[B, m, ...] as [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
+    return None if tensor is None else tensor.flatten(0, 1)

@@ -1,0 +1,34 @@
+#include "../guided_energy.h"
+
+#include "../../csrc/guided_energy/guided_energy_cuda.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+
+void bind_guided_energy_cuda(py::module_& module) {
+  module.def("guided_energy_chunks", &guided_energy_chunks);
+  module.def("guided_energy", [](Tensor loss, Tensor slope, Tensor statistics, Tensor parts, Tensor x, Tensor cond,
+                                 Tensor uncond, Tensor noise, Tensor omega_, double omega_value, Tensors table,
+                                 Tensors levels_, int prediction, Tensor churn, double churn_value, Tensor seed_,
+                                 std::optional<int64_t> seed_value, int64_t first_sample, Tensor target, int kind,
+                                 int64_t m, int64_t k, Tensor target_seed, std::optional<int64_t> target_seed_value,
+                                 double beta, double lam, bool unbiased, Address stream) {
+    if (guided_energy_rows(m, k) > kMostRows)
+      throw py::value_error(
+          "guided_energy: impl='cuda' takes m particles and k targets with 2 m + k <= " + std::to_string(kMostRows) +
+          ", got m = " + std::to_string(m) + " and k = " + std::to_string(k) + "; impl='reference' takes any number");
+    const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
+    const auto op = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample, target, kind, m,
+                                     k, target_seed, target_seed_value);
+    const EnergyOutputs out{static_cast<float*>(address(loss)), static_cast<float*>(address(slope)),
+                            static_cast<double*>(address(statistics))};
+    const auto [rows, row] = Sizes(x);
+    check(guided_energy_cuda(op, {beta, lam, unbiased}, rows / m, row, static_cast<float*>(address(parts)), out,
+                             reinterpret_cast<void*>(stream)),
+          "guided_energy");
+  });
+}
+
+}  // namespace lgd
