@@ -1,10 +1,10 @@
-// First every item's chunks, a block each, sum their part of the statistics in float, a few thousand terms to a sum;
-// then a block for each item adds the chunks, in order and in double. Up to four particles and four targets meet in
-// registers, more in shared memory.
+// First every chunk of an item, a block each, adds up its part of the statistics in float, a few thousand terms to a
+// sum; then a block for each item adds the chunks, in order and in double. Up to four particles and four targets meet
+// in registers, more in shared memory.
 //
-// m = k = 4, B = 256, D = 12288: 16 tensors' worth of elements, 101 MB in half precision and 201 MB in float, are read
-// once (with targets made here 13: 82 and 164 MB); 500 Mflop: 80 for the meetings of a particle and a target, 54 for
-// those of particles, 28 to guide, for each element of an item. On an H100 both take 20 to 30 us.
+// m = k = 4, B = 256, D = 12288: 101 MB are read in half precision, 201 MB in float (82 and 164 MB with targets made
+// here), each byte once; 516 Mflop, for each element of an item 80 for particles and targets, 56 for particles and
+// particles, 28 to guide: bound by memory, by counting, until noise is made here, which is about 40 instructions each.
 #include "../common/vec.cuh"
 #include "guided_energy_cuda.h"
 
@@ -45,7 +45,6 @@ struct Scalars {
   uint64_t key, target_key;
   uint32_t index, target_index;  // of the first particle
 
-  __device__ __forceinline__ Scalars() {}
   __device__ __forceinline__ void of(const GuidedEnergy& op, int64_t item) {
     const double churn = op.scalars.churn.at<double>(item);
     const auto step = step_coefficients<double>(op.scalars.levels, item, op.scalars.prediction, churn);
@@ -55,14 +54,10 @@ struct Scalars {
     signal = op.scalars.levels.at<double>(2, item);
     noise = float(step.noise);
     target_noise = float(op.scalars.levels.at<double>(3, item));
-    if (op.draws) {
-      key = op.seed.key(item);
-      index = op.seed.index(item, 0, op.m);
-    }
-    if (op.kind == Targets::renoise) {
-      target_key = op.target_seed.key(item);
-      target_index = op.target_seed.index(item, 0, op.k);
-    }
+    key = op.seed.key(item);
+    index = op.seed.index(item, 0, op.m);
+    target_key = op.target_seed.key(item);
+    target_index = op.target_seed.index(item, 0, op.k);
   }
 };
 
@@ -296,11 +291,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   alignas(16) __shared__ float staged[kStaged];
   const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
   const int64_t last = first + chunks.length < row ? first + chunks.length : row;
-  const int m = int(op.m), rows = int(op.m + op.k), packs = span / kWidth<T>;
+  const int m = int(op.m), rows = int(op.m + op.k);
   const int lefts = (m + kTile - 1) / kTile, rights = int(op.k + kTile - 1) / kTile, meetings = lefts * rights;
   parts += blockIdx.x * op.statistics();
   if (threadIdx.x == 0) k.of(op, item);
   for (int64_t start = first; start < last; start += span) {
+    if (last - start < span) span = int(last - start + 31) / 32 * 32;  // whole warps; what lies outside is 0
+    const int packs = span / kWidth<T>;
     __syncthreads();
     for (int unit = threadIdx.x; unit < rows * packs; unit += kThreads) {
       const int j = unit / packs, offset = unit % packs * kWidth<T>;
@@ -332,11 +329,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
     const bool begins = start == first;
-    for (int tile = threadIdx.x / 32; tile < meetings; tile += kThreads / 32)
-      meet<true>(op, staged, span, tile / rights * kTile, tile % rights * kTile, begins, parts);
-    for (int tile = threadIdx.x / 32; tile < lefts * lefts; tile += kThreads / 32)
-      if (tile / lefts <= tile % lefts)
-        meet<false>(op, staged, span, tile / lefts * kTile, tile % lefts * kTile, begins, parts);
+    for (int tile = threadIdx.x / 32; tile < meetings + lefts * lefts; tile += kThreads / 32) {
+      const int i = (tile - meetings) / lefts, l = (tile - meetings) % lefts;
+      if (tile < meetings)
+        meet<true>(op, staged, span, tile / rights * kTile, tile % rights * kTile, begins, parts);
+      else if (i <= l)
+        meet<false>(op, staged, span, i * kTile, l * kTile, begins, parts);
+    }
   }
 }
 
@@ -382,20 +381,14 @@ int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int
   const int span = int(room < 512 ? room : 512);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    if (op.m == 1 && op.k == 1)
-      few<T, 1, 1><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
-    else if (op.m <= 2 && op.k <= 2)
-      few<T, 2, 2><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
-    else if (op.m <= 4 && op.k == 1)
-      few<T, 4, 1><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
-    else if (op.m <= 4 && op.k <= 4)
-      few<T, 4, 4><<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
-    else
-      many<T><<<blocks, kThreads, 0, stream>>>(op, chunks, row, span, parts);
+    if (op.m > 4 || op.k > 4) return many<T><<<blocks, kThreads, 0, stream>>>(op, chunks, row, span, parts);
+    const auto kernel = op.m <= 1 && op.k <= 1   ? few<T, 1, 1>
+                        : op.m <= 2 && op.k <= 2 ? few<T, 2, 2>
+                        : op.k <= 1              ? few<T, 4, 1>
+                                                 : few<T, 4, 4>;
+    kernel<<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
   };
   dispatch(row, launch, op.x, op.cond, op.uncond, op.noise, op.target);
-  const int error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
   finish<<<batch, kFew, 0, stream>>>(op, options, row, chunks.count, parts, out);
   return cudaGetLastError();
 }
