@@ -21,6 +21,11 @@ def with_contiguous_rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
 
 
+def particle_rows(tensor: Tensor | None) -> Tensor | None:
+    """[B, m, ...] as [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
+    return None if tensor is None else tensor.flatten(0, 1)
+
+
 @contextlib.contextmanager
 def current_stream(tensor: Tensor):
     """The address of the current stream of the tensor's GPU, which is the current one for as long as this lasts."""

@@ -91,21 +91,28 @@ def _box_muller(word0, word1):
 
 
 @triton.jit
-def philox_tile(key_low, key_high, sample, stream, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Normals [ROWS, BLOCK] of elements first to first + BLOCK (multiples of 4); key and sample are [ROWS] uint32."""
-    quads = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
-    nothing = tl.zeros((ROWS, BLOCK // 4), tl.uint32)
+def philox_quads(key_low, key_high, sample, stream, quads, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Normals [ROWS, 4 COLUMNS] of quads of elements (int64); they and key and sample (uint32) are or broadcast to
+    [ROWS, COLUMNS]."""
+    nothing = tl.zeros((ROWS, COLUMNS), tl.uint32)
     w0, w1, w2, w3 = philox(
-        nothing + quads.to(tl.uint32)[None, :],
-        nothing + (quads >> 32).to(tl.uint32)[None, :],
-        nothing + sample[:, None],
+        nothing + quads.to(tl.uint32),
+        nothing + (quads >> 32).to(tl.uint32),
+        nothing + sample,
         nothing + stream,
-        nothing + key_low[:, None],
-        nothing + key_high[:, None],
+        nothing + key_low,
+        nothing + key_high,
     )
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (ROWS, BLOCK))  # lanes side by side: [.., 2, 2]
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (ROWS, 4 * COLUMNS))  # lanes side by side: [.., 2, 2]
+
+
+@triton.jit
+def philox_tile(key_low, key_high, sample, stream, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Normals [ROWS, BLOCK] of elements first to first + BLOCK (multiples of 4); key and sample are [ROWS] uint32."""
+    quads = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
+    return philox_quads(key_low[:, None], key_high[:, None], sample[:, None], stream, quads[None, :], ROWS, BLOCK // 4)
 
 
 @triton.jit
@@ -200,8 +207,11 @@ def _root(a):
 
 
 @triton.jit
-def step_coefficients(signal_t, noise_t, signal_s, noise_s, gap, stride, churn, rows, mask, PREDICTION: tl.constexpr):
-    """x_s = x * x_t + guided * g + noise * z for each row, in the dtype of the levels, then float32."""
+def step_coefficients(
+    signal_t, noise_t, signal_s, noise_s, gap, stride, churn, rows, mask, PREDICTION: tl.constexpr,
+    WIDE: tl.constexpr = False,
+):  # fmt: skip
+    """x_s = x * x_t + guided * g + noise * z for each row, in the dtype of the levels, then float32; or all float64."""
     a, n = (
         tl.load(signal_t + rows * stride, mask=mask, other=1.0),
         tl.load(noise_t + rows * stride, mask=mask, other=1.0),
@@ -209,6 +219,9 @@ def step_coefficients(signal_t, noise_t, signal_s, noise_s, gap, stride, churn, 
     to_signal = tl.load(signal_s + rows * stride, mask=mask, other=1.0)
     to_noise = tl.load(noise_s + rows * stride, mask=mask, other=1.0)
     d = tl.load(gap + rows * stride, mask=mask, other=0.0)
+    if WIDE:
+        a, n, d = a.to(tl.float64), n.to(tl.float64), d.to(tl.float64)
+        to_signal, to_noise = to_signal.to(tl.float64), to_noise.to(tl.float64)
     churn = churn.to(d.dtype)
     defined = (d >= 0) & (churn >= 0) & (churn <= 1)
     stays = d == 0  # 0/0 at s = t = 0 and at s = t = 1
@@ -231,7 +244,10 @@ def step_coefficients(signal_t, noise_t, signal_s, noise_s, gap, stride, churn, 
         x, guided = to_x + _divide(to_x0, a + n), _divide(-to_x0 * n, a + n)
     nan = float("nan")
     x, guided, noise = tl.where(defined, x, nan), tl.where(defined, guided, nan), tl.where(defined, noise, nan)
-    return x.to(tl.float32), guided.to(tl.float32), noise.to(tl.float32)
+    if WIDE:
+        return x, guided, noise
+    else:
+        return x.to(tl.float32), guided.to(tl.float32), noise.to(tl.float32)
 
 
 @triton.jit
@@ -258,6 +274,43 @@ def load_tile(data, stride, rows, first, columns, mask):
 @triton.jit
 def store_tile(data, stride, rows, first, columns, mask, value):
     tl.store(data + rows[:, None] * stride + first + columns[None, :], value.to(data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _joined(tensors, COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of 2 COUNT tensors [LANES, WIDTH], each of the first COUNT beside its fellow of the others."""
+    pairs = ()
+    for i in tl.static_range(COUNT):
+        pairs += (tl.reshape(tl.join(tensors[i], tensors[i + COUNT]), (LANES, 2 * WIDTH)),)
+    return pairs
+
+
+@triton.jit
+def lane_totals(sums, COUNT: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.constexpr):
+    """[2^LEVELS]: COUNT sums over lanes, then zeros. Stacked first, a matter of names, so that threads meet once."""
+    for _ in tl.static_range((1 << LEVELS) - COUNT):
+        sums += (tl.zeros((LANES,), tl.float32),)
+    for level in tl.static_range(LEVELS):
+        sums = _joined(sums, 1 << (LEVELS - 1 - level), LANES, 1 << level)
+    return tl.sum(sums[0], 0)
+
+
+@triton.jit
+def power_of(a, exponent):
+    """a^exponent for finite a > 0 in float64, to 1e-13: 2^(exponent log2 a), by series (no libdevice)."""
+    bits = a.to(tl.int64, bitcast=True) - 0x3FE6A09E667F3BCD  # sqrt(1/2)
+    f = ((bits & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD).to(tl.float64, bitcast=True)  # a = 2^e f
+    s = (f - 1) / (f + 1)
+    series = tl.zeros_like(f)
+    for i in tl.static_range(15, 0, -2):
+        series = series * s * s + 1.0 / i
+    at = exponent * ((bits >> 52).to(tl.float64) + s * series * 2.8853900817779268)  # 2 / ln 2
+    n = tl.floor(at + 0.5)
+    r = (at - n) * 0.6931471805599453
+    series = tl.zeros_like(r) + 1.0
+    for i in tl.static_range(12, 0, -1):
+        series = 1.0 + series * r * (1.0 / i)
+    return series * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 def tiling(like: Tensor) -> tuple[tuple[int], int, dict[str, int]]:

@@ -6,7 +6,7 @@ import torch
 
 from lgd_kernels import impls
 from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.native import particle_rows, with_contiguous_rows
 from lgd_kernels.ops.guided_energy.targets import KINDS
 
 
@@ -40,8 +40,3 @@ def backward(
         noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value,
         first_sample, with_contiguous_rows(target), KINDS.index(kind), m, k, *target_seed, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def particle_rows(tensor):
-    """[B, m, ...] as [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
-    return None if tensor is None else tensor.flatten(0, 1)

@@ -25,6 +25,7 @@ from lgd_kernels.ops.guided_energy.targets import Expected, Renoise, join_target
 
 IMPLEMENTATIONS = {
     "cuda": impls.FLOATS,
+    "triton": impls.FLOATS,
     "cpu": impls.ALL_FLOATS,
     "reference": impls.ALL_FLOATS,
 }
