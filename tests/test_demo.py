@@ -40,7 +40,7 @@ def test_prints_the_table_and_nothing_else(finished):
     lines = printed.splitlines()
     assert lines[0].startswith("held-out digits, 2 seeds, noise rising")
     assert [line[:10].strip() for line in lines[3:8]] == list(digits.METHODS)
-    assert "figures mean nothing" in printed
+    assert "figures mean nothing" in printed and "share of the loss in a training step: " in printed
     assert lines[-1] == f"report: {out / 'report.html'}"
 
 
@@ -60,6 +60,9 @@ def test_metrics(finished):
             assert seed["chosen"][name]["validation"] == min(energies)
         assert len(seed["chosen"]["per class"]["settings"]) == 10
         assert seed["chosen"]["per class"]["validation"] <= seed["chosen"]["interval"]["validation"]
+        share = seed["loss_share"]
+        assert 0 < share["one_pass"] < 1 and 0 < share["formula"] < 1
+        assert share["loss_ratio"] > 0 and share["step_ratio"] > 0
     summary, test = metrics["summary"], [seed["test"] for seed in metrics["seeds"]]
     assert summary["methods"]["learned"]["energy"]["mean"] == pytest.approx(
         (test[0]["learned"]["energy"] + test[1]["learned"]["energy"]) / 2
@@ -75,7 +78,7 @@ def test_report_is_self_contained(finished):
     assert "http" not in page and "<script" not in page and "<link" not in page
     sources = re.findall(r'src="([^"]{0,22})', page)
     assert len(sources) == 5 and set(sources) == {"data:image/png;base64,"}
-    for name in (*digits.METHODS, "Paired differences", "wrong"):
+    for name in (*digits.METHODS, "Paired differences", "wrong", "share of the loss"):
         assert name in page
 
 

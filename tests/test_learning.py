@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import one_hot
 
 import lgd_kernels as lgd
-from lgd_kernels.demo import guidance
+from lgd_kernels.demo import guidance, timing
 from lgd_kernels.demo.measures import energy_distance
 from lgd_kernels.learn.objective import sample_times, self_consistency_loss
 from lgd_kernels.omega.network import OmegaNetwork
@@ -73,6 +73,16 @@ def test_gradient_against_finite_differences(beta, lam, unbiased):
     assert torch.autograd.gradcheck(lambda x, y: self_consistency_loss(x, y, beta, lam, unbiased), (x, y))
 
 
+def test_nan_is_not_taken_for_coincidence():
+    loss = self_consistency_loss(torch.cat([X, X * torch.nan]), Y.expand(2, -1, -1))
+    assert loss[0] == self_consistency_loss(X, Y) and loss[1].isnan()
+
+
+def test_points_of_one_number():
+    x, y = torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0]])  # [B, m], [B, k]
+    torch.testing.assert_close(self_consistency_loss(x, y, beta=1.0), torch.tensor([1.0]))  # (3 + 1) / 2 - 1/2 * 2
+
+
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.75, 2.0])
 def test_coincident_particles_have_gradient_zero(beta):
     x = torch.zeros(1, 3, 2, requires_grad=True)
@@ -91,9 +101,9 @@ def test_precision_of_the_result():
     [
         (X, Y[..., :1], {}, "same trailing shape"),
         (X, Y.expand(2, -1, -1), {}, "x_s holds 1 items, targets 2"),
-        (X, Y, {"beta": 2.5}, "beta is 2.5"),
-        (X, Y, {"lam": -1.0}, "lam is -1"),
-        (X[:, :1], Y, {}, "m >= 2"),
+        (X, Y, {"beta": 2.5}, "`beta` is 2.5"),
+        (X, Y, {"lam": -1.0}, "`lam` is -1"),
+        (X[:, :1], Y, {}, "pass two or more particles"),
     ],
 )
 def test_loss_refuses(x, y, options, message):
@@ -195,44 +205,55 @@ def test_learned_guidance_lowers_the_distance_to_real_data(learned):
 
 def test_learning_takes_the_papers_loss_with_three_independent_noises(monkeypatch):
     seen = {}
-    step, loss = lgd.guided_step, self_consistency_loss
+    energy = lgd.guided_energy
 
-    def spy_step(x, *args, noise, churn, **options):
-        seen.update(x_t=x, step=noise, churn=churn)
-        return step(x, *args, noise=noise, churn=churn, **options)
+    def spy(x, cond, uncond, omega, levels, target, **options):
+        seen.update(options, x_t=x, target=target)
+        return energy(x, cond, uncond, omega, levels, target, **options)
 
-    def spy_loss(x_s, targets, beta, lam):
-        seen.update(targets=targets, beta=beta, lam=lam)
-        return loss(x_s, targets, beta, lam)
-
-    monkeypatch.setattr(lgd, "guided_step", spy_step)
-    monkeypatch.setattr(guidance, "self_consistency_loss", spy_loss)
-    zeros = torch.zeros(50, 8)  # data at 0: what is left of x_t and of the targets is their noise
+    monkeypatch.setattr(lgd, "guided_energy", spy)
+    zeros = torch.zeros(50, 8)  # data at 0: what is left of x_t is its noise
     guidance.learn_omega(
         lambda x, u, c: (x, -x), zeros, torch.zeros(50, dtype=torch.int64), SCHEDULE, seeded(), steps=1, every=1
     )
     assert (seen["beta"], seen["lam"], seen["churn"]) == (1.75, 1.0, 1.0)
-    assert seen["x_t"].shape == seen["targets"].shape == (256, 4, 8)
-    correlations = torch.stack([seen[name].flatten() for name in ("x_t", "targets", "step")]).corrcoef()
+    assert seen["x_t"].shape == (256, 4, 8) and seen["target"].particles == 4
+    noises = [lgd.philox_normal((1024, 8), seen["seed"], stream=1)]
+    noises.append(lgd.philox_normal((1024, 8), seen["target"].seed, stream=2))
+    correlations = torch.stack([seen["x_t"].flatten(), *(noise.flatten() for noise in noises)]).corrcoef()
     assert bool((correlations - torch.eye(3)).abs().max() < 0.06)  # 8192 values: about five standard errors
+
+
+def test_every_batch_has_its_own_seed():
+    generator, x0 = seeded(), torch.zeros(50, 8)
+    batches = [
+        guidance.draw_batch(lambda x, u, c: (x, -x), x0, torch.zeros(50, dtype=torch.int64), SCHEDULE, generator)
+        for _ in range(3)
+    ]
+    assert len({int(batch.seed) for batch in batches}) == 3
+
+
+def test_the_loss_in_one_pass_is_the_formula():
+    """On the noise that the kernel draws: the loss, and its gradient to omega."""
+    predict, generator = exact_denoiser(0.3), seeded(4)
+    batch = guidance.draw_batch(predict, *draw(500, generator), SCHEDULE, generator, particles=3, batch=64)
+    z = torch.stack([lgd.philox_normal((64 * 3, 2), batch.seed, stream=k).view(64, 3, 2) for k in (1, 2)])
+    found = []
+    for loss_of in (guidance.loss_of, lambda batch, omega: timing.loss_as_formula(batch, omega, z)):
+        omega = torch.linspace(-0.5, 3, 64, requires_grad=True)
+        loss = loss_of(batch, omega)
+        found.append((loss, *torch.autograd.grad(loss.sum(), omega)))
+    torch.testing.assert_close(*found)
 
 
 def test_the_loss_itself_prefers_omega_zero_for_an_exact_denoiser():
     """Not the ReLU: weights on both sides of 0 are worse, under common noise."""
-    generator, predict = seeded(3), exact_denoiser(0.0)
-    x0, c = draw(10000, generator)
-    u_s, u_t = sample_times(len(x0), generator=generator)
-    levels = SCHEDULE.levels(u_t, u_s)
-    z = torch.randn(3, len(x0), 4, 2, generator=generator)
-    signal_t, noise_t, signal_s, noise_s = (level[:, None, None] for level in levels[:4])
-    x_t, y = signal_t * x0[:, None] + noise_t * z[0], signal_s * x0[:, None] + noise_s * z[1]
-    cond, uncond = (
-        p.view_as(x_t) for p in predict(x_t.flatten(0, 1), u_t.repeat_interleave(4), c.repeat_interleave(4))
-    )
-    loss = {
-        omega: float(
-            self_consistency_loss(lgd.guided_step(x_t, cond, uncond, omega, levels, churn=1.0, noise=z[2]), y).mean()
-        )
-        for omega in (-0.5, 0.0, 0.5, 1.0)
-    }
-    assert min(loss, key=loss.get) == 0.0
+    generator = seeded(3)
+    batch = guidance.draw_batch(exact_denoiser(0.0), *draw(10000, generator), SCHEDULE, generator, batch=10000)
+    curve = lgd.guided_energy_curve(
+        batch.x_t, batch.cond, batch.uncond, batch.levels, lgd.Renoise(batch.x0, 4, batch.seed), churn=1.0,
+        seed=batch.seed,
+    )  # fmt: skip
+    omega = torch.tensor([-0.5, 0.0, 0.5, 1.0])
+    assert int(curve.loss(omega.expand(10000, -1)).mean(0).argmin()) == 1
+    assert abs(float(curve.minimize(bracket=(-2, 4), group=torch.zeros(10000, dtype=torch.int64)))) < 0.25

@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -39,19 +40,20 @@ class Config:
     interval_highs: tuple[float, ...] = (0.75, 0.8, 0.9, 1.0)
     validation_samples: int = 100  # per class and setting
     test_samples: int = 300  # per class and method
+    timing_rounds: int = 60  # of a training step with each form of the loss
 
     @classmethod
     def quick(cls, noise: str, wrong: str) -> Config:
         return cls(
             noise, wrong, denoiser_steps=200, omega_steps=20, checkpoint_every=10, learning=((0.1, 0.02),),
             sampling_steps=6, constants=(0.0, 0.5), interval_omegas=(0.5, 1.0), interval_lows=(0.0, 0.4),
-            interval_highs=(0.8,), validation_samples=8, test_samples=12,
+            interval_highs=(0.8,), validation_samples=8, test_samples=12, timing_rounds=3,
         )  # fmt: skip
 
 
 def run_seed(seed: int, config: Config, track) -> dict:
     """One seed from data to test figures. The keys under "show" are for the report's pictures only."""
-    from lgd_kernels.demo import guidance, measures
+    from lgd_kernels.demo import guidance, measures, timing
     from lgd_kernels.demo.data import PIXELS, load_digits
     from lgd_kernels.demo.denoiser import train_denoiser
     from lgd_kernels.schedules import RectifiedFlow
@@ -134,6 +136,9 @@ def run_seed(seed: int, config: Config, track) -> dict:
             float((data.train.c[data.captions == c] != c).double().mean()) for c in range(10)
         ],
         "replaced": data.rates.tolist(),
+        "loss_share": timing.loss_share(
+            net.predict, data.train.x, data.train.c, schedule, stream(5), rounds=config.timing_rounds, track=track
+        ),
         "omega_path": learned_tables[learned].tolist(),  # [steps, classes], from noise to data
         "seconds": time.perf_counter() - started,
         "show": {
@@ -145,7 +150,8 @@ def run_seed(seed: int, config: Config, track) -> dict:
 
 
 def summarise(seeds: list[dict]) -> dict:
-    """Means over the seeds, and the paired differences learned - other, each with spread and interval."""
+    """Means over the seeds, and the paired differences learned - other, each with spread and interval; medians of what
+    the loss takes."""
     from lgd_kernels.demo.measures import spread
 
     figures = ("energy", "energy_overall", "frechet", "accuracy")
@@ -158,6 +164,7 @@ def summarise(seeds: list[dict]) -> dict:
             }
             for m in METHODS[:-1]
         },
+        "loss_share": {name: median(seed["loss_share"][name] for seed in seeds) for name in seeds[0]["loss_share"]},
     }
 
 

@@ -7,6 +7,7 @@ a run is a table [steps, classes], known before the loop, since omega does not d
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,60 @@ from torch import Tensor
 import lgd_kernels as lgd
 from lgd_kernels.demo.denoiser import Predict
 from lgd_kernels.demo.progress import Track, silent
-from lgd_kernels.learn.objective import sample_times, self_consistency_loss
+from lgd_kernels.learn.objective import sample_times
+from lgd_kernels.levels import Levels
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.schedules import Schedule
+
+
+class Batch(NamedTuple):
+    """What a step of learning needs to know of B items, but for their omega."""
+
+    c: Tensor  # [B]
+    log_snr: tuple[Tensor, Tensor]  # at s and at t, [B] each
+    levels: Levels
+    x0: Tensor  # [B, D]
+    x_t: Tensor  # [B, m, D], like the predictions
+    cond: Tensor
+    uncond: Tensor
+    seed: Tensor  # [], of the noise that the loss draws: in the step and in the targets
+
+
+@torch.no_grad()
+def draw_batch(
+    predict: Predict,
+    x0: Tensor,
+    c: Tensor,
+    schedule: Schedule,
+    generator: torch.Generator,
+    *,
+    delta: float = 0.1,
+    s_min: float = 0.02,
+    particles: int = 4,
+    batch: int = 256,
+) -> Batch:
+    """Items and times at random, noised to t and predicted from there. The denoiser is frozen and omega does not see
+    x_t, so nothing here needs a graph."""
+    item = torch.randint(0, len(x0), (batch,), generator=generator)
+    u_s, u_t = sample_times(batch, delta, s_min=s_min, generator=generator)
+    s, t = schedule.from_unit(u_s), schedule.from_unit(u_t)
+    levels = schedule.levels(t, s)
+    z = torch.randn(batch, particles, x0.shape[1], generator=generator)
+    x_t = levels.signal_t[:, None, None] * x0[item][:, None] + levels.noise_t[:, None, None] * z  # [B, m, D]
+    cond, uncond = predict(x_t.flatten(0, 1), u_t.repeat_interleave(particles), c[item].repeat_interleave(particles))
+    seed = torch.randint(2**63 - 1, (), generator=generator)
+    log_snr = schedule.log_snr(s), schedule.log_snr(t)
+    return Batch(c[item], log_snr, levels, x0[item], x_t, cond.view_as(x_t), uncond.view_as(x_t), seed)
+
+
+def loss_of(batch: Batch, omega: Tensor, beta: float = 1.75, lam: float = 1.0, churn: float = 1.0) -> Tensor:
+    """The self-consistency loss of each item, with as many targets as particles. The kernel draws the step's noise and
+    the targets, from one seed and two streams: independent of each other, and of the noise in x_t."""
+    targets = lgd.Renoise(batch.x0, batch.x_t.shape[1], batch.seed)
+    return lgd.guided_energy(
+        batch.x_t, batch.cond, batch.uncond, omega, batch.levels, targets, prediction="x0", churn=churn,
+        seed=batch.seed, beta=beta, lam=lam,
+    )  # fmt: skip
 
 
 def learn_omega(
@@ -39,32 +91,15 @@ def learn_omega(
     lr: float = 1e-3,
     track: Track = silent,
 ) -> list[OmegaNetwork]:
-    """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]) and return a checkpoint for each `every` steps.
-
-    The denoiser is frozen and omega does not see x_t: predictions need no graph, and the loss reaches the network
-    through the weight alone.
-    """
+    """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]) and return a checkpoint for each `every` steps."""
     net = OmegaNetwork(classes)
     optimizer = torch.optim.AdamW(net.parameters(), lr, fused=True)
     checkpoints = []
     for i in track(range(steps), "omega"):
-        item = torch.randint(0, len(x0), (batch,), generator=generator)
-        clean = x0[item][:, None]  # [B, 1, D]
-        u_s, u_t = sample_times(batch, delta, s_min=s_min, generator=generator)
-        s, t = schedule.from_unit(u_s), schedule.from_unit(u_t)
-        levels = schedule.levels(t, s)
-        z = torch.randn(3, batch, particles, x0.shape[1], generator=generator)  # independent: never share them
-        x_t = levels.signal_t[:, None, None] * clean + levels.noise_t[:, None, None] * z[0]  # [B, m, D]
-        targets = levels.signal_s[:, None, None] * clean + levels.noise_s[:, None, None] * z[1]
-        with torch.no_grad():
-            cond, uncond = predict(
-                x_t.flatten(0, 1), u_t.repeat_interleave(particles), c[item].repeat_interleave(particles)
-            )
-        omega = net(c[item], schedule.log_snr(s), schedule.log_snr(t))  # [B]
-        x_s = lgd.guided_step(
-            x_t, cond.view_as(x_t), uncond.view_as(x_t), omega, levels, prediction="x0", churn=churn, noise=z[2]
+        drawn = draw_batch(
+            predict, x0, c, schedule, generator, delta=delta, s_min=s_min, particles=particles, batch=batch
         )
-        loss = self_consistency_loss(x_s, targets, beta, lam).mean()
+        loss = loss_of(drawn, net(drawn.c, *drawn.log_snr), beta, lam, churn).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -28,7 +28,7 @@ tr.learned td { font-weight: 650; color: #b3263e }
 def text_table(metrics: dict) -> str:
     """What the demo prints: every figure, mean over the seeds, and the paired differences of the primary one."""
     summary, seeds = metrics["summary"], metrics["seeds"]
-    lines = [f"held-out digits, {many(seeds)}, noise {metrics['config']['noise']}: mean ± standard deviation", ""]
+    lines = [f"held-out digits, {many(len(seeds))}, noise {metrics['config']['noise']}: mean ± standard deviation", ""]
     lines.append(f"{'':10}" + "".join(f"{title:>29}" for title, _ in FIGURES.values()))
     for method, values in summary["methods"].items():
         lines.append(f"{method:10}" + "".join(f"{plus_minus(values[name]):>29}" for name in FIGURES))
@@ -36,6 +36,7 @@ def text_table(metrics: dict) -> str:
     for pair, values in summary["paired"].items():
         each = " ".join(f"{value:+.3f}" for value in values["energy"]["values"])
         lines.append(f"{pair:20} {signed(values['energy'])}   by seed: {each}")
+    lines += ["", loss_share(metrics)]
     if metrics["quick"]:
         lines += ["", "--quick: the machinery was run, the figures mean nothing"]
     return "\n".join(lines)
@@ -72,7 +73,7 @@ def page(metrics: dict, pictures: dict[str, str]) -> str:
 <i>g = c + omega (c − u)</i> repairs part of the damage. Is a weight omega(class, s, t), learned on clean labels with
 the self-consistency loss, better than one number, or one number on an interval?</p>{quick}
 <h2>Results on held-out digits</h2>{results(metrics)}
-<p class="note">Mean ± standard deviation over {many(seeds)}; each seed has its own split, wrong captions and
+<p class="note">Mean ± standard deviation over {many(len(seeds))}; each seed has its own split, wrong captions and
 networks. Energy distance: 2E|x − y| − E|x − x'| − E|y − y'| in pixels from −1 to 1, unbiased, so that 0 is a perfect
 score. The classifier, trained on real digits, is right on
 {percent([seed["accuracy_real"] for seed in seeds])} of the test split.</p>
@@ -91,6 +92,13 @@ on the validation split with this same figure: the constant among
 {figure(pictures["classes"], captions["classes"])}
 <h2>How the settings were chosen</h2>
 {figure(pictures["choice"], captions["choice"])}
+<h2>What learning costs</h2>
+<p>{escape(loss_share(metrics))}</p>
+<p class="note">A step of training: a batch of 256 items with 4 particles of 64 pixels each, the denoiser's predictions,
+omega, the loss, and the update. The loss: drawing the noise, the guided step, the energy, and the gradient down to
+omega. Both forms were trained with in turn, {config["timing_rounds"]} steps of each and seed; medians, on this machine
+and with {many(metrics["versions"]["threads"], "thread")}, whatever else was running.</p>
+<h2>Settings</h2>
 <p class="note">{config["sampling_steps"]} sampling steps, churn 0; learned with churn 1, 4 particles, beta 1.75,
 lam 1. {config["validation_samples"]} samples per class and setting for validation, {config["test_samples"]} for test.
 {versions}. {sum(seed["seconds"] for seed in seeds):.0f} s in total.</p>
@@ -161,5 +169,14 @@ def percent(values: list[float]) -> str:
     return f"{100 * sum(values) / len(values):.1f} %"
 
 
-def many(seeds: list[dict]) -> str:
-    return f"{len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
+def loss_share(metrics: dict) -> str:
+    share = metrics["summary"]["loss_share"]
+    return (
+        f"share of the loss in a training step: {100 * share['formula']:.0f} % as a formula, "
+        f"{100 * share['one_pass']:.0f} % in one pass (guided_energy), which takes the loss {share['loss_ratio']:.1f} "
+        f"and the step {share['step_ratio']:.2f} times as fast"
+    )
+
+
+def many(number: int, noun: str = "seed") -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")

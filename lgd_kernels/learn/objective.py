@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lgd_kernels import checks
+from lgd_kernels.ops.guided_energy.reference import powered, squared_distances
+
 
 def self_consistency_loss(
     x_s: Tensor, targets: Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True
 ) -> Tensor:
-    """Energy loss of m guided particles against k re-noised targets, one value per item.
+    """Energy loss of m guided particles against k re-noised targets, one value per item: the plain formula.
+
+    Where particles come by one `guided_step`, `lgd_kernels.guided_energy` takes the step and draws noise and targets
+    in the same pass. This is for particles that come otherwise: after several steps, or from another solver.
 
         L_i = 1/(m k) sum_jk ||x_s^j - y^k||^beta  -  lam/2 * 1/(m (m-1)) sum_{j != j'} ||x_s^j - x_s^j'||^beta
 
@@ -47,23 +53,15 @@ def self_consistency_loss(
         )
     if len(x_s) != len(targets):
         raise ValueError(f"self_consistency_loss: x_s holds {len(x_s)} items, targets {len(targets)}")
-    if not 0 < beta <= 2:
-        raise ValueError(f"self_consistency_loss: beta is {beta}, expected a power in (0, 2]")
-    if not 0 <= lam <= 1:
-        raise ValueError(f"self_consistency_loss: lam is {lam}, expected a weight in [0, 1]")
     m = x_s.shape[1]
-    if lam > 0 and unbiased and m < 2:
-        raise ValueError(
-            "self_consistency_loss: one particle has no partner to be repelled by; pass m >= 2 particles, lam=0 "
-            "or unbiased=False"
-        )
+    checks.power("self_consistency_loss", beta, lam, unbiased, m)
     dtype = torch.promote_types(torch.promote_types(x_s.dtype, targets.dtype), torch.float32)
-    x_s, targets = x_s.flatten(2).to(dtype), targets.flatten(2).to(dtype)
-    attraction = _powered_distances(x_s, targets, beta).mean((1, 2))  # [B]
+    x_s, targets = (points[..., None].flatten(2).to(dtype) for points in (x_s, targets))
+    attraction = powered(squared_distances(x_s, targets), beta).mean((1, 2))  # [B]
     if lam == 0:
         return attraction
     pairs = m * (m - 1) if unbiased else m * m  # the diagonal adds nothing to the sum
-    repulsion = _powered_distances(x_s, x_s, beta).sum((1, 2)) / pairs  # [B]
+    repulsion = powered(squared_distances(x_s, x_s), beta).sum((1, 2)) / pairs  # [B]
     return attraction - lam / 2 * repulsion
 
 
@@ -101,10 +99,3 @@ def sample_times(
     s = s_min + (1 - zeta - delta - s_min) * u
     t = s + delta + (1 - zeta - s - delta) * v
     return s, t
-
-
-def _powered_distances(x: Tensor, y: Tensor, beta: float) -> Tensor:
-    """||x_j - y_k||^beta for x [B, m, D], y [B, k, D]: [B, m, k], with gradient 0 where the points coincide."""
-    squared = (x[:, :, None] - y[:, None]).square().sum(-1)
-    apart = squared > 0
-    return torch.where(apart, torch.where(apart, squared, 1.0).pow(beta / 2), 0.0)
