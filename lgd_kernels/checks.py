@@ -167,9 +167,7 @@ def not_vmapped(op: str, name: str, instead: str) -> None:
         raise ValueError(f"{op}: `{name}` under vmap would draw the same noise for every entry; pass {instead}")
 
 
-def seed(
-    op: str, value: int | Tensor, first_sample: int, batch: int, like: Tensor | None, name: str = "seed"
-) -> None:
+def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tensor | None, name: str = "seed") -> None:
     """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
     if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
         raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")

@@ -29,9 +29,8 @@ IMPLEMENTATIONS = {
     "cpu": impls.ALL_FLOATS,
     "reference": impls.ALL_FLOATS,
 }
-WITH_BACKWARD = (
-    "cpu",
-)  # to the data, by a kernel; others by the reference's formula (to omega there is no other pass)
+# To the data by a kernel; others by the reference's formula. (To omega there is no other pass.)
+WITH_BACKWARD = ("cpu",)
 
 _library = torch.library.Library("lgd", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
