@@ -34,6 +34,7 @@ class Variant(NamedTuple):
     churn: str  # "number" or "tensor"
     noise: str  # "none", "tensor", "seed" (a number) or "seeds" (one for each sample)
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    particles: int = 0  # m and k, where only rooms that have them take the variant; else these take 4
 
 
 VARIANTS = {  # the plainest call, the one that asks for most, and what changes the types: levels, seeds, sizes of 1
@@ -41,8 +42,10 @@ VARIANTS = {  # the plainest call, the one that asks for most, and what changes 
     "table, drawn": Variant((2, 4096), "table", torch.float32, "v", "tensor", "seed"),
     "float64 levels": Variant((2, 4096), "tensor", torch.float64, "eps", "number", "seeds", ("bf16",)),
     "single elements": Variant((300, 1), "table", torch.float32, "flow", "tensor", "tensor", ("bf16",)),
+    "16 particles": Variant((2, 4096), "number", torch.float32, "x0", "number", "none", particles=16),
+    "16 particles, drawn": Variant((2, 4096), "number", torch.float32, "x0", "number", "seed", ("bf16",), 16),
 }
-CASES = [(name, dtype) for name, variant in VARIANTS.items() for dtype in variant.dtypes]
+OF_PARTICLES = ("guided_energy",)
 
 
 class Compiled(NamedTuple):
@@ -62,9 +65,15 @@ def triton_kernels() -> list[str]:
     return [name for module in modules for name in vars(module) if name.endswith("_kernel")]
 
 
+def cases(kernel: str) -> list[tuple[str, str]]:
+    """(variant, dtype) of the calls that launch `kernel`."""
+    takes = kernel.startswith(OF_PARTICLES)
+    return [(name, dtype) for name, one in VARIANTS.items() for dtype in one.dtypes if takes or not one.particles]
+
+
 def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
     """The call of a launcher that launches `kernel`."""
-    room, backward = re.fullmatch(r"(\w+?)(_backward)?_kernel", kernel).groups()
+    room, backward = re.fullmatch(r"(\w+?)(_backward|_finish)?_kernel", kernel).groups()
     batch, data = variant.shape[0], lambda: torch.zeros(variant.shape, dtype=dtype)
     numbers = torch.zeros(batch)
     knots = torch.arange(16.0)
@@ -83,6 +92,15 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         launcher.forward(data(), data(), data(), data(), noise, *omega, *step, *seed, 0)
     elif kernel == "guided_step_backward_kernel":
         launcher.backward(data(), data(), data(), data(), numbers, data(), data(), data(), *omega, *step)
+    elif room == "guided_energy":
+        m = variant.particles or 4
+        data = torch.zeros((batch, m, *variant.shape[1:]), dtype=dtype)
+        kind = {"none": "tensor", "tensor": "expected"}.get(variant.noise, "renoise")
+        target, k = (data, m) if kind == "tensor" else (data[:, 0].contiguous(), 1 if kind == "expected" else m)
+        noise = data if variant.noise == "tensor" else None
+        found = torch.zeros((batch, 2 * m * k + m + 3 * (m * (m - 1) // 2)), dtype=torch.float64)
+        launcher.forward(numbers, numbers, found, data, data, data, noise, *omega, *step, *seed, 0, target, kind, k,
+                         *seed, 1.75, 1.0, True)  # fmt: skip
     else:
         raise NotImplementedError(f"aot.launch does not know how {kernel} is called")
 
@@ -112,20 +130,26 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
         mock.patch.object(driver, "_active", AbsentGPU(target)),
         mock.patch.object(JITFunction, "run", lambda *to, warmup, **by: built.append(run(*to, warmup=True, **by))),
         mock.patch.object(triton_common, "_truncates", lambda out: False),  # as on a GPU
+        mock.patch.object(torch.version, "hip", "7.0" if target.startswith("gfx") else None),
     ):
         launch(kernel, VARIANTS[variant], DTYPES[dtype])
-    assert [one.name for one in built] == [kernel]
-    asm = built[0].asm
+    found = [resources(one.asm) for one in built if one.name == kernel]
+    assert found, [one.name for one in built]
+    registers, spills, wide = zip(*found, strict=True)  # a launcher may launch a kernel in several shapes
+    return Compiled(kernel, f"{variant}, {dtype}", target, max(registers), sum(spills), min(wide))
+
+
+def resources(asm: dict) -> tuple[int, int, int]:
+    """(registers, spills, wide loads)"""
     if "amdgcn" in asm:
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])[1])
         spills, wide = (len(re.findall(name, asm["amdgcn"])) for name in (r"\bscratch_(load|store)", "_load_dwordx4"))
-    else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(asm["cubin"])
-            file.flush()
-            usage, code = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
-        registers, (spills, wide) = int(re.search(r"REG:(\d+)", usage)[1]), memory(code)
-    return Compiled(kernel, f"{variant}, {dtype}", target, registers, spills, wide)
+        return registers, spills, wide
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage, code = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
+    return int(re.search(r"REG:(\d+)", usage)[1]), *memory(code)
 
 
 def memory(sass: str) -> tuple[int, int]:
@@ -170,8 +194,10 @@ def main() -> int:
 
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':30} {'variant':21} {'target':8} {'registers':>9} {'spills':>7} {'128-bit loads':>14}")
-    cases = itertools.product(triton_kernels(), CASES, TARGETS)
-    rows = (compile_triton(kernel, *case, target) for kernel, case, target in cases)
+    rows = (
+        compile_triton(kernel, *case, target)
+        for kernel in triton_kernels() for case in cases(kernel) for target in TARGETS
+    )  # fmt: skip
     spills = 0
     for row in itertools.chain(rows, cuda_kernels()):
         print(f"{row.kernel:30} {row.variant:21} {row.target:8} {row.registers:9} {row.spills:7} {row.wide_loads:14}")

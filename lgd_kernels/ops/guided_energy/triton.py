@@ -1,22 +1,21 @@
 """The Triton kernels and their launchers.
 
-The first walks an item's rows once, in chunks, and keeps the products of every pair in registers; the second adds up
-the chunks. With m = k = 4, B = 256, D = 12288 and given targets a call reads 201 MB of float32 (101 MB of bfloat16) and
-does 164 operations for an element of an item, 0.52 GFLOP: memory decides. Drawn noise replaces what it need not read by
-about 60 integer and float instructions for each normal.
+The first walks an item's rows once, in chunks, and keeps the products of every pair in registers; the second, in
+triton_finish.py, adds up the chunks. With m = k = 4, B = 256, D = 12288 and given targets a call reads 201 MB of
+float32 (101 MB of bfloat16) and does 164 operations for an element of an item, 0.52 GFLOP: memory decides. Noise that
+is drawn replaces what need not be read by about 60 instructions for each normal.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from lgd_kernels.native import particle_rows, sizes, with_contiguous_rows
+from lgd_kernels.ops.guided_energy.triton_finish import finish, guided_energy_finish_kernel  # noqa: F401
 from lgd_kernels.philox import STREAM_STEP, STREAM_TARGETS
 from lgd_kernels.triton_common import (
-    COMPILE,
     NOISE_NONE,
     NOISE_TENSOR,
     column_blocks,
@@ -28,14 +27,13 @@ from lgd_kernels.triton_common import (
     on_device,
     per_sample,
     philox_quads,
-    power_of,
     sample_keys,
     seed_arguments,
     step_coefficients,
 )
 
 GROUP = 4  # particles, or targets, that a program holds in registers
-LANES = 128  # threads of a program
+LANES = 128  # threads of a program: sums stay in one until the end
 PROGRAMS = 1056  # that keep a large GPU busy: 8 for each of 132 multiprocessors
 STEPS = 64  # blocks that a program adds up in float32, as long as no item has more chunks than
 CHUNKS = 64
@@ -215,68 +213,6 @@ def guided_energy_kernel(
     tl.store(parts + at, lane_totals(sums, COUNT, LEVELS, LANES), mask=there)
 
 
-@triton.jit
-def _fold(parts, statistics, chunks, first, columns, mask, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
-    """Statistics of an item from all its chunks, float64, stored too."""
-    rows = tl.arange(0, CHUNKS)
-    at = parts + rows[:, None] * COUNT + first + columns[None, :]
-    total = tl.sum(tl.load(at, mask=(rows < chunks)[:, None] & mask[None, :], other=0.0).to(tl.float64), 0)
-    tl.store(statistics + first + columns, total, mask=mask)
-    return total
-
-
-@triton.jit
-def _mean_power(
-    parts, statistics, chunks, squares, along, beta, PAIRS: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The mean of P0^(beta/2), and of its slope beta P0^(beta/2 - 1) P1. A pair that coincides adds nothing."""
-    loss, slope = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for at in range(0, PAIRS, BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        mask = columns < PAIRS
-        square = _fold(parts, statistics, chunks, squares, columns, mask, COUNT, CHUNKS)
-        other = _fold(parts, statistics, chunks, along, columns, mask, COUNT, CHUNKS)
-        apart = square != 0
-        power = tl.where(square < float("inf"), power_of(square, beta / 2), square)  # NaN stays NaN
-        loss += tl.where(apart, power, 0.0)
-        slope += tl.where(apart, beta * power / tl.where(apart, square, 1.0) * other, 0.0)
-    return tl.sum(loss, 0) / PAIRS, tl.sum(slope, 0) / PAIRS
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def guided_energy_finish_kernel(
-    loss, slope, statistics, parts, chunks, row, noise_s, levels_stride, beta, beta_rest, share,
-    M: tl.constexpr, K: tl.constexpr, EXPECTED: tl.constexpr, REPELS: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    PAIRS: tl.constexpr = M * (M - 1) // 2
-    OWN: tl.constexpr = 2 * M * K  # where P2 begins
-    COUNT: tl.constexpr = OWN + M + 3 * PAIRS
-    item = tl.program_id(0).to(tl.int64)
-    parts += item * chunks * COUNT
-    statistics += item * COUNT
-    beta = tl.cast(beta, tl.float64) + beta_rest
-    energy, tilt = _mean_power(parts, statistics, chunks, 0, M * K, beta, M * K, COUNT, CHUNKS, BLOCK)
-    if EXPECTED:
-        spread = tl.load(noise_s + item * levels_stride).to(tl.float64)
-        energy += spread * spread * row
-    for at in range(0, M, BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        _fold(parts, statistics, chunks, OWN, columns, columns < M, COUNT, CHUNKS)
-    if PAIRS > 0:
-        apart, turn = _mean_power(parts, statistics, chunks, OWN + M, OWN + M + PAIRS, beta, PAIRS, COUNT, CHUNKS,
-                                  BLOCK)  # fmt: skip
-        if REPELS:
-            energy -= share * apart
-            tilt -= share * turn
-        for at in range(0, PAIRS, BLOCK):
-            columns = at + tl.arange(0, BLOCK)
-            _fold(parts, statistics, chunks, OWN + M + 2 * PAIRS, columns, columns < PAIRS, COUNT, CHUNKS)
-    tl.store(loss + item, energy.to(tl.float32))
-    tl.store(slope + item, tilt.to(tl.float32))
-
-
 def forward(
     loss, slope, statistics, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value,
     seed, seed_value, first_sample, target, kind, k, target_seed, target_seed_value, beta, lam, unbiased,
@@ -300,7 +236,8 @@ def forward(
         **omega_arguments(omega, omega_value, table, x), **seed_arguments(seed, seed_value, first_sample, noise, x),
         **{f"target_{name}": value for name, value in drawn.items()}, "TARGET": target_kind, "STREAM": STREAM_STEP,
         "TARGET_STREAM": STREAM_TARGETS, "PREDICTION": prediction, "CHURN": churn is not None, "M": m, "K": k,
-        "LANES": lanes, "WIDTH": width, "num_warps": lanes // 32, "enable_fp_fusion": True,
+        "LANES": lanes, "WIDTH": width, "num_warps": max(1, lanes // (64 if torch.version.hip else 32)),
+        "enable_fp_fusion": True,
     }  # fmt: skip
     with on_device(x):
         for programs, shape in meetings:
@@ -310,14 +247,8 @@ def forward(
                 *number_arguments(churn, churn_value, x), **rest, **shape,
             )  # fmt: skip
         *_, noise_s, _, levels_stride = level_arguments(levels)
-        share = lam / 2 * (1.0 if unbiased else (m - 1) / m)
-        near = float(np.float32(beta))  # a kernel takes float32 numbers: here in two
-        depth = triton.next_power_of_2(chunks)
-        guided_energy_finish_kernel[batch,](
-            loss, slope, statistics, parts, chunks, row, noise_s, levels_stride, near, beta - near,
-            share, M=m, K=k, EXPECTED=kind == "expected", REPELS=lam != 0, CHUNKS=depth,
-            BLOCK=min(2048 // depth, triton.next_power_of_2(m * max(m, k))), **COMPILE,
-        )  # fmt: skip
+        share = lam / 2 * (1.0 if unbiased else (m - 1) / m) if m > 1 else 0.0
+        finish(loss, slope, statistics, parts, row, noise_s, levels_stride, beta, share, m, k, kind == "expected")
 
 
 def _chunks(batch: int, steps: int) -> tuple[int, int]:

@@ -1,0 +1,83 @@
+"""The last kernel: from the sums of chunks to an item's statistics, loss and slope."""
+
+from __future__ import annotations
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from lgd_kernels.triton_common import COMPILE, power_of
+
+
+@triton.jit
+def _fold(parts, statistics, chunks, first, columns, mask, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
+    """Statistics of an item from all its chunks, float64, stored too."""
+    rows = tl.arange(0, CHUNKS)
+    at = parts + rows[:, None] * COUNT + first + columns[None, :]
+    total = tl.sum(tl.load(at, mask=(rows < chunks)[:, None] & mask[None, :], other=0.0).to(tl.float64), 0)
+    tl.store(statistics + first + columns, total, mask=mask)
+    return total
+
+
+@triton.jit
+def _mean_power(
+    parts, statistics, chunks, squares, along, beta, PAIRS: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The mean of P0^(beta/2), and of its slope beta P0^(beta/2 - 1) P1. A pair that coincides adds nothing."""
+    loss, slope = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for at in range(0, PAIRS, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        mask = columns < PAIRS
+        square = _fold(parts, statistics, chunks, squares, columns, mask, COUNT, CHUNKS)
+        other = _fold(parts, statistics, chunks, along, columns, mask, COUNT, CHUNKS)
+        apart = square != 0
+        power = tl.where(square < float("inf"), power_of(square, beta / 2), square)  # NaN stays NaN
+        loss += tl.where(apart, power, 0.0)
+        slope += tl.where(apart, beta * power / tl.where(apart, square, 1.0) * other, 0.0)
+    return tl.sum(loss, 0) / PAIRS, tl.sum(slope, 0) / PAIRS
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def guided_energy_finish_kernel(
+    loss, slope, statistics, parts, chunks, row, noise_s, levels_stride, beta, beta_rest, share,
+    M: tl.constexpr, K: tl.constexpr, EXPECTED: tl.constexpr, REPELS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    PAIRS: tl.constexpr = M * (M - 1) // 2
+    OWN: tl.constexpr = 2 * M * K  # where P2 begins
+    COUNT: tl.constexpr = OWN + M + 3 * PAIRS
+    item = tl.program_id(0).to(tl.int64)
+    parts += item * chunks * COUNT
+    statistics += item * COUNT
+    beta = tl.cast(beta, tl.float64) + beta_rest
+    energy, tilt = _mean_power(parts, statistics, chunks, 0, M * K, beta, M * K, COUNT, CHUNKS, BLOCK)
+    if EXPECTED:
+        spread = tl.load(noise_s + item * levels_stride).to(tl.float64)
+        energy += spread * spread * row
+    for at in range(0, M, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        _fold(parts, statistics, chunks, OWN, columns, columns < M, COUNT, CHUNKS)
+    if PAIRS > 0:
+        apart, turn = _mean_power(parts, statistics, chunks, OWN + M, OWN + M + PAIRS, beta, PAIRS, COUNT, CHUNKS,
+                                  BLOCK)  # fmt: skip
+        if REPELS:
+            energy -= share * apart
+            tilt -= share * turn
+        for at in range(0, PAIRS, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            _fold(parts, statistics, chunks, OWN + M + 2 * PAIRS, columns, columns < PAIRS, COUNT, CHUNKS)
+    tl.store(loss + item, energy.to(tl.float32))
+    tl.store(slope + item, tilt.to(tl.float32))
+
+
+def finish(loss, slope, statistics, parts, row, noise_s, levels_stride, beta, share, m, k, expected) -> None:
+    """parts is [B, chunks, statistics] float32; share is the weight of the repulsion."""
+    batch, chunks, _ = parts.shape
+    depth = triton.next_power_of_2(chunks)
+    near = float(np.float32(beta))  # numbers reach a kernel as float32: this one in two pieces
+    guided_energy_finish_kernel[batch,](
+        loss, slope, statistics, parts, chunks, row, noise_s, levels_stride, near, beta - near, share, M=m, K=k,
+        EXPECTED=expected, REPELS=share != 0, CHUNKS=depth,
+        BLOCK=min(2048 // depth, triton.next_power_of_2(m * max(m, k))), **COMPILE,
+    )  # fmt: skip
