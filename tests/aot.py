@@ -173,9 +173,12 @@ def cuda_kernels() -> list[Compiled]:
         target = resources.split()[0]
         accesses = {part.split(maxsplit=1)[0]: memory(part) for part in instructions.split("Function : ")[1:]}
         for name, registers in re.findall(r"Function (\S+):\s*REG:(\d+)", resources):
-            op, way, dtype = re.search(r"(guided_\w+?)_cuda_cu_\w+?\d(forward|backward)I(.*?)E", name).groups()
+            op, way, dtype, sizes = re.search(
+                r"(guided_\w+?)_cuda_cu_\w+?\d(forward|backward|few|many|finish)(?:I(f|NS_\w+?)E?((?:Li\d+E)*)E)?", name
+            ).groups()
             dtype = {"f": "fp32", "NS_4bf16": "bf16", "NS_3f16": "fp16"}.get(dtype, "mixed")
-            found.append(Compiled(f"{op} {way} (CUDA)", dtype, target, int(registers), *accesses[name]))
+            kernel = " ".join(filter(None, (op, way, "x".join(re.findall(r"\d+", sizes or "")), "(CUDA)")))
+            found.append(Compiled(kernel, dtype, target, int(registers), *accesses[name]))
     return found
 
 

@@ -12,6 +12,7 @@ namespace lgd {
 namespace {
 
 constexpr int kFew = 128;        // threads of a block where sums stay in registers
+constexpr int kMany = 192;       // where rows are staged: with 256, sums spill
 constexpr int kTile = 4;         // rows that meet as many others in a warp's registers
 constexpr int64_t kPart = 1024;  // elements: chunks are multiples
 
@@ -154,14 +155,14 @@ __device__ __forceinline__ float spread_sum(float (&values)[32]) {
   return values[0];
 }
 
-// Blocks on a multiprocessor, so that what is read in one go and every sum have a register.
-template <class T, int M, int K>
-constexpr int kResident = kWidth<T> == 8 && M * K == 16 ? 2 : 3;
+// Blocks on a multiprocessor, so that what is read in one go and every sum have a register: a few warps, with 16 bytes
+// of up to 16 rows under way for each thread, keep memory busy.
+template <int M>
+constexpr int kResident = M == 4 ? 2 : 3;
 
 // At most M particles and K targets: where there are fewer, the last takes the places left, and its sums go nowhere.
 template <class T, int M, int K>
-__global__ void __launch_bounds__(kFew, kResident<T, M, K>)
-    few(GuidedEnergy op, Chunks chunks, int64_t row, float* parts) {
+__global__ void __launch_bounds__(kFew, kResident<M>) few(GuidedEnergy op, Chunks chunks, int64_t row, float* parts) {
   constexpr int kMeetings = M * K, kPairs = M * (M - 1) / 2, kParticles = 2 * kMeetings + M;
   constexpr int kSums = kParticles + 3 * kPairs, kGroups = (kSums + 31) / 32;
   __shared__ Scalars k;
@@ -251,20 +252,20 @@ __device__ __forceinline__ void meet(const GuidedEnergy& op, const float* staged
                                      bool begins, float* parts) {
   float sums[2][32] = {};
   const auto sum = [&](int which, int i, int r) -> float& { return sums[which / 2][which % 2 * 16 + 4 * i + r]; };
-  const int64_t m = op.m, rows = kTargets ? op.k : m;
+  const int m = int(op.m), rows = kTargets ? int(op.k) : m;
   const float* values = staged + (kTargets ? m * span : 0);
-  const float* slopes = staged + (m + op.k) * span;
+  const float* slopes = staged + (m + int(op.k)) * span;
   for (int at = threadIdx.x % 32; at < span; at += 32) {
     float x_s[kTile], slope[kTile];
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      const int64_t place = (j + i < m ? j + i : m - 1) * span + at;  // the last takes the places left
+      const int place = (j + i < m ? j + i : m - 1) * span + at;  // the last takes the places left
       x_s[i] = staged[place];
       slope[i] = slopes[place];
     }
 #pragma unroll
     for (int r = 0; r < kTile; ++r) {
-      const int64_t place = (other + r < rows ? other + r : rows - 1) * span + at;
+      const int place = (other + r < rows ? other + r : rows - 1) * span + at;
       const float value = values[place], turn = kTargets ? 0.0f : slopes[place];
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
@@ -285,8 +286,7 @@ __device__ __forceinline__ void meet(const GuidedEnergy& op, const float* staged
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    many(GuidedEnergy op, Chunks chunks, int64_t row, int span, float* parts) {
+__global__ void __launch_bounds__(kMany, 2) many(GuidedEnergy op, Chunks chunks, int64_t row, int span, float* parts) {
   __shared__ Scalars k;
   alignas(16) __shared__ float staged[kStaged];
   const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (last - start < span) span = int(last - start + 31) / 32 * 32;  // whole warps; what lies outside is 0
     const int packs = span / kWidth<T>;
     __syncthreads();
-    for (int unit = threadIdx.x; unit < rows * packs; unit += kThreads) {
+    for (int unit = threadIdx.x; unit < rows * packs; unit += kMany) {
       const int j = unit / packs, offset = unit % packs * kWidth<T>;
       const int64_t at = start + offset, left = last - at;
       const int count = int(left < 0 ? 0 : left < kWidth<T> ? left : kWidth<T>);
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
     const bool begins = start == first;
-    for (int tile = threadIdx.x / 32; tile < meetings + lefts * lefts; tile += kThreads / 32) {
+    for (int tile = threadIdx.x / 32; tile < meetings + lefts * lefts; tile += kMany / 32) {
       const int i = (tile - meetings) / lefts, l = (tile - meetings) % lefts;
       if (tile < meetings)
         meet<true>(op, staged, span, tile / rights * kTile, tile % rights * kTile, begins, parts);
@@ -381,7 +381,7 @@ int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int
   const int span = int(room < 512 ? room : 512);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    if (op.m > 4 || op.k > 4) return many<T><<<blocks, kThreads, 0, stream>>>(op, chunks, row, span, parts);
+    if (op.m > 4 || op.k > 4) return many<T><<<blocks, kMany, 0, stream>>>(op, chunks, row, span, parts);
     const auto kernel = op.m <= 1 && op.k <= 1   ? few<T, 1, 1>
                         : op.m <= 2 && op.k <= 2 ? few<T, 2, 2>
                         : op.k <= 1              ? few<T, 4, 1>
