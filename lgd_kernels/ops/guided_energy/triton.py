@@ -42,7 +42,8 @@ CHUNKS = 64
 @triton.jit
 def _guide(
     sources, scalars, keys, centre, item, first, row, offsets, quads, mask, STREAM: tl.constexpr, NOISE: tl.constexpr,
-    CENTRED: tl.constexpr, M: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr, M: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Particles first to first + COUNT of an item and d x_s / d omega, tuples of [LANES, WIDTH] float32. With a centre,
     x_s - centre, in float64 until it is small: particles near it keep their distance whatever their norm."""
@@ -53,7 +54,7 @@ def _guide(
     for i in tl.static_range(COUNT):
         j = first + i
         at = item * M + j
-        there = mask if M % COUNT == 0 else offsets < tl.where(j < M, row, 0)
+        there = mask if WHOLE else offsets < tl.where(j < M, row, 0)
         here = tl.load(x + at * x_stride + offsets, mask=there, other=0.0).to(tl.float32)
         c = tl.load(cond + at * cond_stride + offsets, mask=there, other=0.0).to(tl.float32)
         u = tl.load(uncond + at * uncond_stride + offsets, mask=there, other=0.0).to(tl.float32)
@@ -87,11 +88,11 @@ def _meet_targets(x_s, slopes, y, M: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _meet_particles(x_s, slopes, others, other_slopes, M: tl.constexpr, SAME: tl.constexpr):
-    """Q0, Q1, Q2, one after the other: of the pairs j < l where both are the SAME, else [M, M]."""
+def _meet_particles(x_s, slopes, others, other_slopes, M: tl.constexpr, N: tl.constexpr, SAME: tl.constexpr):
+    """Q0, Q1, Q2, one after the other: of the pairs j < l where both are the SAME, else [M, N]."""
     squares, along, turns = (), (), ()
     for j in tl.static_range(M):
-        for other in tl.static_range(j + 1 if SAME else 0, M):
+        for other in tl.static_range(j + 1 if SAME else 0, N):
             apart, turn = x_s[j] - others[other], slopes[j] - other_slopes[other]
             squares += (tl.sum(apart * apart, 1),)
             along += (tl.sum(apart * turn, 1),)
@@ -145,12 +146,12 @@ def guided_energy_kernel(
         spread = tl.load(noise_s + item * levels_stride).to(tl.float32)
 
     sources = x, x_stride, cond, cond_stride, uncond, uncond_stride, noise, noise_stride
-    GROUPS: tl.constexpr = (K + GROUP_K - 1) // GROUP_K if TO_TARGETS else (M + GROUP_M - 1) // GROUP_M
+    GROUPS: tl.constexpr = ((K if TO_TARGETS else M) + GROUP_K - 1) // GROUP_K
     first, other = tl.program_id(1) // GROUPS * GROUP_M, tl.program_id(1) % GROUPS
     begin = chunk * steps.to(tl.int64)
     end = tl.minimum(begin + steps, column_blocks(row, LANES * WIDTH))
     if not TO_TARGETS:
-        end = tl.where(other * GROUP_M < first, begin, end)  # that pair of groups is met the other way round
+        end = tl.where((other + 1) * GROUP_K <= first + 1, begin, end)  # those pairs are met the other way round
     elements = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     quad = tl.arange(0, LANES)[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
     sums = ()
@@ -166,7 +167,7 @@ def guided_energy_kernel(
         else:
             centre = 0
         x_s, slopes = _guide(sources, scalars, keys, centre, item, first, row, offsets, quads, mask, STREAM, NOISE,
-                             CENTRED, M, GROUP_M, LANES, WIDTH)  # fmt: skip
+                             CENTRED, M, GROUP_M, M % GROUP_M == 0, LANES, WIDTH)  # fmt: skip
         products = ()
         if TO_TARGETS:
             y = ()
@@ -184,11 +185,12 @@ def guided_energy_kernel(
                     y += (spread * tl.where(mask, z, 0.0),)
             products += _meet_targets(x_s, slopes, y, GROUP_M, GROUP_K)
         if ALL:
-            products += _meet_particles(x_s, slopes, x_s, slopes, GROUP_M, True)
+            products += _meet_particles(x_s, slopes, x_s, slopes, GROUP_M, GROUP_M, True)
         elif TO_PARTICLES:
-            others, other_slopes = _guide(sources, scalars, keys, centre, item, other * GROUP_M, row, offsets, quads,
-                                          mask, STREAM, NOISE, CENTRED, M, GROUP_M, LANES, WIDTH)  # fmt: skip
-            products += _meet_particles(x_s, slopes, others, other_slopes, GROUP_M, False)
+            for i in tl.static_range(GROUP_K):  # one met before the next is made: fewer registers
+                one, turned = _guide(sources, scalars, keys, centre, item, other * GROUP_K + i, row, offsets, quads,
+                                     mask, STREAM, NOISE, CENTRED, M, 1, M % GROUP_K == 0, LANES, WIDTH)  # fmt: skip
+                products += _meet_particles(x_s, slopes, one, turned, GROUP_M, 1, False)
         added = ()
         for i in tl.static_range(COUNT):
             added += (sums[i] + products[i],)
@@ -204,8 +206,7 @@ def guided_energy_kernel(
         there = (at < COUNT) & (j < M) & (k < tl.where(field < 2, K, GROUP_K))  # P2 from the first group of targets
         at = tl.where(field < 2, (field * M + j) * K + k, 2 * M * K + j)
     else:
-        field, pair = at // (GROUP_M * GROUP_M), at % (GROUP_M * GROUP_M)
-        j, k = first + pair // GROUP_M, other * GROUP_M + pair % GROUP_M
+        j, field, k = first + at % GROUP_M, at // GROUP_M % 3, other * GROUP_K + at // (3 * GROUP_M)
         there = (at < COUNT) & (j < k) & (k < M)
         at = 2 * M * K + M + field * (M * (M - 1) // 2) + j * M - j * (j + 1) // 2 + k - j - 1
     STATISTICS: tl.constexpr = 2 * M * K + M + 3 * (M * (M - 1) // 2)
@@ -222,8 +223,9 @@ def forward(
     x, cond, uncond, noise = rows
     target = with_contiguous_rows(particle_rows(target) if kind == "tensor" else target)
     sources = (x, cond, uncond, target) if noise is None else (x, cond, uncond, target, noise)
-    meetings = _meetings(m, k)
-    fits = len(meetings) == 1 and kind == "tensor" and (noise is not None or seed is None and seed_value is None)
+    draws = kind == "renoise" or noise is None and (seed is not None or seed_value is not None)
+    meetings = _meetings(m, k, draws)
+    fits = len(meetings) == 1 and kind == "tensor" and not draws
     width = 8 if fits and all(tensor.dtype.itemsize == 2 for tensor in sources) else 4  # at most 16 bytes to a thread
     _, row = sizes(x)
     lanes = min(LANES, max(32, triton.next_power_of_2(triton.cdiv(row, width))))
@@ -258,20 +260,19 @@ def _chunks(batch: int, steps: int) -> tuple[int, int]:
     return triton.cdiv(steps, each), each
 
 
-def _meetings(m: int, k: int) -> list[tuple[int, dict]]:
-    """(programs for a chunk, the kernel's parameters) of each launch."""
+def _meetings(m: int, k: int, draws: bool) -> list[tuple[int, dict]]:
+    """(programs for a chunk, the kernel's parameters) of each launch: one for all, or against targets and particles."""
     group_m, group_k = min(m, GROUP), min(k, GROUP)
-    groups_m, groups_k = triton.cdiv(m, group_m), triton.cdiv(k, group_k)
-    targets, particles = 2 * group_m * group_k + group_m, 3 * group_m * group_m
-    alone = groups_m == groups_k == 1
-    counts = (
-        [(1, True, True, targets + 3 * (m * (m - 1) // 2))] if alone
-        else [(groups_m * groups_k, True, False, targets), (groups_m * groups_m, False, True, particles)]
-    )  # fmt: skip
+    if m == group_m and k == group_k:
+        launches = [(k, group_k, True, True, 2 * m * k + m + 3 * (m * (m - 1) // 2))]
+    else:
+        others = min(m, GROUP // 2 if draws else GROUP)  # drawing takes registers
+        launches = [(k, group_k, True, False, 2 * group_m * group_k + group_m),
+                    (m, others, False, True, 3 * group_m * others)]  # fmt: skip
     return [
-        (programs, {
-            "GROUP_M": group_m, "GROUP_K": group_k, "TO_TARGETS": to_targets, "TO_PARTICLES": to_particles,
+        (triton.cdiv(m, group_m) * triton.cdiv(met, group), {
+            "GROUP_M": group_m, "GROUP_K": group, "TO_TARGETS": to_targets, "TO_PARTICLES": to_particles,
             "COUNT": count, "LEVELS": (count - 1).bit_length(),
         })
-        for programs, to_targets, to_particles, count in counts
+        for met, group, to_targets, to_particles, count in launches
     ]  # fmt: skip

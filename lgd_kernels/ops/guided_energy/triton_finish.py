@@ -35,7 +35,7 @@ def _mean_power(
         power = tl.where(square < float("inf"), power_of(square, beta / 2), square)  # NaN stays NaN
         loss += tl.where(apart, power, 0.0)
         slope += tl.where(apart, beta * power / tl.where(apart, square, 1.0) * other, 0.0)
-    return tl.sum(loss, 0) / PAIRS, tl.sum(slope, 0) / PAIRS
+    return tl.sum(loss, 0) * (1.0 / PAIRS), tl.sum(slope, 0) * (1.0 / PAIRS)
 
 
 @triton.jit(do_not_specialize=["chunks"])
