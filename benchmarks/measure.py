@@ -106,5 +106,6 @@ def bound(function, leaves: list[Tensor], upstream: Tensor, kind: Kind):
         return function
     if kind.part == "both":
         return lambda: torch.autograd.grad(function(), leaves, upstream)
+    torch.manual_seed(0)  # whoever draws noise, so that it can be drawn again
     output = function()
     return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.workload import Workload, complete, public, reference
+from benchmarks.workload import Workload, complete, drawn, public, reference
 from lgd_kernels import impls
 from lgd_kernels.levels import step_coefficients
 
@@ -32,7 +32,7 @@ def ours(workload: Workload, device: str, names: list[str]) -> list[Variant]:
     return [
         Variant(
             name,
-            lambda arguments, name=name: functools.partial(public(workload.op), **arguments, impl=name),
+            lambda arguments, name=name: functools.partial(public(workload), **arguments, impl=name),
             ours=True,
             why_not="; ".join(impls.why_not(workload.op, name, like)),
         )
@@ -43,50 +43,58 @@ def ours(workload: Workload, device: str, names: list[str]) -> list[Variant]:
 def baselines(workload: Workload, arguments: dict, compiles: bool) -> list[Variant]:
     """The reference, eager and compiled. Where we draw noise they draw it as PyTorch does. Some ops have more."""
     compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    draws, found = arguments.get("seed") is not None, []
 
-    def variant(name, wrap, draw="", noise=""):
-        return Variant(name, lambda given: _bind(workload, given, wrap, draw), noise=noise)
-
-    if arguments.get("seed") is None:
-        found = [variant("eager", _same), variant("compiled", compiled)]
-        if workload.op == "guided_step" and isinstance(arguments["omega"], Tensor):
-            given = functools.partial(_coefficients_given, compiled)
-            found.append(Variant("compiled, coefficients given", given, same_work=False))
-    else:
-        found = [
-            variant("eager, randn", _same, "outside", "torch"),
-            variant("compiled, eager randn", compiled, "outside", "torch"),
-            variant("compiled, randn inside", compiled, "inside", "compiled"),
-        ]
+    for named, function in (workload.baselines or {"": reference(workload)}).items():
+        found += _variants(workload, function, f" {named}".rstrip(), compiled, draws)
+    if workload.op == "guided_step" and not draws and isinstance(arguments["omega"], Tensor):
+        given = functools.partial(_coefficients_given, compiled)
+        found.append(Variant("compiled, coefficients given", given, same_work=False))
     return [one for one in found if compiles or not one.name.startswith("compiled")]
+
+
+def _variants(workload, function, named, compiled, draws):
+    def variant(name, wrap, draw="", noise=""):
+        return Variant(name, lambda given: _bind(workload, function, given, wrap, draw), noise=noise)
+
+    if not draws:
+        return [variant(f"eager{named}", _same), variant(f"compiled{named}", compiled)]
+    found = [
+        variant(f"eager{named}, randn", _same, "outside", "torch"),
+        variant(f"compiled{named}, eager randn", compiled, "outside", "torch"),
+    ]
+    if not workload.baselines:  # noise inside cannot be drawn again: it can be looked at where the output is a step's
+        found.append(variant("compiled, randn inside", compiled, "inside", "compiled"))
+    return found
 
 
 def _same(function):
     return function
 
 
-def _bind(workload, arguments, wrap, draw):
-    """The reference with its tensors as arguments, everything else as constants: what a compiler likes best."""
-    step, arguments = reference(workload.op), complete(workload.op, arguments)
-    if draw:
+def _bind(workload, step, given, wrap, draw):
+    """A function with its tensors as arguments, everything else as constants: what a compiler likes best."""
+    arguments = complete(workload, drawn(given) if draw == "outside" else given)
+    if draw == "inside":
         del arguments["seed"], arguments["noise"]
-        x = arguments["x"]
     tensors = {name: value for name, value in arguments.items() if isinstance(value, (Tensor, tuple))}
     constants = {name: value for name, value in arguments.items() if name not in tensors}
 
     def inside(x, **others):
         return step(x, **others, **constants, noise=torch.randn_like(x), seed=None)
 
-    def outside(noise, **others):
-        return step(**others, **constants, noise=noise, seed=None)
-
     def plain(**tensors):
         return step(**tensors, **constants)
 
-    if draw == "outside":
-        function = wrap(outside)
-        return lambda: function(torch.randn_like(x), **tensors)
-    return functools.partial(wrap(inside if draw else plain), **tensors)
+    function = wrap(inside if draw == "inside" else plain)
+    if draw != "outside":
+        return functools.partial(function, **tensors)
+
+    def outside():
+        fresh = drawn(given)
+        return function(**{name: fresh.get(name, value) for name, value in tensors.items()})
+
+    return outside
 
 
 def _coefficients_given(wrap, arguments):

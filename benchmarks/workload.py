@@ -34,6 +34,10 @@ class Workload:
     # For results that are sums, "output" or the name of a gradient: what to measure their error against, the sum of
     # |terms| in float64, from (float64 arguments, float64 upstream). Gradients to omega of an elementwise op need none.
     terms: Mapping[str, Callable[[dict, Tensor], Tensor]] = field(default_factory=dict)
+    # What it is compared with, instead of the reference, by name: functions with the reference's arguments.
+    baselines: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    # (what is timed, its specification) instead of the room's public function and reference
+    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
 
 class Kind(NamedTuple):
@@ -76,17 +80,42 @@ def find(ops: list[str], device: str, dtypes: list[str], quick: bool) -> list[Wo
     ]
 
 
-def public(op: str) -> Callable[..., Tensor]:
-    return getattr(lgd_kernels, op)
+def public(workload: Workload) -> Callable[..., Tensor]:
+    return workload.functions[0] if workload.functions else getattr(lgd_kernels, workload.op)
 
 
-def reference(op: str) -> Callable[..., Tensor]:
+def reference(workload: Workload) -> Callable[..., Tensor]:
     """The specification: it takes every argument of the public function but `impl`."""
-    return getattr(importlib.import_module(f"lgd_kernels.ops.{op}.reference"), op)
+    if workload.functions:
+        return workload.functions[1]
+    return getattr(importlib.import_module(f"lgd_kernels.ops.{workload.op}.reference"), workload.op)
 
 
-def complete(op: str, arguments: dict) -> dict:
+def complete(workload: Workload, arguments: dict) -> dict:
     """The arguments with the public function's defaults, as its reference wants them."""
-    parameters = inspect.signature(public(op)).parameters.values()
+    parameters = inspect.signature(public(workload)).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "impl"}
-    return defaults | arguments
+    arguments = defaults | arguments
+    if "target" in arguments:
+        arguments["target"] = with_noise(arguments["target"], arguments["levels"])
+    return arguments
+
+
+def drawn(arguments: dict) -> dict:
+    """The arguments with noise from PyTorch where we draw from seeds: x's, and, in the place of their seed, that of
+    targets."""
+    x, target = arguments["x"], arguments.get("target")
+    arguments = arguments | {"seed": None, "noise": torch.randn_like(x)}
+    if isinstance(target, lgd_kernels.Renoise):
+        shape = (target.x0.shape[0], target.particles, *target.x0.shape[1:])
+        noise = torch.randn(shape, dtype=target.x0.dtype, device=target.x0.device)
+        arguments["target"] = target._replace(seed=noise)
+    return arguments
+
+
+def with_noise(target, levels):
+    """Targets of which the noise is given, as a tensor."""
+    if not (isinstance(target, lgd_kernels.Renoise) and isinstance(target.seed, Tensor)):
+        return target
+    signal, noise = (level.view(-1, *(1,) * target.x0.ndim) for level in (levels.signal_s, levels.noise_s))
+    return signal * target.x0[:, None] + noise * target.seed

@@ -21,8 +21,11 @@ def run(*arguments):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """One small workload for each op."""
-    step, score = (importlib.import_module(f"benchmarks.{op}") for op in ("guided_step", "guided_score"))
+    """One small workload for each elementwise op."""
+    step, score, energy = (
+        importlib.import_module(f"benchmarks.{op}") for op in ("guided_step", "guided_score", "guided_energy")
+    )
+    monkeypatch.setattr(energy, "WORKLOADS", [])
     monkeypatch.setattr(
         step, "WORKLOADS", [step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA, step.TO_ALL))]
     )
@@ -84,17 +87,28 @@ def test_what_cannot_run_says_why(tiny, capsys):
     )
     with pytest.raises(SystemExit):
         run("guided_scores")
-    assert "unknown workload: guided_scores; there are guided_score, guided_step" in capsys.readouterr().err
+    assert (
+        "unknown workload: guided_scores; there are guided_energy, guided_score, guided_step" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.extension
-@pytest.mark.parametrize("options", [dict(noise="seed"), dict(omega="table")], ids=str)
-def test_every_baseline_agrees(options, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "arguments", "options"),
+    [
+        ("guided_step", (SHAPE, torch.bfloat16), dict(noise="seed", gradients=(("omega",),))),
+        ("guided_step", (SHAPE, torch.bfloat16), dict(omega="table", gradients=(("omega",),))),
+        ("guided_energy", ((3, 4, 300), torch.float32), {}),
+        ("guided_energy", ((3, 4, 300), torch.bfloat16), dict(draws=True)),
+        ("guided_energy", ((3, 4, 300), torch.float32), dict(omegas=5)),
+    ],
+    ids=str,
+)
+def test_every_baseline_agrees(op, arguments, options, monkeypatch):
     """Those that draw their own noise, and those that torch compiles; here without its slow last step."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
-    step = importlib.import_module("benchmarks.guided_step")
-    one = step.workload(SHAPE, torch.bfloat16, gradients=(step.TO_OMEGA,), **options)
+    one = importlib.import_module(f"benchmarks.{op}").workload(*arguments, **options)
     for row in measure.measure(one, "cpu", [], 1, True):
         assert len(row["variants"]) >= 3
         assert [(each["name"], each["message"]) for each in row["variants"] if each["status"] != "ok"] == []
