@@ -40,7 +40,7 @@ def test_prints_the_table_and_nothing_else(finished):
     lines = printed.splitlines()
     assert lines[0].startswith("held-out digits, 2 seeds, noise rising")
     assert [line[:10].strip() for line in lines[3:8]] == list(digits.METHODS)
-    assert "figures mean nothing" in printed and "share of the loss in a training step: " in printed
+    assert "figures mean nothing" in printed and "of a training step as a formula" in printed
     assert lines[-1] == f"report: {out / 'report.html'}"
 
 
@@ -78,7 +78,7 @@ def test_report_is_self_contained(finished):
     assert "http" not in page and "<script" not in page and "<link" not in page
     sources = re.findall(r'src="([^"]{0,22})', page)
     assert len(sources) == 5 and set(sources) == {"data:image/png;base64,"}
-    for name in (*digits.METHODS, "Paired differences", "wrong", "share of the loss"):
+    for name in (*digits.METHODS, "Paired differences", "wrong", "of a training step as a formula"):
         assert name in page
 
 

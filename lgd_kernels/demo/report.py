@@ -172,9 +172,9 @@ def percent(values: list[float]) -> str:
 def loss_share(metrics: dict) -> str:
     share = metrics["summary"]["loss_share"]
     return (
-        f"share of the loss in a training step: {100 * share['formula']:.0f} % as a formula, "
-        f"{100 * share['one_pass']:.0f} % in one pass (guided_energy), which takes the loss {share['loss_ratio']:.1f} "
-        f"and the step {share['step_ratio']:.2f} times as fast"
+        f"The loss takes {100 * share['formula']:.0f} % of a training step as a formula and "
+        f"{100 * share['one_pass']:.0f} % in one pass (guided_energy): the loss is {share['loss_ratio']:.1f} and the "
+        f"step {share['step_ratio']:.2f} times as fast."
     )
 
 
