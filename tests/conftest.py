@@ -32,10 +32,10 @@ def dtypes_of(target: Target) -> list[torch.dtype]:
 
 
 def pytest_generate_tests(metafunc):
-    """A module whose room does not offer every implementation says in IMPLEMENTATIONS which."""
+    """Where a call takes seconds in the interpreter, a module says INTERPRETED = False; a neighbour has a few tests."""
     if "target" in metafunc.fixturenames:
-        offered = getattr(metafunc.module, "IMPLEMENTATIONS", impls.NAMES)
-        metafunc.parametrize("target", [one for one in TARGETS if one.values[0].impl in offered])
+        interpreted = getattr(metafunc.module, "INTERPRETED", True)
+        metafunc.parametrize("target", [one for one in TARGETS if interpreted or one.id != "triton-interpreted"])
 
 
 def pytest_collection_modifyitems(config, items):
