@@ -300,7 +300,9 @@ def power_of(a, exponent):
     """a^exponent for finite a > 0 in float64, to 1e-13: 2^(exponent log2 a), by series (no libdevice)."""
     bits = a.to(tl.int64, bitcast=True) - 0x3FE6A09E667F3BCD  # sqrt(1/2)
     f = ((bits & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD).to(tl.float64, bitcast=True)  # a = 2^e f
-    s = (f - 1) / (f + 1)
+    inverse = (1.0 / (f + 1).to(tl.float32)).to(tl.float64)  # a float64 division is a call, for which registers spill
+    s = (f - 1) * inverse
+    s += (f - 1 - s * (f + 1)) * inverse
     series = tl.zeros_like(f)
     for i in tl.static_range(15, 0, -2):
         series = series * s * s + 1.0 / i

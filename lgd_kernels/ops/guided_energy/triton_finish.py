@@ -6,7 +6,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from lgd_kernels.triton_common import COMPILE, power_of
+from lgd_kernels.triton_common import power_of
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def _mean_power(
         square = _fold(parts, statistics, chunks, squares, columns, mask, COUNT, CHUNKS)
         other = _fold(parts, statistics, chunks, along, columns, mask, COUNT, CHUNKS)
         apart = square != 0
-        power = tl.where(square < float("inf"), power_of(square, beta / 2), square)  # NaN stays NaN
-        loss += tl.where(apart, power, 0.0)
-        slope += tl.where(apart, beta * power / tl.where(apart, square, 1.0) * other, 0.0)
+        power = tl.where(square < float("inf"), power_of(square, beta * 0.5 - 1), square)  # NaN stays NaN
+        loss += tl.where(apart, power * square, 0.0)
+        slope += tl.where(apart, beta * power * other, 0.0)
     return tl.sum(loss, 0) * (1.0 / PAIRS), tl.sum(slope, 0) * (1.0 / PAIRS)
 
 
@@ -76,8 +76,9 @@ def finish(loss, slope, statistics, parts, row, noise_s, levels_stride, beta, sh
     batch, chunks, _ = parts.shape
     depth = triton.next_power_of_2(chunks)
     near = float(np.float32(beta))  # numbers reach a kernel as float32: this one in two pieces
+    # One warp: with four, ptxas spills a register or two to fit more programs on a multiprocessor.
     guided_energy_finish_kernel[batch,](
         loss, slope, statistics, parts, chunks, row, noise_s, levels_stride, near, beta - near, share, M=m, K=k,
         EXPECTED=expected, REPELS=share != 0, CHUNKS=depth,
-        BLOCK=min(2048 // depth, triton.next_power_of_2(m * max(m, k))), **COMPILE,
+        BLOCK=min(1024 // depth, triton.next_power_of_2(m * max(m, k))), num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
