@@ -32,10 +32,8 @@ def dtypes_of(target: Target) -> list[torch.dtype]:
 
 
 def pytest_generate_tests(metafunc):
-    """Where a call takes seconds in the interpreter, a module says INTERPRETED = False; a neighbour has a few tests."""
     if "target" in metafunc.fixturenames:
-        interpreted = getattr(metafunc.module, "INTERPRETED", True)
-        metafunc.parametrize("target", [one for one in TARGETS if interpreted or one.id != "triton-interpreted"])
+        metafunc.parametrize("target", TARGETS)
 
 
 def pytest_collection_modifyitems(config, items):

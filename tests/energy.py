@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from conftest import dtypes_of
 from torch import Tensor
 
 import lgd_kernels as lgd
@@ -10,6 +11,17 @@ from lgd_kernels import testing
 from lgd_kernels.learn.objective import self_consistency_loss
 from lgd_kernels.levels import Levels, OmegaLookup, widest
 from lgd_kernels.ops.guided_step import reference as step
+
+
+def interpreted(target) -> bool:
+    """Triton's interpreter: a program takes a millisecond, and a pair of particles in it as much."""
+    return (target.impl, target.device) == ("triton", "cpu")
+
+
+def dtypes(target, turn=0):
+    """All that the target takes; in the interpreter one, in turn."""
+    found = dtypes_of(target)
+    return [found[turn % len(found)]] if interpreted(target) else found
 
 
 def on(target, function, *args, **options):
