@@ -7,6 +7,7 @@ namespace lgd {
 void bind_guided_energy(pybind11::module_& module);
 void bind_guided_score(pybind11::module_& module);
 void bind_guided_step(pybind11::module_& module);
+void bind_omega_table(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
 
 namespace {
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, module) {
   lgd::bind_guided_energy(module);
   lgd::bind_guided_score(module);
   lgd::bind_guided_step(module);
+  lgd::bind_omega_table(module);
   lgd::bind_philox(module);
   module.def("instruction_set", &lgd::instruction_set);
 #if defined(__GNUC__) && !defined(__clang__)

@@ -110,7 +110,7 @@ def test_an_implementation_has_a_launcher(room):
 def test_no_room_without_a_name():
     """Nothing on the other floors that belongs to no op."""
     assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
-    for floor, shared in ((ROOT / "python", {"bindings", "philox"}), (ROOT / "python" / "cuda", {"bindings"})):
+    for floor, shared in ((ROOT / "python", {"bindings", "omega_table", "philox"}), (ROOT / "python" / "cuda", {"bindings"})):
         assert {path.stem for path in floor.glob("*.cpp")} == shared | set(ROOMS)
 
 

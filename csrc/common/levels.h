@@ -39,30 +39,45 @@ LGD_INLINE int64_t table_bracket(const void* knots, DType dtype, int64_t count, 
 // A corner with s >= t holds no step: it takes the last row before the diagonal of its column, and a column without
 // such a row is replaced by the first that has one.
 template <class S>
-LGD_INLINE S table_corner(const OmegaTable& table, int64_t c, int64_t row, int64_t column) {
+LGD_INLINE int64_t table_cell(const OmegaTable& table, int64_t c, int64_t row, int64_t column) {
   row = row < table.rows ? row : table.rows - 1;
   column = column < table.columns ? column : table.columns - 1;
   const S first_s = load_scalar<S>(table.s_knots, table.knots_dtype, 0);
   while (column + 1 < table.columns && load_scalar<S>(table.t_knots, table.knots_dtype, column) <= first_s) ++column;
   const S t = load_scalar<S>(table.t_knots, table.knots_dtype, column);
   while (row > 0 && load_scalar<S>(table.s_knots, table.knots_dtype, row) >= t) --row;
-  return load_scalar<S>(table.values, table.values_dtype, (c * table.rows + row) * table.columns + column);
+  return (c * table.rows + row) * table.columns + column;
 }
+
+// The cells around a sample's (s, t). None where its condition is unknown.
+template <class S>
+struct TableCells {
+  bool known;
+  int64_t cell[4];
+  S weight[4];
+
+  LGD_INLINE TableCells(const OmegaTable& table, int64_t sample) {
+    const int64_t c = table.c[sample];
+    known = c >= 0 && c < table.conditions;
+    if (!known) return;
+    S row_weight, column_weight;
+    const S s = load_scalar<S>(table.s, table.times_dtype, sample);
+    const S t = load_scalar<S>(table.t, table.times_dtype, sample);
+    const int64_t row = table_bracket<S>(table.s_knots, table.knots_dtype, table.rows, s, row_weight);
+    const int64_t column = table_bracket<S>(table.t_knots, table.knots_dtype, table.columns, t, column_weight);
+    for (int i = 0; i < 4; ++i) {
+      cell[i] = table_cell<S>(table, c, row + i / 2, column + i % 2);
+      weight[i] = (i / 2 ? row_weight : 1 - row_weight) * (i % 2 ? column_weight : 1 - column_weight);
+    }
+  }
+};
 
 template <class S>
 LGD_INLINE S table_omega(const OmegaTable& table, int64_t sample) {
-  const int64_t c = table.c[sample];
-  if (c < 0 || c >= table.conditions) return S(NAN);
-  S row_weight, column_weight;
-  const S s = load_scalar<S>(table.s, table.times_dtype, sample);
-  const S t = load_scalar<S>(table.t, table.times_dtype, sample);
-  const int64_t row = table_bracket<S>(table.s_knots, table.knots_dtype, table.rows, s, row_weight);
-  const int64_t column = table_bracket<S>(table.t_knots, table.knots_dtype, table.columns, t, column_weight);
+  const TableCells<S> at(table, sample);
+  if (!at.known) return S(NAN);
   S found = 0;
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j)
-      found += (i ? row_weight : 1 - row_weight) * (j ? column_weight : 1 - column_weight) *
-               table_corner<S>(table, c, row + i, column + j);
+  for (int i = 0; i < 4; ++i) found += at.weight[i] * load_scalar<S>(table.values, table.values_dtype, at.cell[i]);
   return found;
 }
 

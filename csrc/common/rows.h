@@ -10,8 +10,9 @@
 
 namespace lgd {
 
-constexpr int64_t kBlock = 1024;  // elements; five float buffers fill two thirds of a 32 KiB cache
-constexpr int64_t kChunk = 8192;  // elements per task; fixed, so that a sum does not depend on the thread count
+constexpr int64_t kBlock = 1024;    // elements; five float buffers fill two thirds of a 32 KiB cache
+constexpr int64_t kInPlace = 4096;  // where nothing passes through buffers: a loop's start and end cost 60 cycles
+constexpr int64_t kChunk = 8192;    // elements per task; fixed, so that a sum does not depend on the thread count
 
 LGD_INLINE int64_t chunks_of(int64_t row) { return row <= kChunk ? 1 : (row + kChunk - 1) / kChunk; }
 
@@ -40,6 +41,12 @@ auto with_elements(const Run& run, const R&... tensors) {
   if constexpr (std::is_same<S, float>::value)
     if (((!tensors.data || tensors.dtype == DType::bf16) && ...)) return run(bf16{});
   return run(S{});
+}
+
+// How many elements the loops are given at a time.
+template <class E, class... R>
+int64_t block_size(const R&... tensors) {
+  return ((!tensors.data || tensors.dtype == dtype_of<E>()) && ...) ? kInPlace : kBlock;
 }
 
 template <class S>

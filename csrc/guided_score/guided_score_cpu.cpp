@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../common/loops.h"
 #include "guided_score.h"
 
@@ -12,8 +14,9 @@ LGD_CLONES void guide(E* out, const E* cond, const E* uncond, S omega, int64_t c
 template <class E, class S>
 void score_blocks(const GuidedScore& op, S omega, int64_t sample, int64_t first, int64_t last) {
   alignas(64) E buffers[3][kBlock];
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  const int64_t block = block_size<E>(op.guided, op.cond, op.uncond);
+  for (int64_t at = first; at < last; at += block) {
+    const int64_t count = std::min(last - at, block);
     E* out = open_block(op.guided, sample, at, buffers[0]);
     guide(out, read_block(op.cond, sample, at, count, buffers[1]), read_block(op.uncond, sample, at, count, buffers[2]),
           omega, count);
@@ -25,9 +28,10 @@ void score_blocks(const GuidedScore& op, S omega, int64_t sample, int64_t first,
 template <class E, class S>
 double backward_blocks(const GuidedScoreBackward& op, S omega, int64_t sample, int64_t first, int64_t last) {
   alignas(64) E buffers[4][kBlock];
+  const int64_t block = block_size<E>(op.d_guided, op.cond, op.uncond, op.d_cond, op.d_uncond);
   double sum = 0;
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  for (int64_t at = first; at < last; at += block) {
+    const int64_t count = std::min(last - at, block);
     const E* upstream = read_block(op.d_guided, sample, at, count, buffers[0]);
     if (op.cond.data)
       sum += dot_difference<S>(upstream, read_block(op.cond, sample, at, count, buffers[1]),

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../common/loops.h"
 #include "../common/philox_cpu.h"
 #include "guided_step.h"
@@ -22,8 +24,9 @@ template <class E, class S>
 void step_blocks(const GuidedStep& op, const GuidedCoefficients<S>& k, int64_t sample, int64_t first, int64_t last) {
   alignas(64) E buffers[5][kBlock];
   alignas(64) float drawn[kBlock];
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  const int64_t block = op.draws ? kBlock : block_size<E>(op.x_s, op.x, op.cond, op.uncond, op.noise);
+  for (int64_t at = first; at < last; at += block) {
+    const int64_t count = std::min(last - at, block);
     E* out = open_block(op.x_s, sample, at, buffers[0]);
     const E* x = read_block(op.x, sample, at, count, buffers[1]);
     const E* cond = read_block(op.cond, sample, at, count, buffers[2]);
@@ -48,9 +51,10 @@ double backward_blocks(const GuidedStepBackward& op, const GuidedCoefficients<S>
   alignas(64) E buffers[4][kBlock];
   const Rows* gradients[] = {&op.d_x, &op.d_cond, &op.d_uncond, &op.d_noise};
   const S factors[] = {k.x, k.guided * (1 + k.omega), -k.guided * k.omega, k.noise};
+  const int64_t block = block_size<E>(op.d_x_s, op.cond, op.uncond, op.d_x, op.d_cond, op.d_uncond, op.d_noise);
   double sum = 0;
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  for (int64_t at = first; at < last; at += block) {
+    const int64_t count = std::min(last - at, block);
     const E* upstream = read_block(op.d_x_s, sample, at, count, buffers[0]);
     if (op.cond.data)
       sum += dot_difference<S>(upstream, read_block(op.cond, sample, at, count, buffers[1]),

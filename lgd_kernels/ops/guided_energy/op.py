@@ -161,19 +161,22 @@ class _GuidedEnergy(torch.autograd.Function):
                 *arguments, [*ctx.to_data[:4], to_omega_wanted, ctx.to_data[4]]
             )
         else:
+            again = impls.transforms_active() or impls.batched(upstream)  # forward AD or vmap, through the formula
             if any(ctx.to_data):
                 weights = pair_weights(Statistics.unpack(found, ctx.m, k), upstream, *ctx.options)
-                again = impls.transforms_active() or impls.batched(upstream)  # forward AD or vmap, through the formula
                 run = _backward_reference if again else torch.ops.lgd.guided_energy_backward
                 grads = run(*weights, *arguments[1:-3], ctx.to_data, ctx.impl)
                 d_x, d_cond, d_uncond, d_noise, d_data = (
                     grad if want else None for grad, want in zip(grads, ctx.to_data, strict=True)
                 )
             if to_omega_wanted:
+                impl = "reference"
                 if torch.is_grad_enabled():  # a slope that has slopes itself, from what is saved
                     at, now = Statistics.unpack(found, ctx.m, k), omega_at(join_omega(omega, 0.0, table), found)
                     slope = energy(at, (now - now.detach())[:, None], *ctx.options, 1)[:, 0].to(slope.dtype)
-                d_omega = to_omega(upstream * slope, omega, table)
+                elif table and not again and impls.direct(upstream, slope):
+                    impl = impls.choose("guided_energy", ctx.impl, slope.device)
+                d_omega = to_omega(upstream * slope, omega, table, impl)
         by_omega = (None, d_omega) if table else (d_omega, None)
         return d_x, d_cond, d_uncond, d_noise, *by_omega, d_data, *(None,) * (20 + len(table[1:]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import impls
-from lgd_kernels.arguments import contiguous, join_omega, requires_grad, split_omega, to_omega
+from lgd_kernels.arguments import contiguous, empty_sums, join_omega, requires_grad, split_omega, to_omega
 from lgd_kernels.levels import OmegaLookup, widest
 from lgd_kernels.ops.guided_score import reference
 
@@ -60,13 +60,13 @@ class _GuidedScore(torch.autograd.Function):
         cond, uncond, omega, *table = ctx.saved_tensors
         omega_value, cond_dtype, uncond_dtype, wanted, impl = ctx.options
         arguments = upstream, cond, uncond, omega, omega_value, table, cond_dtype, uncond_dtype, wanted
-        if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream):
-            grads = _backward_reference(*arguments)  # a formula that autograd and vmap can go through again
-        elif ctx.plain and impls.direct(upstream):
+        again = torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream)
+        if ctx.plain and not again and impls.direct(upstream):
             grads = _launch_backward(*arguments, impl)
-        else:
-            grads = torch.ops.lgd.guided_score_backward(*arguments, impl)
-        d_cond, d_uncond, d_omega = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+        else:  # again: a formula that autograd and vmap can go through
+            grads = _backward_reference(*arguments) if again else torch.ops.lgd.guided_score_backward(*arguments, impl)
+            grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+        d_cond, d_uncond, d_omega = grads
         if table:
             return d_cond, d_uncond, None, None, None, d_omega, *(None,) * 5
         return d_cond, d_uncond, d_omega, None, None
@@ -98,15 +98,11 @@ def _launch_backward(upstream, cond, uncond, omega, omega_value, table, cond_dty
         torch.empty_like(upstream, dtype=dtype, memory_format=torch.contiguous_format) if want else None
         for dtype, want in zip(dtypes, wanted, strict=False)
     ]
-    grads.append(
-        torch.empty(upstream.shape[:1], device=upstream.device, dtype=widest(upstream.dtype, *dtypes))
-        if wanted[2]
-        else None
-    )
+    grads.append(empty_sums(upstream, omega, widest(upstream.dtype, *dtypes)) if wanted[2] else None)
     launcher = impls.launcher("guided_score", impl)
     launcher.backward(*grads, upstream, cond, uncond, omega, omega_value, contiguous(table))
     if wanted[2]:
-        grads[2] = to_omega(grads[2], omega, table)
+        grads[2] = to_omega(grads[2], omega, table, impl)
     return grads
 
 

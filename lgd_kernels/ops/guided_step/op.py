@@ -11,6 +11,7 @@ from torch import Tensor
 from lgd_kernels import impls
 from lgd_kernels.arguments import (
     contiguous,
+    empty_sums,
     join_omega,
     requires_grad,
     split_number,
@@ -99,14 +100,14 @@ class _GuidedStep(torch.autograd.Function):
         omega_value, churn_value, prediction, dtypes, wanted, impl = ctx.options
         scalars = omega, omega_value, table, levels, prediction, churn, churn_value
         arguments = upstream, cond, uncond, *scalars, *dtypes, wanted
-        if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream):
-            grads = _backward_reference(*arguments)  # a formula that autograd and vmap can go through again
-        elif ctx.plain and impls.direct(upstream):
+        again = torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream)
+        if ctx.plain and not again and impls.direct(upstream):
             grads = _launch_backward(*arguments, impl)
-        else:
-            grads = torch.ops.lgd.guided_step_backward(*arguments, impl)
-        *to_data, d_omega = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return *to_data, *((None, d_omega) if table else (d_omega, None)), *(None,) * (8 + len(levels) + len(table[1:]))
+        else:  # again: a formula that autograd and vmap can go through
+            grads = _backward_reference(*arguments) if again else torch.ops.lgd.guided_step_backward(*arguments, impl)
+            grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+        by_omega = (None, grads[4]) if table else (grads[4], None)
+        return *grads[:4], *by_omega, *(None,) * (13 + len(table[1:]))
 
 
 def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed,
@@ -145,12 +146,12 @@ def _launch_backward(upstream, cond, uncond, omega, omega_value, table, levels, 
         torch.empty_like(upstream, dtype=dtype, memory_format=torch.contiguous_format) if want else None
         for dtype, want in zip(dtypes, wanted, strict=False)
     ]
-    grads.append(torch.empty(upstream.shape[:1], device=upstream.device, dtype=widest(*dtypes)) if wanted[4] else None)
+    grads.append(empty_sums(upstream, omega, widest(*dtypes)) if wanted[4] else None)
     impls.launcher("guided_step", impl).backward(
         *grads, upstream, cond, uncond, omega, omega_value, contiguous(table), levels, prediction, churn, churn_value
     )
     if wanted[4]:
-        grads[4] = to_omega(grads[4], omega, table)
+        grads[4] = to_omega(grads[4], omega, table, impl)
     return grads
 
 

@@ -1,0 +1,31 @@
+#include "arguments.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+namespace {
+
+template <class S>
+void spread(const OmegaTable& table, const S* gradient, int64_t batch, S* total) {
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    const TableCells<double> at(table, sample);
+    for (int i = 0; at.known && i < 4; ++i) total[at.cell[i]] += S(at.weight[i] * double(gradient[sample]));
+  }
+}
+
+}  // namespace
+
+void bind_omega_table(py::module_& module) {
+  // Adds the gradient of each sample's omega [B] to the cells it was looked up from, one sample after the other. Both
+  // tensors are contiguous and of one dtype, float32 or float64.
+  module.def("spread_over_table", [](Tensor total, Tensor gradient, Tensors table) {
+    const OmegaTable cells = omega(py::none(), 0, table).table;
+    const Rows to = rows(total), from = rows(gradient);
+    const int64_t batch = size(gradient, 0);
+    py::gil_scoped_release release;
+    wide(from) ? spread(cells, from.at<double>(0, 0), batch, to.at<double>(0, 0))
+               : spread(cells, from.at<float>(0, 0), batch, to.at<float>(0, 0));
+  });
+}
+
+}  // namespace lgd
