@@ -69,14 +69,8 @@ void bind_guided_energy(py::module_& module) {
                const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
                const auto forward = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample,
                                                      target, kind, m, k, target_seed, target_seed_value);
-               const GuidedEnergyBackward op{rows(d_x),
-                                             rows(d_cond),
-                                             rows(d_uncond),
-                                             rows(d_noise),
-                                             rows(d_target),
-                                             forward,
-                                             static_cast<const double*>(address(to_targets)),
-                                             static_cast<const double*>(address(to_particles))};
+               const auto op = guided_energy_backward_of(d_x, d_cond, d_uncond, d_noise, d_target, to_targets,
+                                                         to_particles, forward);
                const Sizes sizes(x);
                const int64_t batch = sizes.batch / m;
                py::gil_scoped_release release;

@@ -25,4 +25,17 @@ inline GuidedEnergy guided_energy_of(Tensor x, Tensor cond, Tensor uncond, Tenso
           seed(target_seed, target_seed_value, first_sample)};
 }
 
+inline GuidedEnergyBackward guided_energy_backward_of(Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise,
+                                                      Tensor d_target, Tensor to_targets, Tensor to_particles,
+                                                      const GuidedEnergy& forward) {
+  return {rows(d_x),
+          rows(d_cond),
+          rows(d_uncond),
+          rows(d_noise),
+          rows(d_target),
+          forward,
+          static_cast<const double*>(address(to_targets)),
+          static_cast<const double*>(address(to_particles))};
+}
+
 }  // namespace lgd

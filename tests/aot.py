@@ -98,9 +98,14 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         kind = {"none": "tensor", "tensor": "expected"}.get(variant.noise, "renoise")
         target, k = (data, m) if kind == "tensor" else (data[:, 0].contiguous(), 1 if kind == "expected" else m)
         noise = data if variant.noise == "tensor" else None
-        found = torch.zeros((batch, 2 * m * k + m + 3 * (m * (m - 1) // 2)), dtype=torch.float64)
-        launcher.forward(numbers, numbers, found, data, data, data, noise, *omega, *step, *seed, 0, target, kind, k,
-                         *seed, 1.75, 1.0, True)  # fmt: skip
+        pairs = m * (m - 1) // 2
+        given = data, data, data, noise, *omega, *step, *seed, 0, target, kind, k, *seed
+        if kernel == "guided_energy_backward_kernel":
+            weights = torch.zeros((batch, m, k), dtype=torch.float64), torch.zeros((batch, pairs), dtype=torch.float64)
+            launcher.backward(data, data, data, noise, target, *weights, *given)
+        else:
+            found = torch.zeros((batch, 2 * m * k + m + 3 * pairs), dtype=torch.float64)
+            launcher.forward(numbers, numbers, found, *given, 1.75, 1.0, True)
     else:
         raise NotImplementedError(f"aot.launch does not know how {kernel} is called")
 
@@ -177,6 +182,7 @@ def cuda_kernels() -> list[Compiled]:
                 r"(guided_\w+?)_cuda_cu_\w+?\d(forward|backward|few|many|finish)(?:I(f|NS_\w+?)E?((?:Li\d+E)*)E)?", name
             ).groups()
             dtype = {"f": "fp32", "NS_4bf16": "bf16", "NS_3f16": "fp16"}.get(dtype, "mixed")
+            op = op.removesuffix("_backward")  # which has a file of its own
             kernel = " ".join(filter(None, (op, way, "x".join(re.findall(r"\d+", sizes or "")), "(CUDA)")))
             found.append(Compiled(kernel, dtype, target, int(registers), *accesses[name]))
     return found

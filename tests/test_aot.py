@@ -24,6 +24,8 @@ def test_triton(kernel, variant, dtype, gpu):
         return  # sums of chunks: a few kilobytes
     if kernel == "guided_energy_kernel":  # 16 bytes to a thread where it does not draw and one launch does all
         tensors, per_tensor = 3, 4 if dtype == "fp32" or variant == "plain" else 0
+    elif kernel == "guided_energy_backward_kernel":  # likewise: four targets and a particle, where it holds targets
+        tensors, per_tensor = 7, 1 if dtype == "fp32" or variant == "plain" else 0
     else:
         tensors = 2 if kernel == "guided_score_kernel" else 3
         per_tensor = 1 if dtype == "bf16" else 2  # eight elements to a thread; on gfx942 four, half of them
@@ -36,7 +38,7 @@ def test_cuda():
     rows = aot.cuda_kernels()
     if not rows:
         pytest.skip("lgd_kernels._C_cuda is not built (it needs nvcc at install time)")
-    energy = ("few 1x1", "few 2x2", "few 4x1", "few 4x4", "many", "finish")  # few: particles x targets
+    energy = ("few 1x1", "few 2x2", "few 4x1", "few 4x4", "many", "finish", "backward")  # few: particles x targets
     ways = {"guided_score": ("forward", "backward"), "guided_step": ("forward", "backward"), "guided_energy": energy}
     kernels = {f"{op} {way} (CUDA)" for op in ways for way in ways[op]}
     assert {row.kernel for row in rows} == kernels

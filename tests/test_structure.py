@@ -110,7 +110,10 @@ def test_an_implementation_has_a_launcher(room):
 def test_no_room_without_a_name():
     """Nothing on the other floors that belongs to no op."""
     assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
-    for floor, shared in ((ROOT / "python", {"bindings", "omega_table", "philox"}), (ROOT / "python" / "cuda", {"bindings"})):
+    for floor, shared in (
+        (ROOT / "python", {"bindings", "omega_table", "philox"}),
+        (ROOT / "python" / "cuda", {"bindings"}),
+    ):
         assert {path.stem for path in floor.glob("*.cpp")} == shared | set(ROOMS)
 
 
@@ -120,8 +123,13 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "curve": (set(), {"checks"}),
     "op": ({"reference"}, {"arguments", "impls", "levels"}),
     "reference": (set(), {"levels", "philox"}),
-    "triton": ({"triton_finish"}, {"levels", "philox", "native", "triton_common"}),
+    "triton": (
+        {"triton_backward", "triton_finish", "triton_particles"},
+        {"levels", "philox", "native", "triton_common"},
+    ),
+    "triton_backward": ({"triton_particles"}, {"native", "triton_common"}),
     "triton_finish": (set(), {"triton_common"}),
+    "triton_particles": (set(), {"philox", "native", "triton_common"}),
     "cpu": (set(), {"impls", "levels", "native"}),
     "cuda": (set(), {"impls", "levels", "native"}),
     "targets": (set(), set()),

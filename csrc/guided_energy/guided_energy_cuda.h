@@ -1,4 +1,4 @@
-// Launcher: two kernels on the stream, nothing allocated, nothing waited for. Returns a cudaError_t.
+// Launchers: kernels on the stream, nothing allocated, nothing waited for. They return a cudaError_t.
 #pragma once
 #include "guided_energy.h"
 
@@ -19,5 +19,8 @@ struct EnergyOutputs {
 // parts: [B, chunks, op.statistics()].
 int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, float* parts,
                        const EnergyOutputs& out, void* stream);
+
+// Any number of particles and targets. One kernel, one read of each byte where there are four particles at most.
+int guided_energy_backward_cuda(const GuidedEnergyBackward& op, int64_t batch, int64_t row, void* stream);
 
 }  // namespace lgd

@@ -6,7 +6,7 @@ import torch
 
 from lgd_kernels import impls, native
 from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.native import particle_rows, with_contiguous_rows
 from lgd_kernels.ops.guided_energy.targets import KINDS
 
 
@@ -28,6 +28,18 @@ def forward(
         )  # fmt: skip
 
 
-def particle_rows(tensor):
-    """[B, m, ...] as [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
-    return None if tensor is None else tensor.flatten(0, 1)
+def backward(
+    d_x, d_cond, d_uncond, d_noise, d_target, to_targets, to_particles, x, cond, uncond, noise, omega, omega_value,
+    table, levels, prediction, churn, churn_value, seed, seed_value, first_sample, target, kind, k, *target_seed,
+):  # fmt: skip
+    m = x.shape[1]
+    d_x, d_cond, d_uncond, d_noise = (particle_rows(tensor) for tensor in (d_x, d_cond, d_uncond, d_noise))
+    x, cond, uncond, noise = (with_contiguous_rows(particle_rows(tensor)) for tensor in (x, cond, uncond, noise))
+    if kind == "tensor":
+        target, d_target = particle_rows(target), particle_rows(d_target)
+    with native.current_stream(x) as stream:
+        impls.cuda_extension().guided_energy_backward(
+            d_x, d_cond, d_uncond, d_noise, d_target, to_targets.contiguous(), to_particles.contiguous(), x, cond,
+            uncond, noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed,
+            seed_value, first_sample, with_contiguous_rows(target), KINDS.index(kind), m, k, *target_seed, stream,
+        )  # fmt: skip

@@ -29,8 +29,6 @@ IMPLEMENTATIONS = {
     "cpu": impls.ALL_FLOATS,
     "reference": impls.ALL_FLOATS,
 }
-# To the data by a kernel; others by the reference's formula. (To omega there is no other pass.)
-WITH_BACKWARD = ("cpu",)
 
 _library = torch.library.Library("lgd", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -252,7 +250,7 @@ def _backward(to_targets, to_particles, x, cond, uncond, noise, omega, omega_val
               impl):  # fmt: skip
     inputs = x, cond, uncond, noise, data
     impl = impls.choose("guided_energy", impl, x.device, *(one.dtype for one in inputs if one is not None))
-    if impl in WITH_BACKWARD and x.numel():
+    if impl != "reference" and x.numel():
         grads = [tensor.new_empty(tensor.shape) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
         impls.launcher("guided_energy", impl).backward(
             *grads, to_targets, to_particles, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels,
