@@ -3,10 +3,12 @@
 from lgd_kernels.impls import available_impls, why_not
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.guided_energy.api import guided_energy, guided_energy_curve
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
 from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.ops.guided_step.api import guided_step
+from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.philox import philox_normal
 from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear, churn_from_eta
 
@@ -23,10 +25,12 @@ __all__ = [
     "VPLinear",
     "available_impls",
     "churn_from_eta",
+    "combine",
     "guided_energy",
     "guided_energy_curve",
     "guided_score",
     "guided_step",
+    "moments",
     "philox_normal",
     "why_not",
 ]

@@ -57,21 +57,17 @@ def omegas(batch: int, generator: torch.Generator) -> dict[str, float | Tensor |
 
 
 def promoted(value):
-    """Tensors, alone or in a NamedTuple, in float64; everything else as it is."""
+    """Tensors, alone or in a tuple, in float64; everything else as it is."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return type(value)(*(promoted(field) for field in value))
-    return value
+    return _each(promoted, value)
 
 
 def moved(value, device: str):
-    """Tensors, alone or in a NamedTuple, on the device."""
+    """Tensors, alone or in a tuple, on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, tuple):
-        return type(value)(*(moved(field, device) for field in value))
-    return value
+    return _each(lambda field: moved(field, device), value)
 
 
 def assert_elementwise(kernel: Tensor, reference: Tensor, truth: Tensor, slack: float = 0.0) -> None:
@@ -110,6 +106,14 @@ def assert_sum(kernel: Tensor, truth: Tensor, terms: Tensor) -> None:
     error = (kernel.detach().cpu().double() - truth.detach().cpu().double()).abs()
     limit = unit * terms.detach().cpu().double() + rounding * truth.detach().cpu().double().abs() + 1e-300
     assert bool((error <= limit).all()), f"error {error.max():.3g}, allowed {limit.min():.3g}"
+
+
+def _each(change, value):
+    """The fields of a tuple changed, named or not; everything else as it is."""
+    if not isinstance(value, tuple):
+        return value
+    changed = [change(field) for field in value]
+    return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
 
 
 def _randn(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

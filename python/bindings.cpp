@@ -4,9 +4,11 @@
 #include "arguments.h"
 
 namespace lgd {
+void bind_combine(pybind11::module_& module);
 void bind_guided_energy(pybind11::module_& module);
 void bind_guided_score(pybind11::module_& module);
 void bind_guided_step(pybind11::module_& module);
+void bind_moments(pybind11::module_& module);
 void bind_omega_table(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
 
@@ -27,9 +29,11 @@ const char* instruction_set() {
 
 PYBIND11_MODULE(_C, module) {
   lgd::Python::instance();
+  lgd::bind_combine(module);
   lgd::bind_guided_energy(module);
   lgd::bind_guided_score(module);
   lgd::bind_guided_step(module);
+  lgd::bind_moments(module);
   lgd::bind_omega_table(module);
   lgd::bind_philox(module);
   module.def("instruction_set", &lgd::instruction_set);

@@ -92,6 +92,24 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         launcher.forward(data(), data(), data(), data(), noise, *omega, *step, *seed, 0)
     elif kernel == "guided_step_backward_kernel":
         launcher.backward(data(), data(), data(), data(), numbers, data(), data(), data(), *omega, *step)
+    elif room == "moments":  # c, u and c - u; or all that a combine's backward may ask for, with a source
+        few = variant.omega == "number"
+        columns = [0, -1, 1, -1, 0, 1] if few else [n for k in range(5) for n in (k, -1)]
+        size = len(columns) // 2
+        pairs = [n for i in range(size) for j in range(size) for n in (i, j)] + [
+            n for i in range(size) for n in (i, -1)
+        ]
+        tensors = [data() for _ in range(2 if few else 5)]
+        found = torch.zeros(batch, len(pairs) // 2)
+        launcher.forward(found, tensors, columns, pairs, None if few else numbers.long(), 2)
+    elif room == "combine":
+        few, columns = variant.omega == "number", [0, -1, 1, -1, 1, 2]
+        count = 1 if few else 3
+        scalars = torch.zeros(batch, count, 3), columns, *(None if few else torch.zeros(batch, count) for _ in range(2))
+        seed = seed if seed != (None, None) or few else (None, 1)
+        source = None if few else numbers.long()
+        outputs = torch.zeros((count, *variant.shape), dtype=dtype)
+        launcher.forward(outputs, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0)
     elif room == "guided_energy":
         m = variant.particles or 4
         data = torch.zeros((batch, m, *variant.shape[1:]), dtype=dtype)

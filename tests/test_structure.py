@@ -81,7 +81,7 @@ def included(path):
 def test_this_file_sees_the_tree():
     """A path that moved would leave every rule below with nothing to break."""
     assert len(ROOMS) >= 2 and len(MEANS) > 20 and len(COMPUTES) > 10 and len(BINDS) > 4
-    assert "lgd_kernels.levels" in imports(PACKAGE / "ops" / ROOMS[0] / "api.py")
+    assert "lgd_kernels.levels" in imports(PACKAGE / "ops" / "guided_score" / "api.py")
     assert "lgd_kernels.ops" in imports(PACKAGE / "impls.py") - imports(PACKAGE / "impls.py", lazily=False)
 
 
@@ -110,27 +110,25 @@ def test_an_implementation_has_a_launcher(room):
 def test_no_room_without_a_name():
     """Nothing on the other floors that belongs to no op."""
     assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
-    for floor, shared in (
-        (ROOT / "python", {"bindings", "omega_table", "philox"}),
-        (ROOT / "python" / "cuda", {"bindings"}),
-    ):
-        assert {path.stem for path in floor.glob("*.cpp")} == shared | set(ROOMS)
+    cuda = {room for room in ROOMS if "cuda" in importlib.import_module(f"lgd_kernels.ops.{room}.op").IMPLEMENTATIONS}
+    assert {path.stem for path in (ROOT / "python").glob("*.cpp")} == {"bindings", "omega_table", "philox", *ROOMS}
+    assert {path.stem for path in (ROOT / "python" / "cuda").glob("*.cpp")} == {"bindings", *cuda}
 
 
 ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
     "__init__": (set(), set()),
-    "api": ({"op", "reference", "curve"}, {"checks", "impls", "levels"}),
+    "api": ({"op", "reference", "curve"}, {"checks", "columns", "impls", "levels"}),
     "curve": (set(), {"checks"}),
-    "op": ({"reference"}, {"arguments", "impls", "levels"}),
-    "reference": (set(), {"levels", "philox"}),
+    "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
+    "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
         {"triton_backward", "triton_finish", "triton_particles"},
-        {"levels", "philox", "native", "triton_common"},
+        {"columns", "levels", "philox", "native", "triton_columns", "triton_common"},
     ),
     "triton_backward": ({"triton_particles"}, {"native", "triton_common"}),
     "triton_finish": (set(), {"triton_common"}),
     "triton_particles": (set(), {"philox", "native", "triton_common"}),
-    "cpu": (set(), {"impls", "levels", "native"}),
+    "cpu": (set(), {"columns", "impls", "levels", "native"}),
     "cuda": (set(), {"impls", "levels", "native"}),
     "targets": (set(), set()),
     "statistics": (set(), set()),

@@ -1,0 +1,35 @@
+// Several linear combinations of columns from one read, each of them
+//   out = sum_k coefficient[k] column_k + constant + noise_scale z,    clamped to [low, high], z drawn
+#pragma once
+#include "../common/columns.h"
+#include "../common/philox.h"
+
+namespace lgd {
+
+// One number for each sample and output: [B, P, ...], contiguous, or absent (0).
+struct PerOutput {
+  const void* data;
+  DType dtype;
+
+  template <class S>
+  LGD_INLINE S at(int64_t index) const {
+    return data ? load_scalar<S>(data, dtype, index) : S(0);
+  }
+};
+
+struct Combine {
+  Rows outputs[kMostOutputs];  // out
+  int count;
+  Columns read;
+  PerOutput coefficients;  // [B, P, K]
+  PerOutput constant;      // [B, P]
+  PerOutput noise_scale;   // [B, P]; absent: nothing is drawn
+  Seed seed;
+  double low, high;
+};
+
+// Elements [first, last) of one sample of the outputs. S: float, or double where any tensor is.
+template <class S>
+void combine(const Combine& op, int64_t sample, int64_t first, int64_t last);
+
+}  // namespace lgd

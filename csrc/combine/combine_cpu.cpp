@@ -1,0 +1,173 @@
+#include <utility>
+
+#include "../common/loops.h"
+#include "../common/philox_cpu.h"
+#include "combine.h"
+
+namespace lgd {
+namespace {
+
+constexpr int kPlain = 3;  // columns of one loop that are tensors as they are; and one more that is a difference
+
+// Of a loop's inputs: Plain tensors, then, with Apart, the two of a difference.
+template <class E, class S>
+struct Group {
+  const E* in[kPlain + 2];
+  S factors[kPlain + 1];
+  int plain = 0, apart = 0;
+};
+
+template <int Plain, int Apart, class S, class... In>
+LGD_INLINE S terms(const S (&k)[kPlain + 1], In... in) {
+  const S values[] = {in...};
+  S sum = 0;
+  for (int i = 0; i < Plain; ++i) sum = i ? sum + k[i] * values[i] : k[0] * values[0];
+  if (Apart) {
+    const S difference = k[Plain] * (values[Plain] - values[Plain + 1]);
+    sum = Plain ? sum + difference : difference;
+  }
+  return sum;
+}
+
+template <class S>
+LGD_INLINE S clamped(S value, S low, S high) {
+  return value < low ? low : value > high ? high : value;  // NaN stays NaN
+}
+
+// sums += terms
+template <int Plain, int Apart, class E, class S, size_t... I>
+LGD_INLINE void add_indexed(S* sums, const Group<E, S>& group, int64_t count, std::index_sequence<I...>) {
+  const auto& k = group.factors;
+  S factors[kPlain + 1];
+  for (int i = 0; i <= kPlain; ++i) factors[i] = k[i];
+  map<S>(
+      sums, count, [=](S before, auto... in) LGD_LAMBDA { return before + terms<Plain, Apart, S>(factors, in...); },
+      sums, group.in[I]...);
+}
+
+template <int Plain, int Apart, class E, class S>
+LGD_CLONES void add(S* sums, const Group<E, S>& group, int64_t count) {
+  add_indexed<Plain, Apart>(sums, group, count, std::make_index_sequence<Plain + 2 * Apart>());
+}
+
+// out = clamped(terms + constant), or with the sums of the groups before
+template <int Plain, int Apart, class E, class S, size_t... I>
+LGD_INLINE void finish_indexed(E* out, const S* sums, const Group<E, S>& group, S constant, S low, S high,
+                               int64_t count, std::index_sequence<I...>) {
+  S factors[kPlain + 1];
+  for (int i = 0; i <= kPlain; ++i) factors[i] = group.factors[i];
+  if (sums)
+    map<S>(
+        out, count,
+        [=](S before, auto... in)
+            LGD_LAMBDA { return clamped<S>(before + terms<Plain, Apart, S>(factors, in...), low, high); },
+        sums, group.in[I]...);
+  else
+    map<S>(
+        out, count,
+        [=](auto... in) LGD_LAMBDA { return clamped<S>(terms<Plain, Apart, S>(factors, in...) + constant, low, high); },
+        group.in[I]...);
+}
+
+template <int Plain, int Apart, class E, class S>
+LGD_CLONES void finish(E* out, const S* sums, const Group<E, S>& group, S constant, S low, S high, int64_t count) {
+  finish_indexed<Plain, Apart>(out, sums, group, constant, low, high, count,
+                               std::make_index_sequence<Plain + 2 * Apart>());
+}
+
+template <class S>
+LGD_CLONES void begin(S* sums, S constant, S scale, const float* z, int64_t count) {
+  map<S>(sums, count, [=](S z) LGD_LAMBDA { return constant + scale * z; }, z);
+}
+
+// run(std::integral_constant Plain, Apart), for what the group holds.
+template <class Run>
+void with_group(int plain, int apart, const Run& run) {
+  using std::integral_constant;
+  const auto apart_known = [&](auto known) {
+    if (plain == 0) return run(integral_constant<int, 0>(), integral_constant<int, 1>());
+    if (plain == 1) return run(integral_constant<int, 1>(), known);
+    if (plain == 2) return run(integral_constant<int, 2>(), known);
+    return run(integral_constant<int, 3>(), known);
+  };
+  apart ? apart_known(integral_constant<int, 1>()) : apart_known(integral_constant<int, 0>());
+}
+
+// The columns, cut into groups: every loop takes up to three tensors and one difference.
+template <class E, class S>
+int group_columns(const Columns& read, const E* const* tensors, const S* coefficients, Group<E, S>* groups) {
+  int plain = 0, apart = 0;
+  for (int k = 0; k < read.count; ++k)
+    if (read.columns[k].minus < 0) {
+      Group<E, S>& group = groups[plain++ / kPlain];
+      group.in[group.plain] = tensors[read.columns[k].plus];
+      group.factors[group.plain++] = coefficients[k];
+    }
+  for (int k = 0; k < read.count; ++k)
+    if (read.columns[k].minus >= 0) {
+      Group<E, S>& group = groups[apart++];
+      group.in[group.plain] = tensors[read.columns[k].plus];
+      group.in[group.plain + 1] = tensors[read.columns[k].minus];
+      group.factors[group.plain] = coefficients[k];
+      group.apart = 1;
+    }
+  const int plain_groups = (plain + kPlain - 1) / kPlain;
+  return plain_groups > apart ? plain_groups : apart;
+}
+
+template <class E, class S>
+void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t last) {
+  alignas(64) E buffers[kMostOutputs + 1][kBlock];
+  alignas(64) S sums[kBlock];
+  alignas(64) float drawn[kBlock];
+  const Columns& read = op.read;
+  S coefficients[kMostOutputs][kMostTensors], constants[kMostOutputs], scales[kMostOutputs];
+  for (int p = 0; p < op.count; ++p) {
+    const int64_t at = sample * op.count + p;
+    for (int k = 0; k < read.count; ++k) coefficients[p][k] = op.coefficients.at<S>(at * read.count + k);
+    constants[p] = read.inside(sample) ? op.constant.at<S>(at) : S(NAN);
+    scales[p] = op.noise_scale.at<S>(at);
+  }
+  for (int64_t at = first; at < last; at += kBlock) {
+    const int64_t count = last - at < kBlock ? last - at : kBlock;
+    const E* tensors[kMostOutputs];
+    for (int n = 0; n < read.tensor_count; ++n)
+      tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
+    if (op.noise_scale.data) philox_fill(drawn, count, at, op.seed.key(sample), op.seed.index(sample), kStreamStep);
+    for (int p = 0; p < op.count; ++p) {
+      Group<E, S> groups[kMostTensors] = {};
+      const int last_group = group_columns(read, tensors, coefficients[p], groups) - 1;
+      const bool more = op.noise_scale.data || last_group > 0;
+      if (op.noise_scale.data)
+        begin(sums, constants[p], scales[p], drawn, count);
+      else if (more)
+        for (int64_t i = 0; i < count; ++i) sums[i] = constants[p];
+      for (int g = 0; g < last_group; ++g)
+        with_group(groups[g].plain, groups[g].apart, [&](auto plain, auto apart) {
+          add<decltype(plain)::value, decltype(apart)::value>(sums, groups[g], count);
+        });
+      E* out = open_block(op.outputs[p], sample, at, buffers[kMostOutputs]);
+      const auto& end = groups[last_group];
+      with_group(end.plain, end.apart, [&](auto plain, auto apart) {
+        finish<decltype(plain)::value, decltype(apart)::value>(out, more ? sums : nullptr, end, constants[p], S(op.low),
+                                                               S(op.high), count);
+      });
+      write_block(op.outputs[p], sample, at, count, out);
+    }
+  }
+}
+
+}  // namespace
+
+template <class S>
+void combine(const Combine& op, int64_t sample, int64_t first, int64_t last) {
+  if constexpr (std::is_same<S, float>::value)
+    if (op.read.all(DType::bf16) && op.outputs[0].dtype == DType::bf16)
+      return combine_blocks<bf16, float>(op, sample, first, last);
+  combine_blocks<S, S>(op, sample, first, last);
+}
+
+template void combine<float>(const Combine&, int64_t, int64_t, int64_t);
+template void combine<double>(const Combine&, int64_t, int64_t, int64_t);
+
+}  // namespace lgd

@@ -1,0 +1,20 @@
+// Inner products and sums of columns over each sample, in one read.
+#pragma once
+#include "../common/columns.h"
+
+namespace lgd {
+
+constexpr int kMostPairs = 96;
+
+struct Moments {
+  Columns read;
+  Column pairs[kMostPairs];  // columns plus and minus are multiplied; minus < 0: the column's own sum
+  int same_as[kMostPairs];   // the pair itself, or its mirror image among those before it: not summed again
+  int count;
+};
+
+// Adds to sums[m] the part of pair m in elements [first, last) of one sample. S: float, or double where a tensor is.
+template <class S>
+void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, double* sums);
+
+}  // namespace lgd

@@ -1,0 +1,102 @@
+"""What users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lgd_kernels import checks
+from lgd_kernels.columns import Column, flat
+from lgd_kernels.ops.combine import op
+
+
+def combine(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    columns: Sequence[Column] | None = None,
+    constant: Tensor | None = None,
+    noise_scale: float | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    source: Tensor | None = None,
+    clamp: tuple[float | None, float | None] | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """A linear combination for each sample, with noise drawn on the way; or several of them from one read.
+
+        out[b] = clamp(sum_k coefficients[b, k] column_k[source[b]] + constant[b] + noise_scale[b] z[b])
+
+    A column is a tensor, or the difference of two formed in registers, as in `moments`: with `columns=(0, (0, 1))` and
+    coefficients (1, omega), (c, u) becomes `c + omega (c - u)`. Every guidance rule and every solver is a combine, with
+    coefficients that are functions of moments and of times.
+
+    Args:
+        tensors: one to eight, `[B, ...]` of one shape; float32, bfloat16, float16 or float64, mixed as you like, with
+            any strides.
+        coefficients: `[B', K]`, one for each column, of any float dtype; or `[B', P, K]` for P outputs, up to eight. B'
+            is the length of `source`, or B.
+        columns: one to eight, each an index into `tensors` or a pair `(i, j)` for `tensors[i] - tensors[j]`; None
+            takes every tensor as it is.
+        constant: `[B']`, or `[B', P]` for P outputs; added to every element.
+        noise_scale: of standard normals z that are drawn inside the kernel: a float, `[B']`, or `[B', P]` for P
+            outputs, which share one z. It needs `seed`. (For noise of your own, pass it as one of the tensors.)
+        seed: an int64 number, 0-dim tensor or `[B']`; `philox_normal(out.shape, seed, stream=1)` is the same noise.
+        first_sample: index of out[0] in the whole batch, where that is split over processes. Of no effect on `[B']`
+            seeds.
+        source: int64 `[B']`, the sample that each output is made of: resampling and repeats at no cost.
+        clamp: `(low, high)`, either of them None.
+        impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
+
+    Returns `[B', ...]`, contiguous, in the dtype of the first tensor; for P outputs a tuple of P. Arithmetic is float32
+    (float64 where a tensor is), rounded once. A source that there is not, where it cannot be seen without a device
+    sync, gives NaN.
+
+    Differentiable in the tensors, coefficients, constant and noise_scale, any number of times; also under vmap, jvp and
+    func.grad, where the reference runs (with a seed, vmap is refused). Where the clamp holds a value, no gradient
+    flows. The backward is `moments` and a `combine`; the noise is drawn again, and several samples of one source are
+    summed in the order of the batch. `torch.ops.lgd.combine`, the raw operator, is not differentiable. Same inputs,
+    same bits, on any thread count.
+
+    Raises TypeError or ValueError, naming the argument, before anything is written.
+
+    Source: ours; docs/rules.md has the algebra.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> c, u = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 4.0]])
+    >>> lgd.combine((c, u), torch.tensor([[1.0, 0.5]]), columns=(0, (0, 1)))
+    tensor([[4., 4.]])
+    """
+    checks.several("combine", tensors)
+    checks.columns("combine", columns, len(tensors))
+    like, columns = tensors[0], flat(columns, len(tensors))
+    batch = like.shape[0]
+    if source is not None:
+        checks.source("combine", source, like)
+        batch = source.shape[0]
+    checks.coefficients("combine", coefficients, batch, len(columns) // 2, like)
+    many = coefficients.ndim == 3
+    shape = coefficients.shape[:-1]
+    if constant is not None:
+        checks.per_output("combine", "constant", constant, shape, like)
+    if noise_scale is None and seed is not None:
+        raise ValueError("combine: `seed` was given without `noise_scale`, expected both or neither; noise_scale=1.0")
+    if noise_scale is not None:
+        checks.not_vmapped("combine", "seed", "the noise as one of the tensors")
+        if seed is None:
+            raise ValueError("combine: `noise_scale` was given without `seed`, expected both; seed=... draws the noise")
+        checks.seed("combine", seed, first_sample, batch, like)
+        if isinstance(noise_scale, (int, float)) and not isinstance(noise_scale, bool):
+            noise_scale = torch.ones_like(coefficients[..., 0]) * noise_scale
+        checks.per_output("combine", "noise_scale", noise_scale, shape, like)
+    low, high = checks.bounds("combine", clamp)
+    if not many:
+        coefficients = coefficients.unsqueeze(1)
+        constant = None if constant is None else constant.unsqueeze(1)
+        noise_scale = None if noise_scale is None else noise_scale.unsqueeze(1)
+    outputs = op.combine(
+        list(tensors), coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, impl
+    )
+    return outputs.unbind(0) if many else outputs.squeeze(0)

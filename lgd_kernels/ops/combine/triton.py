@@ -1,0 +1,68 @@
+"""The Triton kernel and its launcher."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lgd_kernels.native import sizes, with_contiguous_rows
+from lgd_kernels.philox import STREAM_STEP
+from lgd_kernels.triton_columns import form_columns, load_tensors, source_arguments, sources
+from lgd_kernels.triton_common import (
+    NOISE_NONE,
+    on_device,
+    philox_tile,
+    rounded_stores,
+    sample_keys,
+    seed_arguments,
+    store_tile,
+    tile,
+    tiling,
+)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
+def combine_kernel(
+    outputs, tensors, strides, coefficients, constant, noise_scale, source, samples, batch, row, low, high,
+    seed, seed_stride, seed_low, seed_high, first_sample, STREAM: tl.constexpr,
+    OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, GATHERED: tl.constexpr, CONSTANT: tl.constexpr, CLAMP: tl.constexpr,
+    NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """outputs is [P, B, row]; coefficients [B, P, K], constant and noise_scale [B, P]."""
+    rows, present, first, columns = tile(batch, row, ROWS, BLOCK)
+    mask = present[:, None] & (first + columns < row)[None, :]
+    at, missing = sources(source, samples, rows, present, GATHERED)
+    read = form_columns(load_tensors(tensors, strides, rows, at, first, columns, mask, GATHERED), COLUMNS)
+    if NOISE != NOISE_NONE:
+        low_key, high_key, sample = sample_keys(seed, seed_stride, seed_low, seed_high, first_sample, rows, present,
+                                                NOISE)  # fmt: skip
+        z = philox_tile(low_key, high_key, sample, STREAM, first, ROWS, BLOCK)
+    for p in tl.static_range(OUTPUTS):
+        place = rows * OUTPUTS + p
+        out = tl.zeros((ROWS, BLOCK), tl.float32) + missing[:, None]
+        for k in tl.static_range(len(COLUMNS) // 2):
+            factor = tl.load(coefficients + place * (len(COLUMNS) // 2) + k, mask=present, other=0.0)
+            out += factor.to(tl.float32)[:, None] * read[k]
+        if CONSTANT:
+            out += tl.load(constant + place, mask=present, other=0.0).to(tl.float32)[:, None]
+        if NOISE != NOISE_NONE:
+            out += tl.load(noise_scale + place, mask=present, other=0.0).to(tl.float32)[:, None] * z
+        if CLAMP:
+            out = tl.where(out < low, low, tl.where(out > high, high, out))  # NaN stays NaN
+        store_tile(outputs + p * tl.cast(batch, tl.int64) * row, row, rows, first, columns, mask, out)
+
+
+def forward(outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
+            low, high):  # fmt: skip
+    tensors = [with_contiguous_rows(tensor) for tensor in tensors]
+    coefficients = coefficients.contiguous()
+    constant, noise_scale = (coefficients if one is None else one.contiguous() for one in (constant, noise_scale))
+    grid, _, shape = tiling(outputs[0])
+    with on_device(outputs), rounded_stores(outputs) as (out,):
+        combine_kernel[grid](
+            out, tuple(tensors), tuple(tensor.stride(0) for tensor in tensors), coefficients, constant, noise_scale,
+            *source_arguments(source, tensors[0]), *sizes(outputs[0]), low, high,
+            **seed_arguments(seed, seed_value, first_sample, None, coefficients), STREAM=STREAM_STEP,
+            OUTPUTS=outputs.shape[0], COLUMNS=tuple(columns), GATHERED=0 if source is None else len(tensors),
+            CONSTANT=constant is not coefficients, CLAMP=low > float("-inf") or high < float("inf"), **shape,
+        )  # fmt: skip

@@ -1,0 +1,16 @@
+"""Launches csrc/moments/moments_cpu.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from lgd_kernels import impls
+from lgd_kernels.columns import same_as
+from lgd_kernels.native import with_contiguous_rows
+
+
+def forward(found, tensors, columns, pairs, source, gathered):
+    tensors = [with_contiguous_rows(tensor) for tensor in tensors]
+    source = None if source is None else source.contiguous()
+    threads = torch.get_num_threads()
+    impls.extension().moments(found, tensors, columns, pairs, same_as(pairs), source, gathered, threads)

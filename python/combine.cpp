@@ -1,0 +1,49 @@
+#include "../csrc/combine/combine.h"
+
+#include "columns.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+namespace {
+
+template <class S>
+void run(const Combine& op, int64_t batch, int64_t row, int threads) {
+  const auto work = [&](int64_t sample, int64_t first, int64_t last) { combine<S>(op, sample, first, last); };
+  for_chunks(batch, row, threads, work, op.noise_scale.data ? kSerialDrawn : kSerial);
+}
+
+PerOutput per_output(Tensor tensor) {
+  if (tensor.is_none()) return {nullptr, DType::f32};
+  return {address(tensor), dtype(tensor)};
+}
+
+}  // namespace
+
+void bind_combine(py::module_& module) {
+  module.def("combine", [](Tensor outputs, Tensors tensors, Tensor coefficients, Tensor constant, Tensor noise_scale,
+                           py::handle columns, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample,
+                           Tensor source, double low, double high, int threads) {
+    Combine op{};
+    op.read = columns_of(tensors, columns, source, int(PySequence_Size(tensors.ptr())));
+    op.count = int(size(outputs, 0));
+    if (op.count > kMostOutputs || op.read.tensor_count > kMostOutputs)
+      throw std::length_error("more outputs or tensors than the kernels have room for");
+    const int64_t batch = size(outputs, 1), row = Sizes(item(tensors, 0)).row, step = stride(outputs);
+    const DType stored = dtype(outputs);
+    const int64_t width = stored == DType::f64 ? 8 : stored == DType::f32 ? 4 : 2;
+    for (int p = 0; p < op.count; ++p)
+      op.outputs[p] = {static_cast<char*>(address(outputs)) + p * step * width, stored, row};
+    op.coefficients = per_output(coefficients);
+    op.constant = per_output(constant);
+    op.noise_scale = per_output(noise_scale);
+    op.seed = seed(seed_, seed_value, first_sample);
+    op.low = low;
+    op.high = high;
+    py::gil_scoped_release release;
+    op.read.any(DType::f64) ? run<double>(op, batch, row, threads) : run<float>(op, batch, row, threads);
+  });
+}
+
+}  // namespace lgd

@@ -1,0 +1,39 @@
+#include "../csrc/moments/moments.h"
+
+#include "columns.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+namespace {
+
+template <class S>
+void run(const Moments& op, int64_t batch, int64_t row, int threads, void* found) {
+  std::vector<double> totals(batch * op.count);
+  if (batch * row < kSerial) threads = 1;
+  reduce_rows(
+      batch, row, threads, op.count, totals.data(),
+      [&](int64_t sample, int64_t first, int64_t last, double* sums) { moments<S>(op, sample, first, last, sums); });
+  for (int64_t sample = 0; sample < batch; ++sample)
+    for (int m = 0; m < op.count; ++m)
+      static_cast<S*>(found)[sample * op.count + m] = S(totals[sample * op.count + op.same_as[m]]);
+}
+
+}  // namespace
+
+void bind_moments(py::module_& module) {
+  module.def("moments", [](Tensor found, Tensors tensors, py::handle columns, py::handle pairs, py::handle same_as,
+                           Tensor source, int gathered, int threads) {
+    Moments op{};
+    op.read = columns_of(tensors, columns, source, gathered);
+    op.count = pairs_of(pairs, op.pairs, kMostPairs);
+    for (int m = 0; m < op.count; ++m) op.same_as[m] = int(PyLong_AsLong(item(same_as, m).ptr()));
+    const int64_t batch = size(found, 0), row = Sizes(item(tensors, 0)).row;
+    void* out = address(found);
+    py::gil_scoped_release release;
+    op.read.any(DType::f64) ? run<double>(op, batch, row, threads, out) : run<float>(op, batch, row, threads, out);
+  });
+}
+
+}  // namespace lgd
