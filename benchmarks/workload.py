@@ -93,8 +93,9 @@ def reference(workload: Workload) -> Callable[..., Tensor]:
 
 def complete(workload: Workload, arguments: dict) -> dict:
     """The arguments with the public function's defaults, as its reference wants them."""
+    ours = ("impl", "rule", "rule_space")  # what a reference does not know of
     parameters = inspect.signature(public(workload)).parameters.values()
-    defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "impl"}
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name not in ours}
     arguments = defaults | arguments
     if "target" in arguments:
         arguments["target"] = with_noise(arguments["target"], arguments["levels"])

@@ -72,22 +72,26 @@ def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) ->
     to_x0 = signal_s * (q + churned * (1 - q))
     noise = noise_s * torch.sqrt(churned * (2 - churned))
 
-    if prediction == "x0":
-        x0_of_x, x0_of_g = zero, one
-    elif prediction == "eps":
-        x0_of_x, x0_of_g = 1 / signal_t, -noise_t / signal_t
-    elif prediction == "v":
-        square = signal_t * signal_t + noise_t * noise_t
-        x0_of_x, x0_of_g = signal_t / square, -noise_t / torch.sqrt(square)
-    else:  # flow: the prediction is z - x0
-        x0_of_x, x0_of_g = 1 / (signal_t + noise_t), -noise_t / (signal_t + noise_t)
-
+    x0_of_x, x0_of_g = x0_coefficients(levels, prediction)
     defined = (gap >= 0) & (churn >= 0) & (churn <= 1)
     if prediction == "eps":
         defined = defined & (signal_t != 0)
     nan = torch.full_like(gap, torch.nan)
     coefficients = (to_x + to_x0 * x0_of_x, to_x0 * x0_of_g, noise)
     return StepCoefficients(*(torch.where(defined, value, nan) for value in coefficients))
+
+
+def x0_coefficients(levels: Levels, prediction: str) -> tuple[Tensor, Tensor]:
+    """`x0 = first * x_t + second * p`, p the prediction, each `[B]`."""
+    signal, noise = levels.signal_t, levels.noise_t
+    if prediction == "x0":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "eps":
+        return 1 / signal, -noise / signal
+    if prediction == "v":
+        square = signal * signal + noise * noise
+        return signal / square, -noise / torch.sqrt(square)
+    return 1 / (signal + noise), -noise / (signal + noise)  # flow: the prediction is z - x0
 
 
 def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:

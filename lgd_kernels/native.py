@@ -40,8 +40,8 @@ def cuda_column_blocks(like: Tensor) -> int:
 
 @contextlib.contextmanager
 def partial_sums(total: Tensor | None, blocks: int):
-    """Room for `[B, blocks]` parts of a sum per sample, or of several `[B, M]`; added up in order at the end: no atomics,
-    same bits."""
+    """Room for `[B, blocks]` parts of a sum per sample, or of M of them; added up in order at the end: no atomics, same
+    bits."""
     if total is None or blocks == 1:
         yield total
         return

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, rule_passes
 from lgd_kernels.levels import OmegaLookup
 from lgd_kernels.ops.guided_score import op
+from lgd_kernels.rules import Rule
 
 
 def guided_score(
-    cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLookup, *, impl: str | None = None
+    cond: Tensor,
+    uncond: Tensor,
+    omega: float | Tensor | OmegaLookup,
+    *,
+    rule: Rule | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Classifier-free guidance with one weight for each sample, in a single pass over memory.
 
@@ -23,6 +29,9 @@ def guided_score(
         cond, uncond: predictions with the condition and without it, `[B, ...]`; float32, bfloat16, float16 or float64,
             mixed as you like, with any strides. An `uncond` that is `expand`ed over the batch is not copied.
         omega: a float; a tensor `[B]` of any float dtype; or `OmegaTable.at(c, s, t)`, looked up inside the kernel.
+        rule: another rule than the one above, from `lgd_kernels.rules` or your own: `guided = k_c cond + k_d (cond -
+            uncond)` with coefficients it makes of omega and, in a pass of their own, of moments. It runs on "triton",
+            "cpu" and "reference".
         impl: "triton", "cuda", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns `[B, ...]`, contiguous, in the dtype of `cond`. Arithmetic is float32 (float64 where a tensor is), rounded
@@ -41,4 +50,6 @@ def guided_score(
     """
     checks.samples("guided_score", cond=cond, uncond=uncond)
     checks.omega("guided_score", omega, "cond", cond)
+    if rule is not None:
+        return rule_passes.guided_score(cond, uncond, omega, rule, impl)
     return op.guided_score(cond, uncond, omega, impl)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, rule_passes
 from lgd_kernels.levels import Levels, OmegaLookup
 from lgd_kernels.ops.guided_step import op
+from lgd_kernels.rules import Rule
 
 
 def guided_step(
@@ -21,6 +22,8 @@ def guided_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
+    rule: Rule | None = None,
+    rule_space: str = "prediction",
     impl: str | None = None,
 ) -> Tensor:
     """One guided denoising step from t to s, in a single pass over memory and one launch.
@@ -52,6 +55,11 @@ def guided_step(
             `philox_normal(x.shape, seed, stream=1)` is the same noise. With a seed for each sample a sample's noise
             does not depend on its place in the batch.
         first_sample: index of x[0] in the whole batch, where that is split over processes. Of no effect on `[B]` seeds.
+        rule: another rule for g than the one above, from `lgd_kernels.rules` or your own: a combination of x, cond and
+            cond - uncond with coefficients made of omega and, in a pass of their own, of moments. It runs on "triton",
+            "cpu" and "reference".
+        rule_space: where the rule takes its moments: "prediction", as predicted, or "x0", which for other predictions
+            costs two passes more. (Linear rules, such as the one above, are the same in both.)
         impl: "triton", "cuda", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns x_s `[B, ...]`, contiguous, in the dtype of x. Arithmetic is float32 (float64 where a tensor is), rounded
@@ -80,4 +88,10 @@ def guided_step(
     checks.noise("guided_step", churn, noise, seed)
     if seed is not None:
         checks.seed("guided_step", seed, first_sample, x.shape[0], x)
+    if rule_space not in rule_passes.SPACES:
+        raise ValueError(f"guided_step: `rule_space` is {rule_space!r}, expected one of prediction, x0")
+    if rule is not None:
+        return rule_passes.guided_step(
+            x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, rule_space, impl
+        )
     return op.guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, impl)
