@@ -25,7 +25,8 @@ def tiny(monkeypatch):
     step, score, energy = (
         importlib.import_module(f"benchmarks.{op}") for op in ("guided_step", "guided_score", "guided_energy")
     )
-    monkeypatch.setattr(energy, "WORKLOADS", [])
+    for other in (energy, *(importlib.import_module(f"benchmarks.{op}") for op in ("moments", "combine"))):
+        monkeypatch.setattr(other, "WORKLOADS", [])
     monkeypatch.setattr(
         step, "WORKLOADS", [step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA, step.TO_ALL))]
     )
@@ -87,9 +88,8 @@ def test_what_cannot_run_says_why(tiny, capsys):
     )
     with pytest.raises(SystemExit):
         run("guided_scores")
-    assert (
-        "unknown workload: guided_scores; there are guided_energy, guided_score, guided_step" in capsys.readouterr().err
-    )
+    known = ", ".join(impls.rooms())
+    assert f"unknown workload: guided_scores; there are {known}" in capsys.readouterr().err
 
 
 @pytest.mark.extension

@@ -212,7 +212,7 @@ def test_the_space_matters(generator):
 
 
 def test_temperature(generator):
-    """As scores: g's score is k' times ... of a Gaussian of variance s0^2 it is that of variance s0^2 / k."""
+    """Of a Gaussian of variance s0^2 it makes one of variance s0^2 / k, exactly."""
     x, _, u, levels = step_problem(generator)
     a, n, s0, k = column(levels.signal_t), column(levels.noise_t), 0.8, 3.0
     exact = a * s0**2 / (a**2 * s0**2 + n**2) * x  # E[x0 | x] for x0 ~ N(0, s0^2)

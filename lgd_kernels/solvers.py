@@ -1,0 +1,246 @@
+"""Solvers as coefficients: a whole run is a table, made once, and a step is one combine.
+
+Every function here takes a schedule and the times of a run, `[N + 1]` from the noise to the data, and returns a
+`StepPlan`: for each call of the network, how the next sample, and what the solver has to remember, follow from the
+sample, the guided prediction and what it remembered. Coefficients are computed in float64 where the times are (integers
+of `Discrete` follow its dtype: `Discrete(..., dtype=torch.float64)`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
+from lgd_kernels.rules import Rule
+from lgd_kernels.schedules import EDM, Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """A run of N calls of the network. After call i, with g the guided prediction at `times[i]` and z fresh noise,
+
+        x    <- table[i, 0] . (x, g, kept, z)
+        kept <- table[i, 1] . (x, g, kept, z)      only where the solver remembers something: P = 2, else P = 1
+
+    `start` is the noise to add to the first sample, for samplers that add noise before they call the network.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> plan = one_step(lgd.RectifiedFlow(), torch.tensor([1.0, 0.5, 0.0]))
+    >>> x = torch.full((1, 1), 2.0)
+    >>> for i, t in enumerate(plan.times):
+    ...     x, kept = plan.step(i, x, cond=torch.ones(1, 1))
+    >>> x
+    tensor([[1.]])
+    """
+
+    times: Tensor  # [N], of each call of the network
+    table: Tensor  # [N, P, 4]: factors of x, g, kept and z
+    start: float = 0.0
+
+    def __len__(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def remembers(self) -> bool:
+        return self.table.shape[1] == 2
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepPlan:
+        """Times and table there; the table in `dtype`. Once, before the loop: then a step copies nothing."""
+        return replace(self, times=self.times.to(device), table=self.table.to(device, dtype or self.table.dtype))
+
+    def step(
+        self,
+        index: int | Tensor,
+        x: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        omega: float | Tensor | OmegaLookup = 0.0,
+        kept: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        first_sample: int = 0,
+        rule: Rule | None = None,
+        impl: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step: `(x, kept)` after call `index` of the network. One pass, without a rule that takes moments.
+
+        Args:
+            index: of the call; an int, or a 0-dim int64 tensor on the device of the data, which nothing waits for.
+            x, cond, uncond, omega, rule: as in `guided_step`; without uncond, cond is the guided prediction.
+            kept: what the step before returned; None in the first. (With `index` a tensor: zeros like x, there.)
+            noise, seed, first_sample: as in `guided_step`, for solvers that draw. `step` draws z from the seed alone:
+                give another one to each step.
+
+        Differentiable in x, cond, uncond, omega, kept and noise. Raises TypeError or ValueError as `combine` does.
+        """
+        from lgd_kernels.ops.combine.api import combine
+        from lgd_kernels.ops.guided_score.api import guided_score
+
+        if rule is not None:
+            cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
+        tensors = [tensor for tensor in (x, cond, uncond, kept) if tensor is not None]
+        wide, batch = arithmetic_dtype(*tensors, noise), x.shape[0]
+        table = self.table.to(x.device, wide)
+        row = table.index_select(0, index.view(1))[0] if isinstance(index, Tensor) else table[index]
+        row = row.expand(batch, *row.shape)  # [B, P, 4]
+        self._check(index, kept, noise, seed)
+        factors, columns = [row[..., 0], row[..., 1]], [0, 1]
+        if uncond is not None:
+            w = omega_at(omega, x.new_empty(0, dtype=wide))
+            factors.append(row[..., 1] * (w[:, None] if w.ndim else w))
+            columns.append((1, 2))
+        if kept is not None:
+            factors.append(row[..., 2])
+            columns.append(len(tensors) - 1)
+        drawn = {}
+        if noise is not None:
+            factors.append(row[..., 3])
+            columns.append(len(tensors))
+            tensors.append(noise)
+        elif seed is not None:
+            drawn = {"noise_scale": row[..., 3], "seed": seed, "first_sample": first_sample}
+        found = combine(tensors, torch.stack(factors, -1), columns=columns, impl=impl, **drawn)
+        return found if self.remembers else (found[0], None)
+
+    def _check(self, index, kept, noise, seed) -> None:
+        """Where the table can be looked at for nothing, that this row has what it asks for."""
+        if noise is not None and seed is not None:
+            raise ValueError("StepPlan.step: `noise` and `seed` were both given, expected one of them")
+        if isinstance(index, Tensor) or self.table.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        _, _, remembered, drawn = self.table[index, 0].tolist()
+        if remembered and kept is None:
+            raise ValueError(f"StepPlan.step: `kept` is None in step {index}, expected what the step before returned")
+        if drawn and noise is None and seed is None:
+            raise ValueError(f"StepPlan.step: step {index} adds noise but there is none; pass seed=... or noise=...")
+
+
+def one_step(
+    schedule: Schedule,
+    times: Tensor,
+    *,
+    prediction: str = "x0",
+    churn: float | Tensor = 0.0,
+) -> StepPlan:
+    """The step of `guided_step`, at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and for EDM,
+    ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, churn being `[N]`.
+
+    Source: arXiv 2510.00815, Eq. 2; 2010.02502.
+    """
+    a, b, v = step_coefficients(_levels(schedule, times), prediction, churn)
+    return StepPlan(times[:-1], _table(a, b, z=v))
+
+
+def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") -> StepPlan:
+    """To the data and back: `x_s = signal_s x0(x, g) + noise_s z`, the step in which nothing of x stays (h = 0), as
+    consistency models and LCM take it. Source: arXiv 2303.01469, Algorithm 1; 2310.04378."""
+    levels = _levels(schedule, times)
+    alpha, beta = x0_coefficients(levels, prediction)
+    return StepPlan(times[:-1], _table(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s))
+
+
+def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **churning) -> StepPlan:
+    """Euler with added noise, for sigmas `[N + 1]` that end at 0: up to sigma_hat = sigma (1 + gamma), then down.
+
+    Args:
+        after: whether the network is called after the noise was added, at sigma_hat, as in the paper; or before, at
+            sigma, on the sample without it, as diffusers does. (Its v it then reads at sigma, not at sigma_hat, where
+            ours belongs: with churn, only eps agrees.)
+        churning: s_churn, s_tmin, s_tmax, s_noise: gamma = min(s_churn / N, sqrt(2) - 1) for s_tmin <= sigma <= s_tmax.
+
+    Source: Karras et al., arXiv 2206.00364, Algorithm 2, without its correction.
+    """
+    raised, added = _raised(sigmas, **churning)
+    a, b, _ = step_coefficients(_levels(EDM(), torch.cat((raised, sigmas[-1:])), sigmas[1:]), prediction, 0.0)
+    if not after:
+        return StepPlan(sigmas[:-1], _table(a, b, z=a * added))
+    return StepPlan(raised, _table(a, b, z=torch.cat((added[1:], added.new_zeros(1)))), float(added[0]))
+
+
+def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
+    """Heun's method, for sigmas `[N + 1]` that end at 0: 2 N - 1 calls. `churning` as in `edm_euler`.
+
+        d = (x - x0(x)) / sigma_hat;   x' = x + (s - sigma_hat) d;   x <- x + (s - sigma_hat) (d + d') / 2
+
+    After the first call of a step, kept is x + (s - sigma_hat) d / 2, which the second completes.
+
+    Source: Karras et al., arXiv 2206.00364, Algorithm 2.
+    """
+    raised, added = _raised(sigmas, **churning)
+    times, rows = [], []
+    for i, (t, s) in enumerate(zip(raised, sigmas[1:], strict=True)):
+        x, g = _slope(t, prediction)
+        first = [1 + (s - t) * x, (s - t) * g, 0.0, 0.0], [1 + (s - t) / 2 * x, (s - t) / 2 * g, 0.0, 0.0]
+        times.append(t)
+        rows.append(first)
+        if s > 0:
+            x, g = _slope(s, prediction)
+            times.append(s)
+            rows.append(([(s - t) / 2 * x, (s - t) / 2 * g, 1.0, added[i + 1]], [0.0] * 4))
+    return StepPlan(torch.stack(times), torch.tensor(rows, dtype=sigmas.dtype), float(added[0]))
+
+
+def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
+    """Second order in sigma, one call a step; the first step is Euler's. Kept is the slope d.
+
+        x <- x + h ((1 + h / (2 h')) d - h / (2 h') d'),   h' and d' the step before
+
+    k-diffusion's and diffusers' LMS with order 2. The integrals of the interpolating line are exact here.
+    """
+    h = sigmas.diff()
+    share = torch.cat((h.new_zeros(1), h[1:] / (2 * h[:-1])))
+    x, g = _slope(sigmas[:-1], prediction)
+    forward = h * (1 + share)
+    table = _table(1 + forward * x, forward * g, kept=-h * share)
+    return StepPlan(sigmas[:-1], torch.cat((table, _table(x, g)), 1))
+
+
+def dpm_solver_2m(schedule: Schedule, times: Tensor, *, prediction: str = "x0", stochastic: bool = False) -> StepPlan:
+    """DPM-Solver++ 2M and its SDE (midpoint) form: the step of `one_step`, churn 0 or 1, from an extrapolated x0.
+
+        x0' = x0 + (x0 - x0 before) / (2 r),   r = h before / h,   h = ln(signal_s / noise_s) - ln(signal_t / noise_t)
+
+    First order in the first step, and in one to s = 0, where h is infinite. Kept is x0. Source: Lu et al., arXiv
+    2211.01095.
+    """
+    levels = _levels(schedule, times)
+    a, b, v = step_coefficients(levels, "x0", float(stochastic))
+    h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
+    share = torch.cat((h.new_zeros(1), h[1:] / (2 * h[:-1])))
+    share = torch.where(torch.isfinite(share), share, torch.zeros_like(share))
+    alpha, beta = x0_coefficients(levels, prediction)
+    ahead = b * (1 + share)
+    table = _table(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
+    return StepPlan(times[:-1], torch.cat((table, _table(alpha, beta)), 1))
+
+
+def _levels(schedule: Schedule, times: Tensor, to: Tensor | None = None) -> Levels:
+    return schedule.levels(times[:-1], times[1:] if to is None else to)
+
+
+def _table(x: Tensor, g: Tensor, kept: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    """One output: `[N, 1, 4]`."""
+    none = torch.zeros_like(x)
+    return torch.stack((x, g, none if kept is None else kept, none if z is None else z), -1).unsqueeze(1)
+
+
+def _slope(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """`(x - x0) / sigma` as factors of x and of the prediction, at signal 1."""
+    one = torch.ones_like(sigma)
+    alpha, beta = x0_coefficients(Levels(one, sigma, one, sigma, sigma), prediction)
+    return (1 - alpha) / sigma, -beta / sigma
+
+
+def _raised(
+    sigmas: Tensor, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """sigma_hat of every step, and how much noise gets there: `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
+    at = sigmas[:-1]
+    gamma = min(s_churn / at.numel(), math.sqrt(2) - 1)
+    gamma = torch.where((at >= s_tmin) & (at <= s_tmax), gamma, 0.0).to(at.dtype)
+    return at * (1 + gamma), s_noise * at * torch.sqrt(gamma * (2 + gamma))

@@ -1,0 +1,322 @@
+"""Every solver against diffusers' scheduler: a whole run of 20 steps, the same network, omega, start and noise.
+
+Each run goes on from its own sample, in float32; after every step they differ by at most 1e-5 of diffusers' largest
+value.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from conftest import dtypes_of
+
+import lgd_kernels as lgd
+from lgd_kernels import rules, solvers, testing
+from lgd_kernels.levels import Levels
+
+SHAPE = BATCH, *_ = 3, 4, 8, 8
+NAMES = {"x0": "sample", "eps": "epsilon", "v": "v_prediction"}
+STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+OMEGA = torch.tensor([0.5, 1.5, 3.0])
+each_prediction = pytest.mark.parametrize("prediction", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(same_threads_after):
+    torch.set_num_threads(1)
+
+
+def network(x, signal, noise, condition, prediction):
+    """A prediction at x, from a gentle guess of x0; for VE levels that of the scaled sample."""
+    size = 1.0 if prediction == "flow" else (signal * signal + noise * noise) ** 0.5
+    signal, noise = signal / size, noise / size
+    x0 = torch.tanh(signal * x / (noise**2 + 1) + condition)
+    z = (x - signal * x0) / noise
+    return {"x0": x0, "eps": z, "v": signal * z - noise * x0, "flow": z - x0}[prediction]
+
+
+def run(plan, levels, scheduler, prediction, runner=None, scaled=False, order=None, noisy=True):
+    """`levels`: (signal, noise) of every call; `scaled`: the network takes scheduler.scale_model_input(x)."""
+    generator, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    theirs_noise = torch.Generator().manual_seed(1)
+    condition, start = (torch.randn(SHAPE, generator=generator) for _ in range(2))
+    device, impl = (runner.device, runner.impl) if runner else ("cpu", None)
+    ours = theirs = start * float(scheduler.init_noise_sigma)
+    kept, plan = None, plan.to(device)
+    options = {} if order is None else {"order": order}
+    if noisy:
+        options["generator"] = theirs_noise
+    for i, t in enumerate(scheduler.timesteps):
+        at = [float(level[i]) for level in levels]
+        scale = functools.partial(scheduler.scale_model_input, timestep=t) if scaled else lambda x: x
+        inputs = scale(ours), (scale(theirs) if scaled else theirs)
+        predictions = [network(x, *at, c, prediction) for x in inputs for c in (condition, torch.zeros(()))]
+        cond, uncond = predictions[2:]
+        guided = uncond + (1 + OMEGA.view(-1, 1, 1, 1)) * (cond - uncond)
+        theirs = scheduler.step(guided, t, theirs, **options).prev_sample
+        z = torch.randn(SHAPE, generator=noise)
+        there = [testing.moved(one, device) for one in (ours, *predictions[:2], OMEGA)]
+        ours, kept = plan.step(i, *there, kept, noise=z.to(device) if noisy else None, impl=impl)
+        ours = ours.cpu()
+        difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        assert difference <= 1e-5, f"step {i}: {difference:.3g}"
+    return ours
+
+
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+def discrete(scheduler):
+    """Its table, and the times of its run, which ends at the data."""
+    schedule = lgd.Discrete(scheduler.alphas_cumprod, dtype=torch.float64)
+    times = torch.cat((scheduler.timesteps, torch.tensor([-1])))
+    return schedule, times, schedule.signal_noise(times[:-1])
+
+
+def made(kind, prediction, steps=20, **options):
+    scheduler = getattr(diffusers(), kind)(prediction_type=NAMES[prediction], **STABLE | options)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@each_prediction
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_dpm_solver_2m(target, prediction, stochastic):
+    kind = "sde-dpmsolver++" if stochastic else "dpmsolver++"
+    scheduler = made("DPMSolverMultistepScheduler", prediction, algorithm_type=kind)
+    schedule, times, levels = discrete(scheduler)
+    plan = solvers.dpm_solver_2m(schedule, times, prediction=prediction, stochastic=stochastic)
+    run(plan, levels, scheduler, prediction, target, noisy=stochastic)
+
+
+@each_prediction
+def test_ddim(target, prediction):
+    scheduler = made("DDIMScheduler", prediction, clip_sample=False)
+    schedule, times, levels = discrete(scheduler)
+    run(solvers.one_step(schedule, times, prediction=prediction), levels, scheduler, prediction, target, noisy=False)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ddpm(target, prediction):
+    """Its fixed_small variance is that of the posterior, churn 1. diffusers steps from t to t - 50."""
+    scheduler = made("DDPMScheduler", prediction, clip_sample=False)
+    schedule, times, levels = discrete(scheduler)
+    plan = solvers.one_step(schedule, times, prediction=prediction, churn=1.0)
+    run(plan, levels, scheduler, prediction, target)
+
+
+@each_prediction
+def test_consistency(prediction):
+    """diffusers' LCM mixes some x into x0 by factors that vanish as its timestep_scaling grows."""
+    scheduler = made("LCMScheduler", prediction, clip_sample=False, timestep_scaling=1e8, original_inference_steps=50)
+    schedule, times, levels = discrete(scheduler)
+    run(solvers.consistency(schedule, times, prediction=prediction), levels, scheduler, prediction)
+
+
+def sigmas_of(scheduler):
+    """float64 sigmas of its run, and the levels of every call."""
+    sigmas = scheduler.sigmas.double()
+    return sigmas, (torch.ones_like(sigmas), sigmas)
+
+
+@each_prediction
+@pytest.mark.parametrize("karras", [False, True])
+def test_edm_euler(target, prediction, karras):
+    scheduler = made("EulerDiscreteScheduler", prediction, use_karras_sigmas=karras)
+    sigmas, levels = sigmas_of(scheduler)
+    run(solvers.edm_euler(sigmas, prediction=prediction), levels, scheduler, prediction, target, True, noisy=False)
+
+
+class Churning:
+    """diffusers' Euler scheduler, called with its churn."""
+
+    def __init__(self, scheduler, **churning):
+        self.scheduler, self.churning = scheduler, churning
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, name)
+
+    def step(self, guided, t, x, generator):
+        return self.scheduler.step(guided, t, x, generator=generator, **self.churning)
+
+
+def test_edm_euler_churned(target, prediction="eps"):
+    """As diffusers: noise is added after the network was called. (It draws only where gamma > 0: everywhere here.) With
+    v it takes x0 at sigma and the slope at sigma_hat, which no prediction means."""
+    churning = {"s_churn": 4.0, "s_noise": 1.003}
+    scheduler = Churning(made("EulerDiscreteScheduler", prediction), **churning)
+    sigmas, levels = sigmas_of(scheduler)
+    plan = solvers.edm_euler(sigmas, prediction=prediction, after=False, **churning)
+    run(plan, levels, scheduler, prediction, target, True)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ancestral_euler(target, prediction):
+    scheduler = made("EulerAncestralDiscreteScheduler", prediction)
+    sigmas, levels = sigmas_of(scheduler)
+    plan = solvers.one_step(lgd.EDM(), sigmas, prediction=prediction, churn=1.0)
+    run(plan, levels, scheduler, prediction, target, True)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_edm_heun(target, prediction):
+    scheduler = made("HeunDiscreteScheduler", prediction)
+    sigmas = torch.cat((scheduler.sigmas[:1], scheduler.sigmas[1::2])).double()
+    plan = solvers.edm_heun(sigmas, prediction=prediction)
+    assert len(plan) == len(scheduler.timesteps) == 39
+    torch.testing.assert_close(plan.times.float(), scheduler.sigmas[:-1], rtol=1e-6, atol=0)
+    run(plan, (torch.ones_like(plan.times), plan.times), scheduler, prediction, target, True, noisy=False)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_adams_bashforth(target, prediction):
+    """LMS integrates its polynomial numerically, to 1e-4 of its own; its coefficients are replaced by exact ones."""
+    scheduler = made("LMSDiscreteScheduler", prediction)
+    sigmas, levels = sigmas_of(scheduler)
+
+    def exact(order, t, current):
+        if order == 1:
+            return float(sigmas[t + 1] - sigmas[t])
+        here, other = sigmas[t - current], sigmas[t - 1 + current]
+        a, b = sigmas[t], sigmas[t + 1]
+        return float(((b - other) ** 2 - (a - other) ** 2) / (2 * (here - other)))
+
+    close = [scheduler.get_lms_coefficient(2, 5, current) - exact(2, 5, current) for current in (0, 1)]
+    assert max(map(abs, close)) < 1e-3 * abs(exact(2, 5, 0))
+    scheduler.get_lms_coefficient = exact
+    plan = solvers.adams_bashforth(sigmas, prediction=prediction)
+    run(plan, levels, scheduler, prediction, target, True, order=2, noisy=False)
+
+
+def edm_paper(x, sigmas, slope, noises, correct, s_churn):
+    """Algorithm 2 as it stands there."""
+    gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
+    for t, s, z in zip(sigmas, sigmas[1:], noises, strict=False):
+        raised = t * (1 + gamma)
+        x = x + (raised**2 - t**2) ** 0.5 * z
+        d = slope(x, raised)
+        after = x + (s - raised) * d
+        if correct and s > 0:
+            after = x + (s - raised) * (d + slope(after, s)) / 2
+        x = after
+    return x
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_edm_as_in_the_paper(correct, generator):
+    """Noise before the network is called, at sigma_hat; in float64."""
+    sigmas = lgd.EDM().from_unit(torch.linspace(1, 0, 9, dtype=torch.float64))
+    start, condition = (testing.sample(SHAPE, torch.float64, generator) for _ in range(2))
+    noises = [testing.sample(SHAPE, torch.float64, generator) for _ in range(8)]
+    predict = functools.partial(network, signal=1.0, condition=condition, prediction="x0")
+
+    def slope(x, sigma):
+        return (x - predict(x, noise=float(sigma))) / sigma
+
+    expected = edm_paper(80 * start, sigmas, slope, noises, correct, s_churn=3.0)
+    plan = (solvers.edm_heun if correct else solvers.edm_euler)(sigmas, s_churn=3.0)
+    x, kept, fresh = 80 * start + plan.start * noises[0], None, iter(noises[1:])
+    for i, sigma in enumerate(plan.times):
+        z = next(fresh, noises[0]) if plan.table[i, 0, 3] else torch.zeros_like(x)
+        x, kept = plan.step(i, x, predict(x, noise=float(sigma)), kept=kept, noise=z)
+    torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_order_of_convergence():
+    """Halving the step divides the error by 2 (Euler) or by 4 (second order)."""
+
+    def error(make, steps):
+        times = torch.linspace(1, 0.2, steps + 1, dtype=torch.float64)
+        x = torch.ones(1, 1, dtype=torch.float64)
+        plan, kept = make(times), None
+        for i, t in enumerate(plan.times):
+            x, kept = plan.step(i, x, torch.tanh(2 * x) * (1 - 0.3 * t), kept=kept)
+        return x.item()
+
+    flow = lgd.RectifiedFlow()
+    for make, order in (
+        (functools.partial(solvers.one_step, flow), 1),
+        (functools.partial(solvers.dpm_solver_2m, flow), 2),
+        (solvers.adams_bashforth, 2),
+    ):
+        ends = [error(make, steps) for steps in (40, 80, 160, 1280)]
+        ratio = (ends[1] - ends[3]) / (ends[2] - ends[3])
+        assert 0.8 * 2**order < ratio < 1.35 * 2**order, (make, ratio)
+
+
+def plan_of(stochastic=False):
+    times = torch.linspace(0.95, 0, 11, dtype=torch.float64)
+    return solvers.dpm_solver_2m(lgd.RectifiedFlow(), times, stochastic=stochastic)
+
+
+def ten_steps(omega, generator, impl=None, rule=None):
+    """A stochastic run of second order; z is drawn inside."""
+    x, condition = torch.randn(2, BATCH, 30, generator=generator, dtype=torch.float64).unbind(0)
+    kept = None
+    for i in range(10):
+        cond, uncond = torch.tanh(x + condition), torch.tanh(x)
+        x, kept = plan_of(True).step(i, x, cond, uncond, omega, kept, seed=i, rule=rule, impl=impl)
+    return x
+
+
+@pytest.mark.parametrize("rule", [None, functools.partial(rules.rescale, phi=0.6)], ids=["cfg", "rescale"])
+def test_gradient_of_omega_through_ten_steps(rule):
+    grads = []
+    for impl in ("cpu", "reference"):
+        omega = OMEGA.double().requires_grad_()
+        end = ten_steps(omega, torch.Generator().manual_seed(4), impl, rule)
+        grads.append(torch.autograd.grad(end.square().sum(), omega)[0])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)  # the noises differ by 1e-6
+    shifted = [
+        ten_steps(OMEGA.double() + s * 1e-4, torch.Generator().manual_seed(4), "cpu", rule).square().flatten(1).sum(1)
+        for s in (1, -1)
+    ]
+    torch.testing.assert_close(grads[0], (shifted[0] - shifted[1]) / 2e-4, rtol=1e-4, atol=1e-4)
+
+
+def test_the_index_may_be_a_tensor(target, generator):
+    x, c, u, kept = testing.sample((4, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
+    plan, omega = plan_of().to(target.device), OMEGA.to(target.device)
+    for i in (1, 4):
+        at = torch.tensor(i, device=target.device)
+        found = plan.step(at, x, c, u, omega, kept, impl=target.impl)
+        for f, e in zip(found, plan.step(i, x, c, u, omega, kept, impl=target.impl), strict=True):
+            assert torch.equal(f, e)
+
+
+def test_half_storage(target, generator):
+    for dtype in dtypes_of(target):
+        x, c, u, kept = testing.sample((4, BATCH, 50), dtype, generator).to(target.device).unbind(0)
+        found, _ = plan_of().to(target.device).step(3, x, c, u, OMEGA.to(target.device), kept, impl=target.impl)
+        wide = [one.double().cpu() for one in (x, c, u)]
+        truth, _ = plan_of().step(3, *wide, OMEGA.double(), kept.double().cpu())
+        testing.assert_elementwise(found, truth.to(dtype), truth, slack=1e-6)
+
+
+def test_levels_are_those_of_the_step(generator):
+    """one_step is guided_step with the same levels; each step, a rule or none."""
+    times = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
+    x, c, u = testing.sample((3, BATCH, 50), torch.float64, generator).unbind(0)
+    plan = solvers.one_step(lgd.RectifiedFlow(), times, prediction="flow", churn=0.5)
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
+        levels = lgd.RectifiedFlow().levels(t.expand(BATCH), s.expand(BATCH))
+        assert isinstance(levels, Levels)
+        for rule in (None, rules.apg):
+            expected = lgd.guided_step(x, c, u, OMEGA.double(), levels, prediction="flow", churn=0.5, seed=i, rule=rule)
+            found, kept = plan.step(i, x, c, u, OMEGA.double(), seed=i, rule=rule)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            assert kept is None
+
+
+def test_refuses(generator):
+    x = testing.sample((BATCH, 5), torch.float32, generator)
+    with pytest.raises(ValueError, match="`kept` is None in step 1, expected what the step before returned"):
+        plan_of().step(1, x, x)
+    with pytest.raises(ValueError, match="step 0 adds noise but there is none; pass seed"):
+        plan_of(True).step(0, x, x)
+    with pytest.raises(ValueError, match="`noise` and `seed` were both given"):
+        plan_of(True).step(0, x, x, noise=x, seed=1)
+    with pytest.raises(ValueError, match="`s` must be nearer the data"):
+        solvers.one_step(lgd.RectifiedFlow(), torch.tensor([0.1, 0.5]))
