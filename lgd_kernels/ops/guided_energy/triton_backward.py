@@ -17,6 +17,7 @@ from lgd_kernels.ops.guided_energy.triton_particles import (
     GROUP,
     aim,
     data_arguments,
+    draws,
     guide,
     keys_of,
     scalars_of,
@@ -169,7 +170,8 @@ def backward(
     kind, k, row = rest[-4], rest[-3], data["row"]
     shape = shape_of(data, 8 if max(m, k) <= GROUP else 4)
     grid = (batch * triton.cdiv(row, shape["LANES"] * shape["WIDTH"]),)
-    groups = {"GROUP_M": min(m, GROUP), "GROUP_K": min(k, GROUP)}
+    held = GROUP // 2 if draws(data) and m > GROUP else min(m, GROUP)  # drawing takes registers
+    groups = {"GROUP_M": held, "GROUP_K": min(k, GROUP)}
     apart = kind == "tensor" and m > GROUP and d_target is not None  # targets are held for themselves
     wanted = {
         "TO_X": d_x is not None, "TO_COND": d_cond is not None, "TO_UNCOND": d_uncond is not None,
