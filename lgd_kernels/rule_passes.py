@@ -97,7 +97,10 @@ def _weights(op: str, rule: Rule, m: Pair, omega: float | Tensor | OmegaLookup, 
 def _combine(tensors, factors, columns, impl, **drawn):
     from lgd_kernels.ops.combine.api import combine
 
-    like = next((one for one in factors if isinstance(one, Tensor)), tensors[0])
-    wide = torch.float64 if any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in factors) else None
-    ones = torch.ones(tensors[0].shape[0], dtype=wide or torch.float32, device=like.device)
-    return combine(tensors, torch.stack([ones * one for one in factors], 1), columns=columns, impl=impl, **drawn)
+    batch = tensors[0].shape[0]
+    ones = [one for one in factors if not isinstance(one, Tensor)]
+    if ones:
+        like = next((one for one in factors if isinstance(one, Tensor)), None)
+        like = tensors[0].new_ones(batch, dtype=arithmetic_dtype(*tensors)) if like is None else like
+        factors = [one if isinstance(one, Tensor) else torch.full_like(like, one) for one in factors]
+    return combine(tensors, torch.stack(factors, 1), columns=columns, impl=impl, **drawn)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lgd_kernels.levels import Levels, step_coefficients
 
+_TINY = 1e-300  # keeps 0 / 0 at 0, where c is 0 everywhere
 Number = float | Tensor  # a number, or one for each sample
 
 
@@ -40,20 +41,16 @@ class Pair:
     def __init__(self, read: Callable[[], tuple[Tensor, Tensor]], count: int) -> None:
         self._read, self._found, self.count = read, None, count
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
+    def _at(self, place: int) -> Tensor:
+        """Nine dots, row by row, then three sums."""
         if self._found is None:
-            self._found = self._read()
-        return self._found
+            dots, sums = self._read()
+            self._found = *dots.flatten(1).unbind(1), *sums.unbind(1)  # all at once: a view of each costs as much again
+        return self._found[place]
 
-    def _dot(self, i: int, j: int) -> Tensor:
-        return self._moments()[0][:, i, j]
-
-    def _sum(self, i: int) -> Tensor:
-        return self._moments()[1][:, i]
-
-    cc, cu, uu = property(lambda m: m._dot(0, 0)), property(lambda m: m._dot(0, 1)), property(lambda m: m._dot(1, 1))
-    cd, ud, dd = property(lambda m: m._dot(0, 2)), property(lambda m: m._dot(1, 2)), property(lambda m: m._dot(2, 2))
-    c, u, d = property(lambda m: m._sum(0)), property(lambda m: m._sum(1)), property(lambda m: m._sum(2))
+    cc, cu, uu = property(lambda m: m._at(0)), property(lambda m: m._at(1)), property(lambda m: m._at(4))
+    cd, ud, dd = property(lambda m: m._at(2)), property(lambda m: m._at(5)), property(lambda m: m._at(8))
+    c, u, d = property(lambda m: m._at(9)), property(lambda m: m._at(10)), property(lambda m: m._at(11))
 
 
 Rule = Callable[[Pair, Tensor], Guidance]
@@ -94,10 +91,12 @@ def apg(m: Pair, omega: Tensor, *, eta: Number = 0.0, radius: Number = math.inf)
     eta scales the part of D along c, radius bounds its length (r in the paper); for momentum, see `Momentum`. The paper
     works in x0 space. diffusers: use_original_formulation=True with guidance_scale = omega; False adds to u instead.
     """
-    bounded = m.dd > radius * radius
-    rho = torch.where(bounded, radius / torch.sqrt(torch.where(bounded, m.dd, 1.0)), 1.0)
-    along = torch.where(m.cc > 0, m.cd / torch.where(m.cc > 0, m.cc, 1.0), 0.0)
-    return Guidance(1 - omega * rho * (1 - eta) * along, omega * rho)
+    rho = 1.0
+    if isinstance(radius, Tensor) or radius < math.inf:
+        bounded = m.dd > radius * radius
+        rho = torch.where(bounded, radius / torch.sqrt(torch.where(bounded, m.dd, 1.0)), 1.0)
+    delta = omega * rho
+    return Guidance(1 - delta * (1 - eta) * m.cd / m.cc.clamp(min=_TINY), delta)
 
 
 def cfg_zero_star(m: Pair, omega: Tensor, *, zero: bool | Tensor = False, floor: float = 1e-8) -> Guidance:

@@ -1,6 +1,10 @@
 #include "../common/loops.h"
 #include "moments.h"
 
+#ifdef LGD_HAS_CLONES
+#include <immintrin.h>
+#endif
+
 namespace lgd {
 namespace {
 
@@ -9,15 +13,126 @@ LGD_CLONES void subtract(S* out, const S* plus, const S* minus, int64_t count) {
   map<S>(out, count, [](S p, S m) LGD_LAMBDA { return p - m; }, plus, minus);
 }
 
+constexpr int kTogether = 3;  // products of one column with others in a loop, which reads that column once
+
 template <class S>
 LGD_CLONES S dot(const S* a, const S* b, int64_t count) {
   return sum<S>(count, [](S a, S b) LGD_LAMBDA { return a * b; }, a, b);
 }
 
-template <class S>
-LGD_CLONES S total(const S* a, int64_t count) {
-  return sum<S>(count, [](S a) LGD_LAMBDA { return a; }, a);
+// The sum of the lanes, and of the last elements, fewer than there are lanes; in the order of `sum` in loops.h.
+LGD_INLINE float finish(float* lanes, const float* a, const float* b, int64_t left) {
+  for (int j = 0; j < left; ++j) lanes[j] += a[j] * b[j];
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  return lanes[0];
 }
+
+#ifdef LGD_HAS_CLONES
+// By hand: the compiler keeps sums in memory, and each addition waits for the store of the one before.
+template <int Count>
+__attribute__((target("avx2,fma"))) void dots_avx2(const float* a, const float* const* with, int64_t count,
+                                                   float* out) {
+  constexpr int kChains = kSums / 8;
+  __m256 chains[Count][kChains];
+  for (auto& chain : chains)
+    for (auto& lanes : chain) lanes = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int part = 0; part < kChains; ++part) {
+      const __m256 shared = _mm256_loadu_ps(a + i + 8 * part);
+      for (int n = 0; n < Count; ++n)
+        chains[n][part] = _mm256_fmadd_ps(shared, _mm256_loadu_ps(with[n] + i + 8 * part), chains[n][part]);
+    }
+  for (int n = 0; n < Count; ++n) {
+    alignas(32) float lanes[kSums];
+    for (int part = 0; part < kChains; ++part) _mm256_store_ps(lanes + 8 * part, chains[n][part]);
+    out[n] = finish(lanes, a + i, with[n] + i, count - i);
+  }
+}
+#endif
+
+// found[n] = <shared, others[n]>, n < together; what one of them is does not depend on which others there are.
+template <class S>
+void dots(int together, const S* shared, const S* const* others, int64_t count, S* found) {
+#ifdef LGD_HAS_CLONES
+  if constexpr (std::is_same<S, float>::value) {
+    static const bool fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (fits)
+      return together == 1   ? dots_avx2<1>(shared, others, count, found)
+             : together == 2 ? dots_avx2<2>(shared, others, count, found)
+                             : dots_avx2<3>(shared, others, count, found);
+  }
+#endif
+  for (int n = 0; n < together; ++n) found[n] = dot(shared, others[n], count);
+}
+
+constexpr int kPairMoments = 9;  // of a, b and d = a - b: aa, ab, ad, bb, bd, dd and the sums
+constexpr int kPairPlaces[] = {0, 1, 2, 4, 5, 8, 9, 10, 11};  // among the twelve, mirror images left out
+
+#ifdef LGD_HAS_CLONES
+// All that guidance rules ask for, in one loop: two loads and a difference for nine sums.
+__attribute__((target("avx2,fma"))) void pair_avx2(const float* a, const float* b, int64_t count, double* out) {
+  constexpr int64_t kPart = 512;  // 64 additions of floats, one after the other, before they go on as doubles
+  for (int64_t first = 0; first < count; first += kPart) {
+    const int64_t last = count - first < kPart ? count : first + kPart;
+    __m256 sums[kPairMoments];
+    for (auto& lanes : sums) lanes = _mm256_setzero_ps();
+    for (int64_t i = first; i < last; i += 8) {
+      __m256 x, y;
+      if (last - i >= 8) {
+        x = _mm256_loadu_ps(a + i);
+        y = _mm256_loadu_ps(b + i);
+      } else {
+        alignas(32) float ends[2][8] = {};
+        for (int64_t j = 0; i + j < last; ++j) ends[0][j] = a[i + j], ends[1][j] = b[i + j];
+        x = _mm256_load_ps(ends[0]);
+        y = _mm256_load_ps(ends[1]);
+      }
+      const __m256 d = _mm256_sub_ps(x, y);
+      sums[0] = _mm256_fmadd_ps(x, x, sums[0]);
+      sums[1] = _mm256_fmadd_ps(x, y, sums[1]);
+      sums[2] = _mm256_fmadd_ps(x, d, sums[2]);
+      sums[3] = _mm256_fmadd_ps(y, y, sums[3]);
+      sums[4] = _mm256_fmadd_ps(y, d, sums[4]);
+      sums[5] = _mm256_fmadd_ps(d, d, sums[5]);
+      sums[6] = _mm256_add_ps(x, sums[6]);
+      sums[7] = _mm256_add_ps(y, sums[7]);
+      sums[8] = _mm256_add_ps(d, sums[8]);
+    }
+    for (int m = 0; m < kPairMoments; ++m) {
+      alignas(32) float lanes[8];
+      _mm256_store_ps(lanes, sums[m]);
+      out[kPairPlaces[m]] +=
+          double((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + double((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    }
+  }
+}
+#endif
+
+// Whether these are the moments of two tensors and their difference, each pair and each sum once or mirrored.
+bool is_pair(const Moments& op) {
+#ifdef LGD_HAS_CLONES
+  static const bool fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const Column* columns = op.read.columns;
+  const auto is = [](Column column, int plus, int minus) { return column.plus == plus && column.minus == minus; };
+  if (!fits || op.count != 12 || op.read.count != 3 || op.read.tensor_count != 2) return false;
+  if (!is(columns[0], 0, -1) || !is(columns[1], 1, -1) || !is(columns[2], 0, 1)) return false;
+  for (int m = 0; m < 12; ++m)
+    if (!is(op.pairs[m], m < 9 ? m / 3 : m - 9, m < 9 ? m % 3 : -1)) return false;
+  return true;
+#else
+  return false;
+#endif
+}
+
+template <class S>
+struct Ones {
+  alignas(64) S values[kBlock];
+  Ones() {
+    for (S& value : values) value = 1;
+  }
+};
 
 }  // namespace
 
@@ -25,12 +140,21 @@ LGD_CLONES S total(const S* a, int64_t count) {
 template <class S>
 void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, double* sums) {
   alignas(64) S buffers[2 * kMostTensors][kBlock];
+  static const Ones<S> ones;
+  [[maybe_unused]] const bool pair = is_pair(op);
   const Columns& read = op.read;
   for (int64_t at = first; at < last; at += kBlock) {
     const int64_t count = last - at < kBlock ? last - at : kBlock;
     const S *tensors[kMostTensors], *columns[kMostTensors];
     for (int n = 0; n < read.tensor_count; ++n)
       tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
+#ifdef LGD_HAS_CLONES
+    if constexpr (std::is_same<S, float>::value)
+      if (pair) {
+        pair_avx2(tensors[0], tensors[1], count, sums);
+        continue;
+      }
+#endif
     for (int k = 0; k < read.count; ++k) {
       const Column column = read.columns[k];
       columns[k] = tensors[column.plus];
@@ -39,11 +163,21 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
       subtract(difference, tensors[column.plus], tensors[column.minus], count);
       columns[k] = difference;
     }
-    for (int m = 0; m < op.count; ++m) {
-      if (op.same_as[m] != m) continue;
+    for (int m = 0; m < op.count;) {
+      // Neighbours that share a column: (i, j), (i, k), ..., or sums, which share a column of ones.
       const Column pair = op.pairs[m];
-      sums[m] +=
-          pair.minus < 0 ? total(columns[pair.plus], count) : dot(columns[pair.plus], columns[pair.minus], count);
+      const S* others[kTogether];
+      S found[kTogether];
+      int together = 0;
+      for (; m + together < op.count && together < kTogether; ++together) {
+        const Column next = op.pairs[m + together];
+        const bool shares = pair.minus < 0 ? next.minus < 0 : next.minus >= 0 && next.plus == pair.plus;
+        if (!shares || op.same_as[m + together] != m + together) break;
+        others[together] = columns[pair.minus < 0 ? next.plus : next.minus];
+      }
+      if (together) dots(together, pair.minus < 0 ? ones.values : columns[pair.plus], others, count, found);
+      for (int n = 0; n < together; ++n) sums[m + n] += found[n];
+      m += together ? together : 1;  // none: the mirror image of one before
     }
   }
   if (!read.inside(sample))
