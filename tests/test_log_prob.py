@@ -1,0 +1,86 @@
+"""A step and its log density, against torch.distributions."""
+
+import pytest
+import torch
+from conftest import dtypes_of
+
+import lgd_kernels as lgd
+from lgd_kernels import testing
+from lgd_kernels.levels import step_coefficients
+from lgd_kernels.log_prob import step_with_log_prob
+
+OMEGA = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+def problem(generator, dtype=torch.float64, shape=(3, 4, 25)):
+    x, c, u = (testing.sample(shape, dtype, generator) for _ in range(3))
+    t = torch.tensor([0.9, 0.7, 0.5], dtype=torch.float64)
+    return x, c, u, lgd.RectifiedFlow().levels(t, t - 0.2)
+
+
+def density(x_s, x, c, u, omega, levels, prediction, churn):
+    a, b, v = (one.view(-1, 1, 1) for one in step_coefficients(levels, prediction, churn))
+    mean = a * x + b * (c + omega.view(-1, 1, 1) * (c - u))
+    return torch.distributions.Normal(mean, v.expand_as(mean)).log_prob(x_s).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("churn", [0.4, 1.0])
+def test_is_the_density(prediction, churn, generator):
+    x, c, u, levels = problem(generator)
+    options = dict(prediction=prediction, churn=churn)
+    x_s, found = step_with_log_prob(x, c, u, OMEGA, levels, seed=3, **options)
+    assert torch.equal(x_s, lgd.guided_step(x, c, u, OMEGA, levels, seed=3, **options))
+    expected = density(x_s, x, c, u, OMEGA, levels, prediction, churn)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-9)
+    _, mean = step_with_log_prob(x, c, u, OMEGA, levels, x_s=x_s, reduction="mean", **options)
+    torch.testing.assert_close(mean, expected / 100, rtol=1e-11, atol=1e-11)
+
+
+def test_by_every_implementation(target, generator):
+    """In float32 the density is that of the stored x_s, whatever it is stored as."""
+    for dtype in dtypes_of(target):
+        x, c, u, levels = problem(generator, dtype)
+        there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
+        x_s, found = step_with_log_prob(*there, seed=3, impl=target.impl)
+        wide = [one.double().cpu() for one in (x_s, x, c, u)]
+        expected = density(*wide, OMEGA, levels, "x0", 1.0)
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_go_through_the_mean(generator):
+    x, c, u, levels = problem(generator)
+    inputs = [one.clone().requires_grad_() for one in (x, c, u, OMEGA)]
+    x_s, found = step_with_log_prob(*inputs, levels, seed=5)
+    assert not x_s.requires_grad
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    expected = density(x_s, *inputs, levels, "x0", 1.0)
+    grads = [torch.autograd.grad(one, inputs, upstream) for one in (found, expected)]
+    for f, e in zip(*grads, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+def test_a_given_point_may_require_grad(generator):
+    x, c, u, levels = problem(generator)
+    at = x.clone().requires_grad_()
+    scores = [step_with_log_prob(x, c, u, OMEGA, levels, x_s=at)[1], density(at, x, c, u, OMEGA, levels, "x0", 1.0)]
+    torch.testing.assert_close(*(torch.autograd.grad(score.sum(), at)[0] for score in scores), rtol=1e-9, atol=1e-9)
+
+
+def test_without_variance_there_is_no_density(generator):
+    x, c, u, _ = problem(generator)
+    levels = lgd.RectifiedFlow().levels(torch.full((3,), 0.5), torch.tensor([0.0, 0.2, 0.0]))
+    _, found = step_with_log_prob(x, c, u, OMEGA, levels, seed=1)
+    assert found.isnan().tolist() == [True, False, True]
+
+
+def test_refuses(generator):
+    x, c, u, levels = problem(generator)
+    with pytest.raises(ValueError, match="`churn` is 0, where the step has no density"):
+        step_with_log_prob(x, c, u, OMEGA, levels, churn=0.0, seed=1)
+    with pytest.raises(ValueError, match="`reduction` is 'max'"):
+        step_with_log_prob(x, c, u, OMEGA, levels, reduction="max", seed=1)
+    with pytest.raises(ValueError, match="there is no noise; pass seed"):
+        step_with_log_prob(x, c, u, OMEGA, levels)
+    with pytest.raises(ValueError, match=r"`x_s` has shape \[2, 4, 25\]"):
+        step_with_log_prob(x, c, u, OMEGA, levels, x_s=x[:2])
