@@ -41,8 +41,8 @@ def step_with_log_prob(
     Returns x_s, and log p `[B]` in float32 (float64 where a tensor is). It is NaN where V = 0 (s = 0, or a churn of 0
     that cannot be seen). The step is one pass; the score is two more, a combine that writes x_s - mean and its moment.
 
-    Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. Score x_s as it was stored: rounded
-    to half, it is another point, and V may be no larger than that.
+    Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. Score x_s as it was stored:
+    rounded to half it is another point, and V may be no larger than that.
 
     Raises TypeError or ValueError as `guided_step` does, and for a churn of 0.
 
