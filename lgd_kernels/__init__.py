@@ -4,6 +4,8 @@ from lgd_kernels.impls import available_impls, why_not
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.energy_mmd.api import energy_mmd
+from lgd_kernels.ops.energy_mmd.kernels import Energy, Gaussian, Laplace, Polynomial, RationalQuadratic
 from lgd_kernels.ops.guided_energy.api import guided_energy, guided_energy_curve
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
 from lgd_kernels.ops.guided_score.api import guided_score
@@ -15,9 +17,14 @@ from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosi
 __all__ = [
     "EDM",
     "Discrete",
+    "Energy",
     "Expected",
+    "Gaussian",
+    "Laplace",
     "Levels",
     "OmegaTable",
+    "Polynomial",
+    "RationalQuadratic",
     "RectifiedFlow",
     "Renoise",
     "Schedule",
@@ -26,6 +33,7 @@ __all__ = [
     "available_impls",
     "churn_from_eta",
     "combine",
+    "energy_mmd",
     "guided_energy",
     "guided_energy_curve",
     "guided_score",

@@ -117,7 +117,8 @@ def test_no_room_without_a_name():
 
 ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
     "__init__": (set(), set()),
-    "api": ({"op", "reference", "curve"}, {"checks", "columns", "impls", "levels", "rule_passes", "rules"}),
+    "api": ({"op", "reference", "curve", "checks"}, {"checks", "columns", "impls", "levels", "rule_passes", "rules"}),
+    "checks": (set(), {"checks"}),
     "curve": (set(), {"checks"}),
     "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
@@ -131,9 +132,10 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "cpu": (set(), {"columns", "impls", "levels", "native"}),
     "cuda": (set(), {"impls", "levels", "native"}),
     "targets": (set(), set()),
+    "kernels": (set(), set()),
     "statistics": (set(), set()),
 }
-WORDS = {"targets", "statistics"}  # what all files of a room may talk of, where it has them
+WORDS = {"targets", "statistics", "kernels"}  # what all files of a room may talk of, where it has them
 
 
 @pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)

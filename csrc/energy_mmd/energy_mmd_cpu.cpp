@@ -1,0 +1,309 @@
+#include "energy_mmd.h"
+
+namespace lgd {
+namespace {
+
+constexpr int kTile = kMmdTile;
+constexpr int64_t kSpan = 256;  // coordinates whose squares are added up before they join the rest
+
+template <class S>
+struct Vector {
+  static constexpr int kLanes = 32 / sizeof(S);
+  typedef S type __attribute__((vector_size(32)));
+  typedef S unaligned __attribute__((vector_size(32), aligned(sizeof(S)), may_alias));
+};
+template <class S>
+LGD_INLINE const typename Vector<S>::unaligned& load(const S* from) {
+  return *reinterpret_cast<const typename Vector<S>::unaligned*>(from);
+}
+template <class S>
+LGD_INLINE void store(S* to, const typename Vector<S>::type& lanes) {
+  *reinterpret_cast<typename Vector<S>::unaligned*>(to) = lanes;
+}
+
+// s_ij of the first `rows` x `columns` pairs; four points of x meet two vectors of points of y, in registers.
+template <class S, bool kProduct>
+LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, int columns, S* squares) {
+  constexpr int kLanes = Vector<S>::kLanes;
+  typedef typename Vector<S>::type V;
+  for (int64_t first = 0; first < dimension; first += kSpan) {
+    const int64_t last = first + kSpan < dimension ? first + kSpan : dimension;
+    for (int i = 0; i < rows; i += 4)
+      for (int j = 0; j < columns; j += 2 * kLanes) {
+        V sums[4][2] = {};
+        for (int64_t c = first; c < last; ++c) {
+          const V near = load(y + c * kTile + j), far = load(y + c * kTile + j + kLanes);
+          const S* at = x + c * kTile + i;
+          for (int r = 0; r < 4; ++r) {
+            const V d0 = kProduct ? near : at[r] - near, d1 = kProduct ? far : at[r] - far;
+            sums[r][0] += (kProduct ? at[r] + V{} : d0) * d0;
+            sums[r][1] += (kProduct ? at[r] + V{} : d1) * d1;
+          }
+        }
+        for (int r = 0; r < 4; ++r)
+          for (int half = 0; half < 2; ++half) {
+            S* to = squares + (i + r) * kTile + j + half * kLanes;
+            store(to, first ? load(to) + sums[r][half] : sums[r][half]);
+          }
+      }
+  }
+}
+
+// sum_ij p_i q_j k(s_ij); s_ij become w_ij. `same`: pairs with i < j alone.
+template <class S, class F>
+LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows, int columns, bool same, S two,
+                              S* squares) {
+  constexpr int kLanes = 16;
+  alignas(64) S value[kTile], slope[kTile], later[kTile];
+  double total = 0;
+  for (int i = 0; i < rows; ++i) {
+    S* row = squares + i * kTile;
+    const S* weights = q;
+    if (same) {
+      for (int j = 0; j < kTile; ++j) later[j] = j > i ? q[j] : S(0);
+      weights = later;
+    }
+    kernel(row, value, slope, columns);
+    S sums[kLanes] = {};
+    const S turn = two * p[i];
+    for (int j = 0; j < columns; j += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sums[lane] += weights[j + lane] * value[j + lane];
+        row[j + lane] = turn * weights[j + lane] * slope[j + lane];
+      }
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    total += double(p[i]) * double(sums[0]);
+  }
+  return total;
+}
+
+// Gradients of a tile, one coordinate at a time: that of y stays in registers while all points of x pass by; the lanes of
+// those of x are added up at the end, many at once.
+template <class S, bool kProduct, bool kToX, bool kToY>
+LGD_CLONES void pair_gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights, double coefficient,
+                               double* d_x, double* d_y) {
+  constexpr int kLanes = Vector<S>::kLanes, kColumns = 8 * kLanes;  // half a tile of doubles, or a whole one
+  typedef typename Vector<S>::type V;
+  alignas(64) S lanes[kTile * kLanes] = {}, sums[kTile];
+  for (int64_t c = 0; c < dimension; ++c)
+    for (int first = 0; first < kTile; first += kColumns) {
+      V to_y[8] = {};
+      for (int i = 0; i < rows; i += 2) {  // two points share what is read of y
+        const S at[2] = {x[c * kTile + i], x[c * kTile + i + 1]};
+        const S *w = weights + i * kTile + first, *others = y + c * kTile + first;
+        V to_x[2] = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+          const V other = load(others + v * kLanes);
+#pragma GCC unroll 2
+          for (int r = 0; r < 2; ++r) {
+            const V weight = load(w + r * kTile + v * kLanes);
+            if (kProduct) {
+              if (kToX) to_x[r] += weight * other;
+              if (kToY) to_y[v] += weight * at[r];
+            } else {
+              const V apart = at[r] - other;
+              if (kToX) to_x[r] += weight * apart;
+              if (kToY) to_y[v] -= weight * apart;
+            }
+          }
+        }
+        if (kToX)
+          for (int r = 0; r < 2; ++r) store(lanes + (i + r) * kLanes, to_x[r]);
+      }
+      if (kToX) {
+#pragma omp simd
+        for (int i = 0; i < kTile; ++i) {
+          const S* of = lanes + i * kLanes;
+          S sum = (of[0] + of[1]) + (of[2] + of[3]);
+          if constexpr (kLanes == 8) sum += (of[4] + of[5]) + (of[6] + of[7]);
+          sums[i] = sum;
+        }
+        for (int i = 0; i < rows; ++i) d_x[c * kTile + i] += coefficient * double(sums[i]);
+      }
+      if (kToY) {
+        for (int v = 0; v < 8; ++v) store(sums + v * kLanes, to_y[v]);
+        for (int j = 0; j < kColumns; ++j) d_y[c * kTile + first + j] += coefficient * double(sums[j]);
+      }
+    }
+}
+
+LGD_INLINE int rest_of(int64_t count, int64_t tile, int step) {
+  const int64_t rest = count - tile * kTile < kTile ? count - tile * kTile : kTile;
+  return int((rest + step - 1) / step * step);
+}
+
+template <class S, bool kProduct>
+void gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights, double coefficient, double* d_x,
+               double* d_y) {
+  if (d_x && d_y)
+    pair_gradients<S, kProduct, true, true>(x, y, dimension, rows, weights, coefficient, d_x, d_y);
+  else if (d_x)
+    pair_gradients<S, kProduct, true, false>(x, y, dimension, rows, weights, coefficient, d_x, d_y);
+  else if (d_y)
+    pair_gradients<S, kProduct, false, true>(x, y, dimension, rows, weights, coefficient, d_x, d_y);
+}
+
+template <class S, bool kProduct>
+LGD_CLONES S pair_of_rows(const S* x, const S* y, int64_t count) {
+  constexpr int kSums = 32;
+  S sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int lane = 0; lane < kSums; ++lane) {
+      const S d = kProduct ? x[i + lane] : x[i + lane] - y[i + lane];
+      sums[lane] += d * (kProduct ? y[i + lane] : d);
+    }
+  for (int lane = 0; i < count; ++i, ++lane) {
+    const S d = kProduct ? x[i] : x[i] - y[i];
+    sums[lane] += d * (kProduct ? y[i] : d);
+  }
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+  return sums[0];
+}
+
+template <class S>
+LGD_CLONES void add_pair(const S* x, const S* y, S weight, int64_t count, S* d_x, S* d_y) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const S turn = weight * (x[i] - y[i]);
+    d_x[i] += turn;
+    d_y[i] -= turn;
+  }
+}
+
+// s_j = max(0, ||x||^2 + ||y_j||^2 - 2 <x, y_j>); says whether one is below `closest` of the norms.
+template <class S>
+LGD_CLONES bool squares_of(S* products, const S* y_norms, S x_norm, S closest, int64_t count) {
+  int64_t close = 0;
+#pragma omp simd reduction(+ : close)
+  for (int64_t j = 0; j < count; ++j) {
+    const S norms = x_norm + y_norms[j], square = norms - 2 * products[j];
+    products[j] = square < 0 ? S(0) : square;
+    close += square < closest * norms;
+  }
+  return close != 0;
+}
+
+// Values of a stretch of at most a tile.
+template <class S, class F>
+LGD_CLONES S stretch(const F& kernel, S* squares, const S* weights, S turn, int count) {
+  alignas(64) S value[kTile], slope[kTile];
+  kernel(squares, value, slope, count);
+  S sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < count; ++j) sum += weights[j] * value[j];
+#pragma omp simd
+  for (int j = 0; j < count; ++j) squares[j] = turn * weights[j] * slope[j];
+  return sum;
+}
+
+}  // namespace
+
+template <class S>
+void mmd_pack(const S* rows, int64_t count, int64_t dimension, int64_t tile, S* packed) {
+  const int64_t first = tile * kTile, here = count - first < kTile ? count - first : kTile;
+  for (int64_t c = 0; c < dimension; ++c)
+    for (int64_t i = 0; i < kTile; ++i)
+      packed[c * kTile + i] = i < here ? rows[(first + i) * dimension + c] : S(0);
+}
+
+template <class S>
+void mmd_unpack(const double* packed, int64_t count, int64_t dimension, int64_t tile, S* rows) {
+  const int64_t first = tile * kTile, here = count - first < kTile ? count - first : kTile;
+  for (int64_t i = 0; i < here; ++i)
+    for (int64_t c = 0; c < dimension; ++c) rows[(first + i) * dimension + c] = S(packed[c * kTile + i]);
+}
+
+template <class S>
+double mmd_tile(const MmdKernel& kernel, const Points<S>& x, int64_t x_tile, const Points<S>& y, int64_t y_tile,
+                bool same, double coefficient, double* d_x, double* d_y, S* squares) {
+  const S *from = x.tile(x_tile), *to = y.tile(y_tile);
+  const int rows = rest_of(x.count, x_tile, 4), columns = rest_of(y.count, y_tile, 16);
+  const bool product = kernel.of_product();
+  if (product)
+    pair_sums<S, true>(from, to, x.dimension, rows, columns, squares);
+  else
+    pair_sums<S, false>(from, to, x.dimension, rows, columns, squares);
+  const S *p = x.weights + x_tile * kTile, *q = y.weights + y_tile * kTile;
+  const double sum = with_kernel<S>(kernel, [&](const auto& functor) {
+    return pair_values(functor, p, q, rows, columns, same, product ? S(1) : S(2), squares);
+  });
+  if (!d_x && !d_y) return sum;
+  for (int i = 0; i < rows; ++i)
+    for (int j = columns; j < kTile; ++j) squares[i * kTile + j] = 0;
+  if (product)
+    gradients<S, true>(from, to, x.dimension, rows, squares, coefficient, d_x, d_y);
+  else
+    gradients<S, false>(from, to, x.dimension, rows, squares, coefficient, d_x, d_y);
+  return sum;
+}
+
+template <class S>
+double mmd_itself(const MmdKernel& kernel, const Points<S>& x, int64_t tile, double coefficient, double* d_x) {
+  const S *at = x.tile(tile), *p = x.weights + tile * kTile;
+  alignas(64) S argument[kTile] = {}, value[kTile], slope[kTile];
+  const bool product = kernel.of_product();
+  if (product)
+    for (int64_t c = 0; c < x.dimension; ++c)
+      for (int i = 0; i < kTile; ++i) argument[i] += at[c * kTile + i] * at[c * kTile + i];
+  with_kernel<S>(kernel, [&](const auto& functor) { functor(argument, value, slope, kTile); });
+  double sum = 0;
+  for (int i = 0; i < kTile; ++i) sum += double(p[i]) * double(p[i]) * double(value[i]);
+  if (product && d_x)
+    for (int64_t c = 0; c < x.dimension; ++c)
+      for (int i = 0; i < kTile; ++i)
+        d_x[c * kTile + i] += coefficient * 2 * double(p[i]) * double(p[i]) * double(slope[i]) * double(at[c * kTile + i]);
+  return sum;
+}
+
+template <class S>
+double mmd_product_row(const MmdKernel& kernel, ProductRow<S>& row) {
+  const bool product = kernel.of_product();
+  row.any_close = !product && squares_of(row.products, row.y_norms, row.x_norm, row.closest, row.count);
+  if (row.any_close)
+    for (int64_t j = row.first; j < row.count; ++j)
+      if (row.products[j] < row.closest * (row.x_norm + row.y_norms[j]))
+        row.products[j] = pair_of_rows<S, false>(row.x, row.y + j * row.dimension, row.dimension);
+  for (int64_t j = 0; j < row.first; ++j) row.products[j] = 0;
+  const S turn = (product ? 1 : 2) * row.x_weight;
+  double sum = 0;
+  for (int64_t at = row.first; at < row.count; at += kTile) {
+    const int count = int(row.count - at < kTile ? row.count - at : kTile);
+    alignas(64) S before[kTile];
+    const bool splits = row.any_close && row.close;
+    if (splits)
+      for (int j = 0; j < count; ++j) before[j] = row.products[at + j];
+    sum += double(with_kernel<S>(kernel, [&](const auto& functor) {
+      return stretch(functor, row.products + at, row.y_weights + at, turn, count);
+    }));
+    if (splits)
+      for (int j = 0; j < count; ++j) {
+        const bool close = before[j] < 2 * row.closest * (row.x_norm + row.y_norms[at + j]);
+        row.close[at + j] = close ? row.products[at + j] : S(0);
+        row.products[at + j] = close ? S(0) : row.products[at + j];
+      }
+  }
+  return sum * double(row.x_weight);
+}
+
+template <class S>
+void mmd_close_pair(const S* x, const S* y, S weight, int64_t count, S* d_x, S* d_y) {
+  add_pair(x, y, weight, count, d_x, d_y);
+}
+
+#define LGD_INSTANTIATE(S)                                                                                             \
+  template void mmd_pack(const S*, int64_t, int64_t, int64_t, S*);                                                     \
+  template void mmd_unpack(const double*, int64_t, int64_t, int64_t, S*);                                              \
+  template double mmd_tile(const MmdKernel&, const Points<S>&, int64_t, const Points<S>&, int64_t, bool, double,       \
+                           double*, double*, S*);                                                                      \
+  template double mmd_itself(const MmdKernel&, const Points<S>&, int64_t, double, double*);                            \
+  template double mmd_product_row(const MmdKernel&, ProductRow<S>&);                                                   \
+  template void mmd_close_pair(const S*, const S*, S, int64_t, S*, S*);
+LGD_INSTANTIATE(float)
+LGD_INSTANTIATE(double)
+#undef LGD_INSTANTIATE
+
+}  // namespace lgd

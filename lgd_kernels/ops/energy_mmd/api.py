@@ -1,0 +1,81 @@
+"""What users call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lgd_kernels.ops.energy_mmd import checks, op
+from lgd_kernels.ops.energy_mmd.kernels import Energy, Kernel, split_kernel
+
+
+def energy_mmd(
+    x: Tensor,
+    y: Tensor,
+    *,
+    beta: float = 1.0,
+    lam: float = 1.0,
+    unbiased: bool = True,
+    kernel: Kernel | None = None,
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
+    target_term: bool = True,
+    batched: bool = False,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """How far apart two laws are, seen from samples x and y of them; the matrix of distances is never stored.
+
+        L = E ||x - y||^beta  -  lam/2 (E ||x - x'||^beta + E ||y - y'||^beta)
+
+    With lam = 1 that is half the squared energy distance of the statisticians: for beta = 1, D = 1 and unbiased=False,
+    `scipy.stats.energy_distance(x, y) ** 2 / 2`. With another kernel k it is the standard
+
+        MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)
+
+    (where lam other than 1 multiplies the first two terms).
+
+    Args:
+        x, y: samples `[n, ...]` and `[k, ...]`; with batched=True, B such problems, `[B, n, ...]` and `[B, k, ...]`.
+            float32, bfloat16, float16 or float64, mixed as you like, with any strides.
+        beta: power of the distance, in (0, 2].
+        lam: weight of the terms within a set, in [0, 1].
+        unbiased: within a set, the mean over pairs of different samples; False counts each with itself too, and then
+            L of a set and itself is 0 for lam = 1.
+        kernel: `Energy(beta)` by default; or `Gaussian(bandwidths)`, `Laplace(bandwidth)`,
+            `RationalQuadratic(bandwidth, alpha)` or `Polynomial(degree, scale, offset)`.
+        x_weights, y_weights: weights of samples, `[n]` and `[k]` (`[B, n]`, `[B, k]`), not negative, of any positive
+            sum. Divided by that they are p and q: the means are sum_ij p_i q_j k(x_i, y_j) and, unbiased,
+            sum_{i != j} p_i p_j k(x_i, x_j) / (1 - sum_i p_i^2). Weights 1 change nothing. They have no gradient.
+        target_term: False leaves out the terms within y, which do not depend on x.
+        precision: how squared distances are formed on the CPU. "direct": from differences. "product": of centred
+            samples, ||x||^2 + ||y||^2 - 2 <x, y>, by a matrix product. None takes "direct" for D <= 64; beyond,
+            products, but for pairs closer than a tenth of their norms, which get differences.
+        impl: "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
+
+    Returns a number, 0-dim (`[B]` if batched), float32 (float64 where a tensor is). Sums of blocks go on in float64.
+    Same inputs, same bits, on any thread count ("product": as far as torch's own matrix product keeps to that).
+    A call that records a gradient computes it in the same pass.
+
+    Differentiable in x and y, any number of times; also under vmap, jvp and func.grad, where the reference runs, which
+    stores distances. Samples that coincide have slope 0. `torch.ops.lgd.energy_mmd`, the raw operator, is not.
+
+    Raises TypeError or ValueError, naming the argument, for a wrong shape, dtype, device, kernel or option.
+
+    Source: Gretton et al., JMLR 13 (2012); Szekely and Rizzo (2013); beta and lam: arXiv 2510.00815, Eq. 9.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> lgd.energy_mmd(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [4.0]]))  # (3 + 4 + 1 + 2) / 4 - (2 + 1) / 2
+    tensor(1.)
+    """
+    checks.samples(x, y, batched)
+    checks.weights("x_weights", x_weights, "x", x, batched)
+    checks.weights("y_weights", y_weights, "y", y, batched)
+    checks.options(beta, lam, unbiased, kernel, target_term, precision, x, y, batched)
+    if not batched:
+        x, y, x_weights, y_weights = (one if one is None else one.unsqueeze(0) for one in (x, y, x_weights, y_weights))
+    x, y = (one.flatten(2) if one.ndim > 2 else one.unsqueeze(2) for one in (x, y))
+    name, parameters = split_kernel(Energy(beta) if kernel is None else kernel, x.shape[2])
+    loss = op.energy_mmd(
+        x, y, x_weights, y_weights, name, parameters, float(lam), unbiased, target_term, precision, impl
+    )
+    return loss if batched else loss.squeeze(0)

@@ -1,0 +1,93 @@
+"""The argument checks of this room: each message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lgd_kernels.checks import DATA_DTYPES, power, readable, smallest
+from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomial, RationalQuadratic
+
+OP = "energy_mmd"
+PRECISIONS = ("direct", "product")
+
+
+def samples(x: Tensor, y: Tensor, batched: bool) -> None:
+    leading = 2 if batched else 1
+    said = "[B, n, ...]" if batched else "[n, ...]"
+    for name, tensor in (("x", x), ("y", y)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{OP}: `{name}` is a {type(tensor).__name__}, expected a tensor {said}")
+        if tensor.dtype not in DATA_DTYPES:
+            raise TypeError(f"{OP}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        if tensor.ndim < leading or tensor.shape[leading - 1] == 0:
+            raise ValueError(
+                f"{OP}: `{name}` has shape {list(tensor.shape)}, expected {said} with one sample or more; "
+                f"batched={not batched} if the samples are along the {'first' if batched else 'second'} dimension"
+            )
+    if y.shape[leading:] != x.shape[leading:] or y.shape[: leading - 1] != x.shape[: leading - 1]:
+        expected = [*x.shape[: leading - 1], "k", *x.shape[leading:]]
+        raise ValueError(
+            f"{OP}: `y` has shape {list(y.shape)}, expected [{', '.join(map(str, expected))}] to go with `x` "
+            f"{list(x.shape)}; only the number of samples may differ"
+        )
+    if y.device != x.device:
+        raise ValueError(f"{OP}: `y` is on {y.device}, expected {x.device} like `x`; .to(...) moves it")
+
+
+def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batched: bool) -> None:
+    if value is None:
+        return
+    shape = list(like.shape[: 2 if batched else 1])
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{OP}: `{name}` is a {type(value).__name__}, expected a tensor {shape}")
+    if value.dtype not in DATA_DTYPES:
+        raise TypeError(f"{OP}: `{name}` has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    if list(value.shape) != shape:
+        raise ValueError(
+            f"{OP}: `{name}` has shape {list(value.shape)}, expected {shape}, one for each sample of `{like_name}`"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{OP}: `{name}` is on {value.device}, expected {like.device} like `{like_name}`")
+    if value.requires_grad:
+        raise ValueError(f"{OP}: `{name}` requires grad, but weights have none; pass {name}.detach()")
+    if readable(value) and not smallest(value.flatten()) >= 0:
+        raise ValueError(f"{OP}: `{name}` has the value {smallest(value.flatten()):g}, expected weights of 0 or more")
+
+
+def options(beta, lam, unbiased, kernel, target_term, precision, x, y, batched) -> None:
+    for name, value in (("unbiased", unbiased), ("target_term", target_term)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{OP}: `{name}` is a {type(value).__name__}, expected True or False")
+    dimension = 1 if batched else 0
+    counts = [x.shape[dimension], *([y.shape[dimension]] if target_term else [])]
+    if kernel is not None and beta != 1.0:
+        raise ValueError(f"{OP}: `beta` is {beta} beside a `kernel`; pass kernel=Energy({beta}) or leave out one of them")
+    power(OP, kernel.beta if isinstance(kernel, Energy) else beta, lam, False, 2)
+    if lam > 0 and unbiased and min(counts) < 2:
+        raise ValueError(
+            f"{OP}: `{'x' if counts[0] < 2 else 'y'}` holds one sample, which has no other to be compared with; pass "
+            "two or more, lam=0, unbiased=False or, for y, target_term=False"
+        )
+    if kernel is not None:
+        _kernel(kernel)
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"{OP}: `precision` is {precision!r}, expected None, 'direct' or 'product'")
+
+
+def _kernel(kernel) -> None:
+    if not isinstance(kernel, tuple(KINDS.values())):
+        names = ", ".join(kind.__name__ for kind in KINDS.values())
+        raise TypeError(f"{OP}: `kernel` is a {type(kernel).__name__}, expected one of {names}")
+    if isinstance(kernel, Polynomial):
+        if isinstance(kernel.degree, bool) or not isinstance(kernel.degree, int) or kernel.degree < 1:
+            raise ValueError(f"{OP}: `kernel` has degree {kernel.degree!r}, expected an int of 1 or more")
+        return
+    if isinstance(kernel, Energy):
+        return
+    widths = kernel.bandwidths if isinstance(kernel, Gaussian) else kernel.bandwidth
+    widths = list(widths) if isinstance(widths, (tuple, list)) else [widths]
+    for value in [*widths, *([kernel.alpha] if isinstance(kernel, RationalQuadratic) else [])] or [None]:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{OP}: `kernel` is {kernel}, expected bandwidths (and alpha) that are positive numbers")
