@@ -187,9 +187,8 @@ void bind_energy_mmd(py::module_& module) {
   module.def("energy_mmd", [](Tensor loss, Tensor d_x, Tensor d_y, Tensor x, Tensor y, Tensor x_weights,
                               Tensor y_weights, int kind, const std::vector<double>& parameters, double lam,
                               double factor, bool unbiased, bool target_term, int threads) {
-    const Mmd op{size(x, 0),         size(x, 1),         size(y, 1), size(x, 2), address(x), address(y),
-                 address(x_weights), address(y_weights), parameters, kind,       lam,        factor,
-                 unbiased,           target_term};
+    const Mmd op{size(x, 0),         size(x, 1), size(y, 1), size(x, 2), address(x), address(y), address(x_weights),
+                 address(y_weights), parameters, kind,       lam,        factor,     unbiased,   target_term};
     auto* losses = static_cast<double*>(address(loss));
     void *to_x = address(d_x), *to_y = address(d_y);
     const bool is_wide = dtype(x) == DType::f64;
@@ -200,9 +199,20 @@ void bind_energy_mmd(py::module_& module) {
   module.def("energy_mmd_block", [](Tensor products, Tensor x, Tensor y, Tensor x_norms, Tensor y_norms,
                                     Tensor x_weights, Tensor y_weights, Tensor d_x, Tensor d_y, int kind,
                                     const std::vector<double>& parameters, double closest, bool same, int threads) {
-    const Block op{size(products, 0), size(products, 1), size(x, 1),         address(products), address(x),
-                   address(y),        address(x_norms),  address(y_norms),   address(x_weights), address(y_weights),
-                   address(d_x),      address(d_y),      closest,            same};
+    const Block op{size(products, 0),
+                   size(products, 1),
+                   size(x, 1),
+                   address(products),
+                   address(x),
+                   address(y),
+                   address(x_norms),
+                   address(y_norms),
+                   address(x_weights),
+                   address(y_weights),
+                   address(d_x),
+                   address(d_y),
+                   closest,
+                   same};
     const MmdKernel kernel{Kernels(kind), parameters.data(), int(parameters.size())};
     const bool is_wide = dtype(products) == DType::f64;
     py::gil_scoped_release release;

@@ -22,10 +22,9 @@ def run(*arguments):
 @pytest.fixture
 def tiny(monkeypatch):
     """One small workload for each elementwise op."""
-    step, score, energy = (
-        importlib.import_module(f"benchmarks.{op}") for op in ("guided_step", "guided_score", "guided_energy")
-    )
-    for other in (energy, *(importlib.import_module(f"benchmarks.{op}") for op in ("moments", "combine"))):
+    ops = ("guided_step", "guided_score", "guided_energy", "energy_mmd", "moments", "combine")
+    step, score, *others = (importlib.import_module(f"benchmarks.{op}") for op in ops)
+    for other in others:
         monkeypatch.setattr(other, "WORKLOADS", [])
     monkeypatch.setattr(
         step, "WORKLOADS", [step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA, step.TO_ALL))]

@@ -10,8 +10,8 @@ namespace lgd {
 
 constexpr int kMmdTile = 64;  // points; the pairs of two tiles fill half of the nearest cache
 
-// Points in tiles, coordinate by coordinate: [tile][dimension][64], so that the lanes of a vector are points. The rest of
-// the last tile is 0, and so are its weights.
+// Points in tiles, coordinate by coordinate: [tile][dimension][64], so that the lanes of a vector are points. The rest
+// of the last tile is 0, and so are its weights.
 template <class S>
 struct Points {
   const S* tiles;
@@ -27,8 +27,8 @@ void mmd_pack(const S* rows, int64_t count, int64_t dimension, int64_t tile, S* 
 template <class S>
 void mmd_unpack(const double* packed, int64_t count, int64_t dimension, int64_t tile, S* rows);
 
-// The pairs of one tile of x and one of y, or, where they are the same tile, those with i < j. Returns their sum; adds to
-// the gradients [dimension][64] that are given. `squares` holds 64 x 64.
+// The pairs of one tile of x and one of y, or, where they are the same tile, those with i < j. Returns their sum; adds
+// to the gradients [dimension][64] that are given. `squares` holds 64 x 64.
 template <class S>
 double mmd_tile(const MmdKernel& kernel, const Points<S>& x, int64_t x_tile, const Points<S>& y, int64_t y_tile,
                 bool same, double coefficient, double* d_x, double* d_y, S* squares);
@@ -43,8 +43,8 @@ double mmd_itself(const MmdKernel& kernel, const Points<S>& x, int64_t tile, dou
 template <class S>
 struct ProductRow {
   S* products;
-  S* close;            // may be absent: gradients are not wanted
-  const S *x, *y;      // the point, and `count` points, row by row
+  S* close;        // may be absent: gradients are not wanted
+  const S *x, *y;  // the point, and `count` points, row by row
   S x_norm, x_weight;
   const S *y_norms, *y_weights;
   int64_t count, dimension;

@@ -78,11 +78,11 @@ LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows,
   return total;
 }
 
-// Gradients of a tile, one coordinate at a time: that of y stays in registers while all points of x pass by; the lanes of
-// those of x are added up at the end, many at once.
+// Gradients of a tile, one coordinate at a time: that of y stays in registers while all points of x pass by; the lanes
+// of those of x are added up at the end, many at once.
 template <class S, bool kProduct, bool kToX, bool kToY>
-LGD_CLONES void pair_gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights, double coefficient,
-                               double* d_x, double* d_y) {
+LGD_CLONES void pair_gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights,
+                               double coefficient, double* d_x, double* d_y) {
   constexpr int kLanes = Vector<S>::kLanes, kColumns = 8 * kLanes;  // half a tile of doubles, or a whole one
   typedef typename Vector<S>::type V;
   alignas(64) S lanes[kTile * kLanes] = {}, sums[kTile];
@@ -206,8 +206,7 @@ template <class S>
 void mmd_pack(const S* rows, int64_t count, int64_t dimension, int64_t tile, S* packed) {
   const int64_t first = tile * kTile, here = count - first < kTile ? count - first : kTile;
   for (int64_t c = 0; c < dimension; ++c)
-    for (int64_t i = 0; i < kTile; ++i)
-      packed[c * kTile + i] = i < here ? rows[(first + i) * dimension + c] : S(0);
+    for (int64_t i = 0; i < kTile; ++i) packed[c * kTile + i] = i < here ? rows[(first + i) * dimension + c] : S(0);
 }
 
 template <class S>
@@ -255,7 +254,8 @@ double mmd_itself(const MmdKernel& kernel, const Points<S>& x, int64_t tile, dou
   if (product && d_x)
     for (int64_t c = 0; c < x.dimension; ++c)
       for (int i = 0; i < kTile; ++i)
-        d_x[c * kTile + i] += coefficient * 2 * double(p[i]) * double(p[i]) * double(slope[i]) * double(at[c * kTile + i]);
+        d_x[c * kTile + i] +=
+            coefficient * 2 * double(p[i]) * double(p[i]) * double(slope[i]) * double(at[c * kTile + i]);
   return sum;
 }
 
@@ -294,13 +294,13 @@ void mmd_close_pair(const S* x, const S* y, S weight, int64_t count, S* d_x, S* 
   add_pair(x, y, weight, count, d_x, d_y);
 }
 
-#define LGD_INSTANTIATE(S)                                                                                             \
-  template void mmd_pack(const S*, int64_t, int64_t, int64_t, S*);                                                     \
-  template void mmd_unpack(const double*, int64_t, int64_t, int64_t, S*);                                              \
-  template double mmd_tile(const MmdKernel&, const Points<S>&, int64_t, const Points<S>&, int64_t, bool, double,       \
-                           double*, double*, S*);                                                                      \
-  template double mmd_itself(const MmdKernel&, const Points<S>&, int64_t, double, double*);                            \
-  template double mmd_product_row(const MmdKernel&, ProductRow<S>&);                                                   \
+#define LGD_INSTANTIATE(S)                                                                                       \
+  template void mmd_pack(const S*, int64_t, int64_t, int64_t, S*);                                               \
+  template void mmd_unpack(const double*, int64_t, int64_t, int64_t, S*);                                        \
+  template double mmd_tile(const MmdKernel&, const Points<S>&, int64_t, const Points<S>&, int64_t, bool, double, \
+                           double*, double*, S*);                                                                \
+  template double mmd_itself(const MmdKernel&, const Points<S>&, int64_t, double, double*);                      \
+  template double mmd_product_row(const MmdKernel&, ProductRow<S>&);                                             \
   template void mmd_close_pair(const S*, const S*, S, int64_t, S*, S*);
 LGD_INSTANTIATE(float)
 LGD_INSTANTIATE(double)

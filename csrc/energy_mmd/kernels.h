@@ -36,8 +36,9 @@ LGD_INLINE float exp_minus(float value) {
 }
 LGD_INLINE double exp_minus(double value) { return exp(-value); }
 
-// value^exponent, the exponent as a number of 12 bits and the rest: its product with that of the value is exact, and what
-// is left is small, so the error stays near 1e-7 where exp(exponent log(value)) would lose log(value) times as much.
+// value^exponent, the exponent as a number of 12 bits and the rest: its product with that of the value is exact, and
+// what is left is small, so the error stays near 1e-7 where exp(exponent log(value)) would lose log(value) times as
+// much.
 template <class S>
 struct Exponent {
   S all, high;

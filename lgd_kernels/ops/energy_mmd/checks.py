@@ -63,7 +63,9 @@ def options(beta, lam, unbiased, kernel, target_term, precision, x, y, batched) 
     dimension = 1 if batched else 0
     counts = [x.shape[dimension], *([y.shape[dimension]] if target_term else [])]
     if kernel is not None and beta != 1.0:
-        raise ValueError(f"{OP}: `beta` is {beta} beside a `kernel`; pass kernel=Energy({beta}) or leave out one of them")
+        raise ValueError(
+            f"{OP}: `beta` is {beta} beside a `kernel`; pass kernel=Energy({beta}) or leave out one of them"
+        )
     power(OP, kernel.beta if isinstance(kernel, Energy) else beta, lam, False, 2)
     if lam > 0 and unbiased and min(counts) < 2:
         raise ValueError(

@@ -1,0 +1,72 @@
+"""E ||x - y|| - 1/2 (E ||x - x'|| + E ||y - y'||) of n samples each. Bytes count the samples alone: what is bound here is
+the arithmetic of n k + n (n - 1) / 2 + k (k - 1) / 2 pairs."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.workload import Workload
+from lgd_kernels import testing
+
+TO_X, TO_BOTH = ("x",), ("x", "y")
+
+
+def mean(distances):
+    """From those between x and y, within x and within y; those of a sample and itself have no slope."""
+    between, *within = distances
+    loss = between.mean()
+    for one in within:
+        loss = loss - 0.5 * one.sum() / (one.shape[0] * (one.shape[0] - 1))
+    return loss
+
+
+def broadcast(x, y, **others):
+    def distances(a, b, same=False):
+        squares = (a[:, None] - b[None]).square().sum(-1)
+        return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0) if same else squares.sqrt()
+
+    return mean([distances(x, y), distances(x, x, True), distances(y, y, True)])
+
+
+def cdist(x, y, **others):
+    return mean([torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)])
+
+
+def terms(arguments, upstream):
+    """Of the loss: mean distances."""
+    x, y = arguments["x"], arguments["y"]
+    return torch.cdist(x, y).mean() + 0.5 * (torch.cdist(x, x).mean() + torch.cdist(y, y).mean())
+
+
+def terms_of_slope(arguments, upstream):
+    """Of a sample's slope: unit vectors over n."""
+    return upstream.abs() * 2 / arguments["x"].shape[0] * torch.ones_like(arguments["x"])
+
+
+def workload(n, dimension, dtype, backward=(TO_BOTH,), **options):
+    def arguments(generator):
+        x, y = (testing.sample((n, dimension), dtype, generator) for _ in range(2))
+        return dict(x=x, y=y + 0.1)
+
+    samples = 2 * n * dimension * dtype.itemsize
+    return Workload(
+        op="energy_mmd",
+        case="energy",
+        shape=(n, dimension),
+        dtype=dtype,
+        arguments=arguments,
+        bytes=samples,
+        backward={wanted: samples for wanted in backward},
+        flops=2 * n * n * (3 * dimension + 2),
+        terms={"output": terms, "x": terms_of_slope, "y": terms_of_slope},
+        baselines={"cdist": cdist, **({"broadcast": broadcast} if n * n * dimension < 2**27 else {})},
+        **options,
+    )
+
+
+WORKLOADS = [
+    workload(2000, 2, torch.float32, quick=True),
+    workload(5000, 2, torch.float32),
+    workload(5000, 64, torch.float32),
+    workload(10000, 2048, torch.float32, backward=()),
+]

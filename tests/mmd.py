@@ -1,0 +1,28 @@
+"""What the tests of energy_mmd share: the kernels, the options, and a call as the operator takes it."""
+
+import pytest
+
+import lgd_kernels as lgd
+from lgd_kernels.ops.energy_mmd.kernels import split_kernel
+
+KERNELS = {
+    "energy": lgd.Energy(),
+    "energy 1.75": lgd.Energy(1.75),
+    "energy 0.3": lgd.Energy(0.3),
+    "energy 2": lgd.Energy(2.0),
+    "gaussian": lgd.Gaussian(1.5),
+    "mixture": lgd.Gaussian((0.5, 1.0, 4.0)),
+    "laplace": lgd.Laplace(2.0),
+    "inverse multiquadric": lgd.RationalQuadratic(1.5),
+    "rational quadratic": lgd.RationalQuadratic(1.5, 2.0),
+    "polynomial": lgd.Polynomial(),
+}
+each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+OPTIONS = [{}, {"unbiased": False}, {"lam": 0.5}, {"lam": 0.0}, {"target_term": False}]
+
+
+def definition(x, y, kernel, x_weights=None, y_weights=None, lam=1.0, unbiased=True, target_term=True):
+    """As the operator takes it, a batch of one."""
+    weights = (one if one is None else one[None] for one in (x_weights, y_weights))
+    return (*(one.flatten(1)[None] for one in (x, y)), *weights, *split_kernel(kernel, x[0].numel()), lam, unbiased,
+            target_term)  # fmt: skip
