@@ -1,5 +1,5 @@
-"""E ||x - y|| - 1/2 (E ||x - x'|| + E ||y - y'||) of n samples each. Bytes count the samples alone: what is bound here is
-the arithmetic of n k + n (n - 1) / 2 + k (k - 1) / 2 pairs."""
+"""E ||x - y|| - 1/2 (E ||x - x'|| + E ||y - y'||) of n samples each. Bytes count the samples alone: the
+arithmetic is that of n k + n (n - 1) / 2 + k (k - 1) / 2 pairs."""
 
 from __future__ import annotations
 

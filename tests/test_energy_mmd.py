@@ -7,7 +7,7 @@ import torch
 from mmd import KERNELS, OPTIONS, definition, each_kernel
 
 import lgd_kernels as lgd
-from lgd_kernels import testing
+from lgd_kernels import impls, testing
 from lgd_kernels.ops.energy_mmd import reference
 
 
@@ -171,18 +171,21 @@ def test_agrees_with_float64(kernel, options, impl, generator):
             compare(impl, x, y, kernel, 2 * limit if kernel == KERNELS["polynomial"] else limit, **options)
 
 
+@pytest.mark.extension
 @pytest.mark.parametrize("kernel", [lgd.Energy(), lgd.Energy(1.75), lgd.Gaussian(8.0), lgd.Polynomial()], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_products_agree_with_float64(kernel, options, generator):
+def test_products_agree_with_float64(kernel, options, generator, monkeypatch):
     """More than a block of them, weights and an offset that centring takes away."""
-    x, y = (torch.randn(n, 80, generator=generator) for n in (1100, 1030))
+    monkeypatch.setattr(impls.launcher("energy_mmd", "cpu"), "BLOCK", 64)
+    x, y = (torch.randn(n, 80, generator=generator) for n in (150, 133))
     if not isinstance(kernel, lgd.Polynomial):
         x, y = x + 3, y + 3
-    p, q = torch.rand(1100, generator=generator), torch.rand(1030, generator=generator)
+    p, q = torch.rand(150, generator=generator), torch.rand(133, generator=generator)
     for precision in (None, "product"):
         compare("cpu", x, y, kernel, 1e-6, precision=precision, x_weights=p, y_weights=q, **options)
 
 
+@pytest.mark.extension
 @pytest.mark.parametrize("spread", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("clusters", [1, 3])
 def test_close_particles(spread, clusters, generator):
