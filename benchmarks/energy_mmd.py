@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import torch
 
+import lgd_kernels as lgd
 from benchmarks.workload import Workload
 from lgd_kernels import testing
 
-TO_X, TO_BOTH = ("x",), ("x", "y")
+TO_BOTH = ("x", "y")
 
 
 def mean(distances):
@@ -30,6 +31,12 @@ def broadcast(x, y, **others):
 
 def cdist(x, y, **others):
     return mean([torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)])
+
+
+def by_distances(x, y, **others):
+    """The specification by torch's own distances, since its differences would not fit into memory."""
+    mode = "donot_use_mm_for_euclid_dist" if x.shape[1] <= 64 else "use_mm_for_euclid_dist_if_necessary"
+    return mean([torch.cdist(a, b, compute_mode=mode) for a, b in ((x, y), (x, x), (y, y))])
 
 
 def terms(arguments, upstream):
@@ -60,6 +67,7 @@ def workload(n, dimension, dtype, backward=(TO_BOTH,), **options):
         flops=2 * n * n * (3 * dimension + 2),
         terms={"output": terms, "x": terms_of_slope, "y": terms_of_slope},
         baselines={"cdist": cdist, **({"broadcast": broadcast} if n * n * dimension < 2**27 else {})},
+        functions=(lgd.energy_mmd, by_distances),
         **options,
     )
 
