@@ -11,12 +11,12 @@ namespace lgd {
 // Elements below which waking a second thread costs more than it saves: where they are read, and where noise is drawn.
 constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 
-// work(sample, first, last) for every chunk of every row.
+// work(sample, first, last) for every chunk of every row. A thread that wakes up late leaves its chunks to the others.
 template <class Work>
 void for_chunks(int64_t batch, int64_t row, int threads, const Work& work, int64_t serial = kSerial) {
   const int64_t chunks = chunks_of(row), tasks = batch * chunks;
   if (batch * row < serial) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t sample = task / chunks, first = task % chunks * kChunk;
     work(sample, first, std::min(first + kChunk, row));
