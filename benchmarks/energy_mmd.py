@@ -68,6 +68,7 @@ def workload(n, dimension, dtype, backward=(TO_BOTH,), **options):
         terms={"output": terms, "x": terms_of_slope, "y": terms_of_slope},
         baselines={"cdist": cdist, **({"broadcast": broadcast} if n * n * dimension < 2**27 else {})},
         functions=(lgd.energy_mmd, by_distances),
+        devices=("cpu",),  # no kernel of ours runs elsewhere yet
         **options,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,8 +27,9 @@ class Variant(NamedTuple):
 
 
 def ours(workload: Workload, device: str, names: list[str]) -> list[Variant]:
-    """The implementations asked for, or all that are meant for this device."""
-    meant = [name for name in impls.ORDER[device] if name != "reference"]
+    """The implementations asked for, or all that the room has for this device."""
+    has = importlib.import_module(f"lgd_kernels.ops.{workload.op}.op").IMPLEMENTATIONS
+    meant = [name for name in impls.ORDER[device] if name != "reference" and name in has]
     like = torch.empty(0, dtype=workload.dtype, device=device)
     return [
         Variant(
