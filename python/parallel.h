@@ -15,8 +15,9 @@ constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 template <class Work>
 void for_chunks(int64_t batch, int64_t row, int threads, const Work& work, int64_t serial = kSerial) {
   const int64_t chunks = chunks_of(row), tasks = batch * chunks;
+  const int64_t together = row < kChunk ? kChunk / std::max<int64_t>(row, 1) : 1;  // short rows, taken at a time
   if (batch * row < serial) threads = 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, together) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t sample = task / chunks, first = task % chunks * kChunk;
     work(sample, first, std::min(first + kChunk, row));
