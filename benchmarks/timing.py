@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 Call = Callable[[], object]
 Sampler = Callable[[], float]  # takes one sample
 
-SAMPLE_SECONDS = 2e-3  # a sample of a small call lasts at least this long
+SAMPLE_SECONDS = 1e-2  # a sample lasts at least this long: its first call meets caches and threads as others left them
 MANY = 2000  # calls in one sample at most
 GRAPH_CALLS, HOST_CALLS = 200, 30  # the host's calls must not fill the queue of launches, some 1000
 
@@ -85,14 +86,15 @@ def host(call: Call, cold: bool) -> Sampler:
 
 
 def alternate(samplers: dict[str, Sampler], rounds: int) -> dict[str, list[float]]:
-    """One sample of each in every round, so that a noisy machine hits all alike; each round starts with another."""
+    """One sample of each in every round, so that a noisy machine hits all alike; in an order drawn for each round, so
+    that none always finds the cache as the same other one left it."""
     names, samples = list(samplers), {name: [] for name in samplers}
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for number in range(rounds):
-            first = number % len(names) if names else 0
-            for name in names[first:] + names[:first]:
+        for _ in range(rounds):
+            for name in order.sample(names, len(names)):
                 samples[name].append(samplers[name]())
     finally:
         if collecting:

@@ -1,5 +1,6 @@
 #include "guided_energy.h"
 
+#include "../csrc/guided_energy/energy_curve.h"
 #include "../csrc/guided_energy/guided_energy.h"
 #include "parallel.h"
 
@@ -78,6 +79,16 @@ void bind_guided_energy(py::module_& module) {
                    ? run<double>(op, batch, sizes.row, threads)
                    : run<float>(op, batch, sizes.row, threads);
              });
+  module.def("energy_curve", [](Tensor found, Tensor statistics, Tensor shifts, int64_t m, int64_t k, double beta,
+                                double lam, bool unbiased, int order, int threads) {
+    const EnergyCurve curve{m, k, beta, lam, unbiased, order};
+    const Rows out = rows(found), of = rows(statistics), at = rows(shifts);
+    const Sizes sizes(shifts);
+    py::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && sizes.batch * sizes.row > 512)
+    for (int64_t item = 0; item < sizes.batch; ++item)
+      energy_curve(curve, of.at<double>(item, 0), at.at<double>(item, 0), sizes.row, out.at<double>(item, 0));
+  });
 }
 
 }  // namespace lgd

@@ -158,11 +158,14 @@ def test_ratios_are_formed_round_by_round():
     assert [one["of_copy"]["direct"][0] for one in row["variants"]] == [1.0, 0.5, 1.0]
 
 
-def test_variants_alternate_within_each_round():
+def test_a_round_takes_each_variant_once_after_any_other():
     taken = []
     samplers = {name: lambda name=name: taken.append(name) or float(len(taken)) for name in "abc"}
-    samples = timing.alternate(samplers, 3)
-    assert "".join(taken) == "abcbcacab" and samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    samples = timing.alternate(samplers, 30)
+    rounds = ["".join(taken[first : first + 3]) for first in range(0, 90, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) == 6
+    assert all(taken[int(at) - 1] == name for name, found in samples.items() for at in found)
+    assert {name: len(found) for name, found in samples.items()} == {"a": 30, "b": 30, "c": 30}
 
 
 def test_compare_flags_what_leaves_both_spreads():

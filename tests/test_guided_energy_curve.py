@@ -10,6 +10,8 @@ from energy import dtypes, guided_energy, interpreted, on, points, problem
 import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.learn.objective import self_consistency_loss
+from lgd_kernels.ops.guided_energy.curve import EnergyCurve
+from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
 
 POWERS = list(itertools.product((0.1, 0.5, 1.0, 1.5, 1.75, 2.0), ((0.0, True), (0.5, False), (1.0, True))))
 
@@ -101,6 +103,39 @@ def test_omega_may_be_a_number_one_each_or_many_each(curve, generator):
         assert torch.equal(of(0.75), of(torch.full((5,), 0.75))) and torch.equal(of(2), of(2.0))
         assert of(many[:, :0]).shape == (5, 0)
         torch.testing.assert_close(of(many.float()), all_at_once, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 1.75, 2.0])
+@pytest.mark.parametrize("points", [1, 7, 65, 130])
+def test_the_cpu_loop_is_the_formula(curve, beta, points, generator):
+    """From the smallest distance to the largest, coincident pairs (nothing, but for beta = 2) and NaN included."""
+    at = Statistics(*(part.clone() for part in curve.statistics))
+    at.P0[0], at.P1[0], at.P2[0] = 0.0, 0.0, 0.0
+    at.Q0[1], at.Q1[1], at.Q2[1] = 1e-290, 1e-300, 1e-310
+    at.P0[2] *= 1e250
+    at.P0[3, 0, 0] = math.nan
+    shifts = each_omega(generator, 5, points)
+    for lam, unbiased in ((1.0, True), (0.5, False), (0.0, True)):
+        for order, name in enumerate(("loss", "grad", "hessian")):
+            expected = energy(at, shifts, beta, lam, unbiased, order)
+            terms = energy(at, shifts, beta, 0.0, unbiased, order).abs() + expected.abs()
+            found = getattr(EnergyCurve(at), name)(shifts, beta, lam, unbiased)
+            error = (found - expected).abs() / (terms + expected[4].abs().max())
+            assert torch.equal(found.isnan(), expected.isnan()) and error.nan_to_num().max() < 1e-12
+
+
+@pytest.mark.extension
+def test_the_cpu_loop_gives_the_same_bits_on_one_thread_and_on_two(curve, generator):
+    shifts = each_omega(generator, 5, 300)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(curve.loss(shifts))
+        assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_is_evaluated_in_parts_that_fit(curve, generator, monkeypatch):

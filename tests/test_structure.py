@@ -119,7 +119,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "__init__": (set(), set()),
     "api": ({"op", "reference", "curve", "checks"}, {"checks", "columns", "impls", "levels", "rule_passes", "rules"}),
     "checks": (set(), {"checks"}),
-    "curve": (set(), {"checks"}),
+    "curve": (set(), {"checks", "impls"}),
     "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (

@@ -1,7 +1,7 @@
 // The kernels that samples are compared by, one functor each: from a row of squared distances (or of products) the
 // values and the derivatives. As in lgd_kernels/ops/energy_mmd/kernels.py; docs/energy_mmd.md says how to add one.
 #pragma once
-#include "../common/scalar.h"
+#include "../common/power.h"
 
 namespace lgd {
 
@@ -14,52 +14,6 @@ struct MmdKernel {
 
   LGD_INLINE bool of_product() const { return kind == Kernels::polynomial; }
 };
-
-LGD_INLINE float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23; |value| < 2^22
-
-// exp(value) 2^shift for |value| < 0.4: the series to value^7, 6e-9 off.
-LGD_INLINE float scaled_exp(float value, float shift) {
-  float sum = 1.0f / 5040;
-  const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  for (const float coefficient : coefficients) sum = sum * value + coefficient;
-  shift = shift < -126.0f ? -126.0f : shift;
-  shift = shift > 127.0f ? 127.0f : shift;
-  return sum * bits_as<float>((int32_t(shift) + 127) << 23);
-}
-
-// exp(-value), value >= 0, to 1e-7 of itself.
-LGD_INLINE float exp_minus(float value) {
-  value = value < 88.0f ? value : 88.0f;
-  const float shift = nearest(value * -1.44269504f);
-  const float rest = -value - shift * 0.693359375f - shift * -2.12194440e-4f;  // ln 2 in two parts
-  return scaled_exp(rest, shift);
-}
-LGD_INLINE double exp_minus(double value) { return exp(-value); }
-
-// value^exponent, the exponent as a number of 12 bits and the rest: its product with that of the value is exact, and
-// what is left is small, so the error stays near 1e-7 where exp(exponent log(value)) would lose log(value) times as
-// much.
-template <class S>
-struct Exponent {
-  S all, high;
-  explicit Exponent(double exponent) : all(S(exponent)), high(S(float(exponent))) {
-    if constexpr (std::is_same<S, float>::value) high = bits_as<float>(bits_as<uint32_t>(high) & 0xfffff000u);
-  }
-};
-LGD_INLINE float power(float value, const Exponent<float>& exponent) {
-  const int32_t bits = bits_as<int32_t>(value);
-  const int32_t e = (bits - 0x3f3504f3) >> 23;  // value = m 2^e, m from sqrt(1/2) to sqrt(2)
-  const float m = bits_as<float>(bits - int32_t(uint32_t(e) << 23));
-  const float z = (m - 1) / (m + 1), zz = z * z;  // log2 m = 2 / ln 2 (z + z^3/3 + ...), |z| < 0.172
-  const float log2m =
-      z * (2.88539008f + zz * (0.961796694f + zz * (0.577078016f + zz * (0.412198583f + zz * 0.320598898f))));
-  const float whole = exponent.high * float(e), shift = nearest(whole);
-  float rest = (whole - shift) + ((exponent.all - exponent.high) * float(e) + exponent.all * log2m);
-  const float more = nearest(rest);
-  rest -= more;
-  return scaled_exp(rest * 0.693147181f, shift + more);
-}
-LGD_INLINE double power(double value, const Exponent<double>& exponent) { return pow(value, exponent.all); }
 
 // Below, points coincide: the smallest normal number.
 template <class S>

@@ -1,4 +1,4 @@
-"""Launches csrc/guided_energy/guided_energy_cpu.cpp."""
+"""Launches csrc/guided_energy/*_cpu.cpp."""
 
 from __future__ import annotations
 
@@ -40,3 +40,8 @@ def backward(
         noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value,
         first_sample, with_contiguous_rows(target), KINDS.index(kind), m, k, *target_seed, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def curve(found, statistics, shifts, m, k, *options):
+    """The loss, or a derivative of it, at shifts [B, K] from where the statistics were taken."""
+    impls.extension().energy_curve(found, statistics, shifts, m, k, *options, torch.get_num_threads())

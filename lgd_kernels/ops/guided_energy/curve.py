@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, impls
 from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
 
 POINTS = 257  # where a minimum is looked for first
@@ -121,6 +122,21 @@ class EnergyCurve:
                 f"EnergyCurve: `omega` has shape {list(omega.shape)}, expected a float, [B] or [B, K] with B = {batch}"
             )
         points = omega if omega.ndim == 2 else omega[:, None]
+        if points.numel() and self._native(points):
+            found = torch.empty_like(points, memory_format=torch.contiguous_format)
+            launcher = impls.launcher("guided_energy", "cpu")
+            launcher.curve(found, self._packed, points.contiguous(), m, k, beta, lam, unbiased, order)
+            return found.view(omega.shape)
         step = max(1, MEMORY // max(1, batch * m * (k + m)))
         found = [energy(at, part, beta, lam, unbiased, order) for part in points.split(step, 1)]
         return torch.cat(found, 1).view(omega.shape)
+
+    @functools.cached_property
+    def _packed(self) -> Tensor:
+        return self.statistics.pack().contiguous()
+
+    def _native(self, points: Tensor) -> bool:
+        """Whether the C++ loop may run: it is no part of a graph."""
+        if points.device.type != "cpu" or impls.extension_error() or impls.transforms_active():
+            return False
+        return impls.direct(points, *self.statistics) and not (torch.is_grad_enabled() and points.requires_grad)
