@@ -11,7 +11,7 @@ demo: install            # learn guidance weights on real data; the report lands
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
 
 test: install            # every test; a missing extension is a failure here, not a skip
-	LGD_REQUIRE_EXT=1 $(RUN) -m pytest $(ARGS)
+	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 bench: install           # verify, then time, against eager and compiled PyTorch (ARGS="guided_step --quick"; --help lists all)
 	$(RUN) -m benchmarks $(ARGS)
