@@ -84,8 +84,8 @@ class Frozen:
         if isinstance(self.null, int):
             if c.is_floating_point():
                 raise TypeError(
-                    f"Frozen: `null` is {self.null}, the index of a class, but c is {list(c.shape)} {c.dtype}; pass the "
-                    "null embedding"
+                    f"Frozen: `null` is {self.null}, the index of a class, but c is {list(c.shape)} {c.dtype}; pass "
+                    "the null embedding"
                 )
             return torch.full_like(c, self.null)
         if isinstance(self.null, Tensor):
