@@ -12,9 +12,9 @@ import lgd_kernels as lgd
 from lgd_kernels.demo.data import CLASSES
 from lgd_kernels.demo.denoiser import Predict
 from lgd_kernels.demo.guidance import Batch, draw_batch, loss_of
-from lgd_kernels.demo.progress import Track, silent
 from lgd_kernels.learn.objective import particle_energy
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 WARM_UP = 5
