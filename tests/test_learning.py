@@ -1,4 +1,4 @@
-"""The self-consistency loss, its times, the omega network, and learning with a denoiser that is known exactly."""
+"""The self-consistency loss, its times, and learning with a denoiser that is known exactly."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ import lgd_kernels as lgd
 from lgd_kernels.demo import guidance, timing
 from lgd_kernels.demo.measures import energy_distance
 from lgd_kernels.learn.objective import particle_energy, sample_times
-from lgd_kernels.omega.network import OmegaNetwork
 
 # x1 = (0, 0), x2 = (3, 4); y1 = (0, 0), y2 = (3, 0): distances 0, 3, 5, 4, and 5 between the particles
 X = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
@@ -119,24 +118,6 @@ def test_times_fill_their_triangle():
     assert torch.equal(s, again[0]) and torch.equal(t, again[1])
     with pytest.raises(ValueError, match="leave no times"):
         sample_times(4, delta=0.9, zeta=0.05, s_min=0.1)
-
-
-def test_network_is_non_negative_finite_and_alive():
-    torch.manual_seed(0)
-    net = OmegaNetwork(classes=3, initial=2.0)
-    c = torch.arange(3).repeat(4)
-    s, t = torch.rand(2, 12, generator=seeded()) * 0.5 + torch.tensor([[0.0], [0.5]])
-    s[0], t[0] = 0.0, 1.0  # log-SNR infinite at both ends
-    log_snr = lgd.RectifiedFlow().log_snr
-    omega = net(c, log_snr(s), log_snr(t))
-    assert omega.shape == (12,) and bool((omega - 2).abs().max() < 1)
-    omega.sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in net.parameters())
-    with torch.no_grad():
-        net.head[-1].bias.fill_(-9)
-    assert torch.equal(net(c, log_snr(s), log_snr(t)), torch.zeros(12))
-    with pytest.raises(ValueError, match="stays dead"):
-        OmegaNetwork(3, initial=0.0)
 
 
 # A 2-D mixture: two classes of two Gaussians each, whose posterior mean is known.

@@ -58,14 +58,14 @@ def loss_share(
         ),
         "one_pass": loss_of,
     }
-    net = OmegaNetwork(CLASSES)
+    net = OmegaNetwork(schedule, CLASSES)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     losing, stepping = ({name: [] for name in losses} for _ in range(2))
     for i in track(range(WARM_UP + rounds), "share of the loss"):
         for name in sorted(losses, reverse=i % 2 == 1):
             started = time.perf_counter()
             batch = draw_batch(predict, x0, c, schedule, generator)
-            omega = net(batch.c, *batch.log_snr)
+            omega = net(batch.c, batch.s, batch.t)
             before = time.perf_counter()
             (slope,) = torch.autograd.grad(losses[name](batch, omega).mean(), omega)
             after = time.perf_counter()
