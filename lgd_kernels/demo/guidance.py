@@ -14,10 +14,10 @@ from torch import Tensor
 
 import lgd_kernels as lgd
 from lgd_kernels.demo.denoiser import Predict
-from lgd_kernels.demo.progress import Track, silent
 from lgd_kernels.learn.objective import sample_times
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 

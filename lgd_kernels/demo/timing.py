@@ -12,9 +12,9 @@ import lgd_kernels as lgd
 from lgd_kernels.demo.data import CLASSES
 from lgd_kernels.demo.denoiser import Predict
 from lgd_kernels.demo.guidance import Batch, draw_batch, loss_of
-from lgd_kernels.demo.progress import Track, silent
-from lgd_kernels.learn.objective import self_consistency_loss
+from lgd_kernels.learn.objective import particle_energy
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 WARM_UP = 5
@@ -30,7 +30,7 @@ def loss_as_formula(
     x_s = lgd.guided_step(
         batch.x_t, batch.cond, batch.uncond, omega, batch.levels, prediction="x0", churn=churn, noise=z[0]
     )
-    return self_consistency_loss(x_s, targets, beta, lam)
+    return particle_energy(x_s, targets, beta, lam)
 
 
 def loss_share(
