@@ -24,6 +24,7 @@ from torch import Tensor
 from lgd_kernels import checks, impls
 
 STREAM_USER, STREAM_STEP, STREAM_TARGETS = 0, 1, 2  # so that one seed never shares noise between its uses
+STREAM_PARTICLES, STREAM_REWARD = 3, 4  # what learning omega draws besides: x_t, and the steps of a black-box reward
 
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.learn.objective import self_consistency_loss
+from lgd_kernels.learn.objective import particle_energy
 from lgd_kernels.levels import Levels, OmegaLookup, widest
 from lgd_kernels.ops.guided_step import reference as step
 
@@ -73,8 +73,8 @@ def drawn(shape, seed, stream, first_sample=0):
 
 
 def defined(*args, beta=1.75, lam=1.0, unbiased=True, **options):
-    """The definition: guided_step, then self_consistency_loss. Differentiable."""
-    return self_consistency_loss(*points(*args, **options), beta, lam, unbiased)
+    """The definition: guided_step, then particle_energy. Differentiable."""
+    return particle_energy(*points(*args, **options), beta, lam, unbiased)
 
 
 def truth(x, cond, uncond, omega, levels, target, *, beta=1.75, lam=1.0, unbiased=True, **options):
@@ -84,7 +84,7 @@ def truth(x, cond, uncond, omega, levels, target, *, beta=1.75, lam=1.0, unbiase
     omega = args[3] = args[3].detach().requires_grad_()
     x_s, y = points(*args, **options)
     x_s, y = x_s.flatten(2), y.flatten(2)
-    loss = self_consistency_loss(x_s, y, beta, lam, unbiased)
+    loss = particle_energy(x_s, y, beta, lam, unbiased)
     slope = torch.autograd.grad(loss.sum(), omega, retain_graph=True)[0]
     turn = x_s.detach() - points(*args[:3], omega.detach() + 1, *args[4:], **options)[0].flatten(2)  # -G
     m = x_s.shape[1]

@@ -9,7 +9,7 @@ from energy import dtypes, guided_energy, interpreted, on, points, problem
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.learn.objective import self_consistency_loss
+from lgd_kernels.learn.objective import particle_energy
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
 
@@ -70,7 +70,7 @@ def test_is_guided_energy_at_every_omega(target, m, k, row, kind, generator):
         for beta, (lam, unbiased) in POWERS[::4] if dtype == torch.float32 else POWERS[-2:]:
             lam = lam if m > 1 else 0.0
             found = curve.loss(at.to(target.device), beta, lam, unbiased).cpu()
-            direct, terms = (self_consistency_loss(x_s, y, beta, w, unbiased).view(2, 100) for w in (lam, 0.0))
+            direct, terms = (particle_energy(x_s, y, beta, w, unbiased).view(2, 100) for w in (lam, 0.0))
             budget = 1e-12 if dtype == torch.float64 and kind == "tensor" else 1e-5
             assert ((found - direct).abs() / terms).max() < budget
 

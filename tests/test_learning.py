@@ -1,4 +1,4 @@
-"""The self-consistency loss, its times, the omega network, and learning with a denoiser that is known exactly."""
+"""The self-consistency loss, its times, and learning with a denoiser that is known exactly."""
 
 import pytest
 import torch
@@ -7,8 +7,7 @@ from torch.nn.functional import one_hot
 import lgd_kernels as lgd
 from lgd_kernels.demo import guidance, timing
 from lgd_kernels.demo.measures import energy_distance
-from lgd_kernels.learn.objective import sample_times, self_consistency_loss
-from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.learn.objective import particle_energy, sample_times
 
 # x1 = (0, 0), x2 = (3, 4); y1 = (0, 0), y2 = (3, 0): distances 0, 3, 5, 4, and 5 between the particles
 X = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
@@ -32,68 +31,66 @@ def seeded(seed: int = 0) -> torch.Generator:
     ],
 )
 def test_hand_worked_values(beta, lam, unbiased, expected):
-    torch.testing.assert_close(self_consistency_loss(X, Y, beta, lam, unbiased), torch.tensor([expected]))
+    torch.testing.assert_close(particle_energy(X, Y, beta, lam, unbiased), torch.tensor([expected]))
 
 
 def test_defaults_are_the_papers():
-    assert torch.equal(self_consistency_loss(X, Y), self_consistency_loss(X, Y, 1.75, 1.0, True))
+    assert torch.equal(particle_energy(X, Y), particle_energy(X, Y, 1.75, 1.0, True))
 
 
 def test_one_item_moves_no_other():
     x, y = torch.randn(3, 4, 5, generator=seeded()), torch.randn(3, 2, 5, generator=seeded(1))
-    before = self_consistency_loss(x, y)
+    before = particle_energy(x, y)
     x[1], y[1] = 7 * x[1], -y[1]
-    after = self_consistency_loss(x, y)
+    after = particle_energy(x, y)
     assert torch.equal(before[[0, 2]], after[[0, 2]]) and before[1] != after[1]
 
 
 def test_invariances():
     x, y = (torch.randn(3, m, 2, 3, generator=seeded(m), dtype=torch.float64) for m in (4, 5))
-    loss = self_consistency_loss(x, y)
+    loss = particle_energy(x, y)
     assert loss.shape == (3,)
-    torch.testing.assert_close(self_consistency_loss(x[:, [2, 0, 3, 1]], y[:, [4, 0, 1, 3, 2]]), loss)  # order
-    torch.testing.assert_close(self_consistency_loss(x.flatten(2), y.flatten(2)), loss)  # trailing shape
-    torch.testing.assert_close(self_consistency_loss(x + 1.5, y + 1.5), loss)  # translation
-    torch.testing.assert_close(self_consistency_loss(3 * x, 3 * y), 3**1.75 * loss)  # scale
+    torch.testing.assert_close(particle_energy(x[:, [2, 0, 3, 1]], y[:, [4, 0, 1, 3, 2]]), loss)  # order
+    torch.testing.assert_close(particle_energy(x.flatten(2), y.flatten(2)), loss)  # trailing shape
+    torch.testing.assert_close(particle_energy(x + 1.5, y + 1.5), loss)  # translation
+    torch.testing.assert_close(particle_energy(3 * x, 3 * y), 3**1.75 * loss)  # scale
 
 
 def test_the_targets_own_law_has_the_least_loss():
     y, x = torch.randn(2, 20000, 4, 2, generator=seeded())
-    loss = [
-        self_consistency_loss(scale * x + shift, y).mean() for scale, shift in ((1, 0), (0.8, 0), (1.2, 0), (1, 0.3))
-    ]
+    loss = [particle_energy(scale * x + shift, y).mean() for scale, shift in ((1, 0), (0.8, 0), (1.2, 0), (1, 0.3))]
     assert min(loss) == loss[0]
     # lam = 0 has no such optimum: it rewards particles that huddle together
-    assert self_consistency_loss(0.8 * x, y, lam=0.0).mean() < self_consistency_loss(x, y, lam=0.0).mean()
+    assert particle_energy(0.8 * x, y, lam=0.0).mean() < particle_energy(x, y, lam=0.0).mean()
 
 
 @pytest.mark.parametrize("beta, lam, unbiased", [(1.75, 1.0, True), (1.0, 0.5, False), (2.0, 0.0, True)])
 def test_gradient_against_finite_differences(beta, lam, unbiased):
     x, y = (torch.randn(2, m, 3, generator=seeded(m), dtype=torch.float64, requires_grad=True) for m in (3, 4))
-    assert torch.autograd.gradcheck(lambda x, y: self_consistency_loss(x, y, beta, lam, unbiased), (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: particle_energy(x, y, beta, lam, unbiased), (x, y))
 
 
 def test_nan_is_not_taken_for_coincidence():
-    loss = self_consistency_loss(torch.cat([X, X * torch.nan]), Y.expand(2, -1, -1))
-    assert loss[0] == self_consistency_loss(X, Y) and loss[1].isnan()
+    loss = particle_energy(torch.cat([X, X * torch.nan]), Y.expand(2, -1, -1))
+    assert loss[0] == particle_energy(X, Y) and loss[1].isnan()
 
 
 def test_points_of_one_number():
     x, y = torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0]])  # [B, m], [B, k]
-    torch.testing.assert_close(self_consistency_loss(x, y, beta=1.0), torch.tensor([1.0]))  # (3 + 1) / 2 - 1/2 * 2
+    torch.testing.assert_close(particle_energy(x, y, beta=1.0), torch.tensor([1.0]))  # (3 + 1) / 2 - 1/2 * 2
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.75, 2.0])
 def test_coincident_particles_have_gradient_zero(beta):
     x = torch.zeros(1, 3, 2, requires_grad=True)
     y = torch.zeros(1, 2, 2, requires_grad=True)
-    self_consistency_loss(x, y, beta).sum().backward()
+    particle_energy(x, y, beta).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x)) and torch.equal(y.grad, torch.zeros_like(y))
 
 
 def test_precision_of_the_result():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
-        assert self_consistency_loss(X.to(dtype), Y.to(dtype)).dtype == expected
+        assert particle_energy(X.to(dtype), Y.to(dtype)).dtype == expected
 
 
 @pytest.mark.parametrize(
@@ -108,7 +105,7 @@ def test_precision_of_the_result():
 )
 def test_loss_refuses(x, y, options, message):
     with pytest.raises(ValueError, match=message):
-        self_consistency_loss(x, y, **options)
+        particle_energy(x, y, **options)
 
 
 def test_times_fill_their_triangle():
@@ -121,24 +118,6 @@ def test_times_fill_their_triangle():
     assert torch.equal(s, again[0]) and torch.equal(t, again[1])
     with pytest.raises(ValueError, match="leave no times"):
         sample_times(4, delta=0.9, zeta=0.05, s_min=0.1)
-
-
-def test_network_is_non_negative_finite_and_alive():
-    torch.manual_seed(0)
-    net = OmegaNetwork(classes=3, initial=2.0)
-    c = torch.arange(3).repeat(4)
-    s, t = torch.rand(2, 12, generator=seeded()) * 0.5 + torch.tensor([[0.0], [0.5]])
-    s[0], t[0] = 0.0, 1.0  # log-SNR infinite at both ends
-    log_snr = lgd.RectifiedFlow().log_snr
-    omega = net(c, log_snr(s), log_snr(t))
-    assert omega.shape == (12,) and bool((omega - 2).abs().max() < 1)
-    omega.sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in net.parameters())
-    with torch.no_grad():
-        net.head[-1].bias.fill_(-9)
-    assert torch.equal(net(c, log_snr(s), log_snr(t)), torch.zeros(12))
-    with pytest.raises(ValueError, match="stays dead"):
-        OmegaNetwork(3, initial=0.0)
 
 
 # A 2-D mixture: two classes of two Gaussians each, whose posterior mean is known.

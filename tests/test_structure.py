@@ -159,6 +159,15 @@ def test_what_rooms_share_knows_no_room():
     assert [name for name in reached if name.startswith("lgd_kernels.ops")] == []
 
 
+@pytest.mark.parametrize("path", files(".py", under=PACKAGE / "omega"), ids=name_of)
+def test_omega_knows_no_op(path):
+    """Rooms and samplers take an omega, however it was learned."""
+    allowed = {f"lgd_kernels.{name}" for name in ("checks", "levels", "schedules")}
+    assert {name for name in ours(imports(path)) if not name.startswith("lgd_kernels.omega")} <= allowed | {
+        "lgd_kernels"
+    }
+
+
 @pytest.mark.parametrize("path", MEANS, ids=name_of)
 def test_triton_and_the_extension_are_imported_lazily(path):
     """`import lgd_kernels` works where they do not, and costs nothing where they do."""

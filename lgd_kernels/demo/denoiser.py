@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels.demo.data import CLASSES, PIXELS
-from lgd_kernels.demo.progress import Track, silent
+from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 NULL = CLASSES  # the index of the null condition

@@ -195,8 +195,8 @@ def main(argv: list[str]) -> int:
     if missing:
         print(f"the demo needs {' and '.join(missing)}: pip install 'lgd_kernels[demo]'", file=sys.stderr)
         return 1
-    from lgd_kernels.demo.progress import bars
     from lgd_kernels.demo.report import text_table, write_report
+    from lgd_kernels.progress import bars
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import lgd_kernels as lgd
 from lgd_kernels.demo.denoiser import Predict
-from lgd_kernels.demo.progress import Track, silent
 from lgd_kernels.learn.objective import sample_times
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 
@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     """What a step of learning needs to know of B items, but for their omega."""
 
     c: Tensor  # [B]
-    log_snr: tuple[Tensor, Tensor]  # at s and at t, [B] each
+    s: Tensor  # [B]
+    t: Tensor  # [B]
     levels: Levels
     x0: Tensor  # [B, D]
     x_t: Tensor  # [B, m, D], like the predictions
@@ -57,8 +58,7 @@ def draw_batch(
     x_t = levels.signal_t[:, None, None] * x0[item][:, None] + levels.noise_t[:, None, None] * z  # [B, m, D]
     cond, uncond = predict(x_t.flatten(0, 1), u_t.repeat_interleave(particles), c[item].repeat_interleave(particles))
     seed = torch.randint(2**63 - 1, (), generator=generator)
-    log_snr = schedule.log_snr(s), schedule.log_snr(t)
-    return Batch(c[item], log_snr, levels, x0[item], x_t, cond.view_as(x_t), uncond.view_as(x_t), seed)
+    return Batch(c[item], s, t, levels, x0[item], x_t, cond.view_as(x_t), uncond.view_as(x_t), seed)
 
 
 def loss_of(batch: Batch, omega: Tensor, beta: float = 1.75, lam: float = 1.0, churn: float = 1.0) -> Tensor:
@@ -92,14 +92,14 @@ def learn_omega(
     track: Track = silent,
 ) -> list[OmegaNetwork]:
     """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]) and return a checkpoint for each `every` steps."""
-    net = OmegaNetwork(classes)
+    net = OmegaNetwork(schedule, classes)
     optimizer = torch.optim.AdamW(net.parameters(), lr, fused=True)
     checkpoints = []
     for i in track(range(steps), "omega"):
         drawn = draw_batch(
             predict, x0, c, schedule, generator, delta=delta, s_min=s_min, particles=particles, batch=batch
         )
-        loss = loss_of(drawn, net(drawn.c, *drawn.log_snr), beta, lam, churn).mean()
+        loss = loss_of(drawn, net(drawn.c, drawn.s, drawn.t), beta, lam, churn).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -170,10 +170,9 @@ def learned_table(net: OmegaNetwork, schedule: Schedule, steps: int) -> Tensor:
 @torch.no_grad()
 def omega_grid(net: OmegaNetwork, schedule: Schedule, u_s: Tensor, u_t: Tensor) -> Tensor:
     """omega [..., classes] at unit times u_s, u_t of any one shape."""
-    classes = net.condition.num_embeddings
-    log_snr = [schedule.log_snr(schedule.from_unit(u)).flatten().repeat_interleave(classes) for u in (u_s, u_t)]
-    c = torch.arange(classes).repeat(u_s.numel())
-    return net(c, *log_snr).view(*u_s.shape, classes)
+    s, t = (schedule.from_unit(u).flatten().repeat_interleave(net.classes) for u in (u_s, u_t))
+    c = torch.arange(net.classes).repeat(u_s.numel())
+    return net(c, s, t).view(*u_s.shape, net.classes)
 
 
 def interval_table(omega: float, low: float, high: float, steps: int, classes: int = 10) -> Tensor:

@@ -12,9 +12,9 @@ import lgd_kernels as lgd
 from lgd_kernels.demo.data import CLASSES
 from lgd_kernels.demo.denoiser import Predict
 from lgd_kernels.demo.guidance import Batch, draw_batch, loss_of
-from lgd_kernels.demo.progress import Track, silent
-from lgd_kernels.learn.objective import self_consistency_loss
+from lgd_kernels.learn.objective import particle_energy
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 WARM_UP = 5
@@ -30,7 +30,7 @@ def loss_as_formula(
     x_s = lgd.guided_step(
         batch.x_t, batch.cond, batch.uncond, omega, batch.levels, prediction="x0", churn=churn, noise=z[0]
     )
-    return self_consistency_loss(x_s, targets, beta, lam)
+    return particle_energy(x_s, targets, beta, lam)
 
 
 def loss_share(
@@ -58,14 +58,14 @@ def loss_share(
         ),
         "one_pass": loss_of,
     }
-    net = OmegaNetwork(CLASSES)
+    net = OmegaNetwork(schedule, CLASSES)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     losing, stepping = ({name: [] for name in losses} for _ in range(2))
     for i in track(range(WARM_UP + rounds), "share of the loss"):
         for name in sorted(losses, reverse=i % 2 == 1):
             started = time.perf_counter()
             batch = draw_batch(predict, x0, c, schedule, generator)
-            omega = net(batch.c, *batch.log_snr)
+            omega = net(batch.c, batch.s, batch.t)
             before = time.perf_counter()
             (slope,) = torch.autograd.grad(losses[name](batch, omega).mean(), omega)
             after = time.perf_counter()

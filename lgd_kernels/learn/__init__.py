@@ -1,1 +1,27 @@
-"""Learning omega(c, s, t)."""
+"""How omega is learned for a frozen denoiser. The names that users need; docs/learning.md is the guide."""
+
+from lgd_kernels.learn.batches import Settings
+from lgd_kernels.learn.frozen import Frozen
+from lgd_kernels.learn.losses import guided_score_matching_loss, l2_loss, self_consistency_loss
+from lgd_kernels.learn.objective import particle_energy, sample_times
+from lgd_kernels.learn.particles import Particles, curve, draw
+from lgd_kernels.learn.reward import black_box_reward_loss, reward_loss, with_reward
+from lgd_kernels.learn.trainer import NotFinite, Trainer
+
+__all__ = [
+    "Frozen",
+    "NotFinite",
+    "Particles",
+    "Settings",
+    "Trainer",
+    "black_box_reward_loss",
+    "curve",
+    "draw",
+    "guided_score_matching_loss",
+    "l2_loss",
+    "particle_energy",
+    "reward_loss",
+    "sample_times",
+    "self_consistency_loss",
+    "with_reward",
+]

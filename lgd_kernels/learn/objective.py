@@ -9,7 +9,7 @@ from lgd_kernels import checks
 from lgd_kernels.ops.guided_energy.reference import powered, squared_distances
 
 
-def self_consistency_loss(
+def particle_energy(
     x_s: Tensor, targets: Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True
 ) -> Tensor:
     """Energy loss of m guided particles against k re-noised targets, one value per item: the plain formula.
@@ -43,18 +43,18 @@ def self_consistency_loss(
     >>> import torch
     >>> x_s = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])      # B = 1, m = 2
     >>> y = torch.tensor([[[0.0, 0.0]]])                    # k = 1
-    >>> self_consistency_loss(x_s, y, beta=1.0, lam=1.0)    # (0 + 2) / 2 - 1/2 * (2 + 2) / 2
+    >>> particle_energy(x_s, y, beta=1.0, lam=1.0)    # (0 + 2) / 2 - 1/2 * (2 + 2) / 2
     tensor([0.])
     """
     if x_s.dim() < 2 or targets.dim() != x_s.dim() or x_s.shape[2:] != targets.shape[2:]:
         raise ValueError(
-            f"self_consistency_loss: x_s {list(x_s.shape)} and targets {list(targets.shape)} must be [B, m, ...] "
+            f"particle_energy: x_s {list(x_s.shape)} and targets {list(targets.shape)} must be [B, m, ...] "
             "and [B, k, ...] with the same trailing shape"
         )
     if len(x_s) != len(targets):
-        raise ValueError(f"self_consistency_loss: x_s holds {len(x_s)} items, targets {len(targets)}")
+        raise ValueError(f"particle_energy: x_s holds {len(x_s)} items, targets {len(targets)}")
     m = x_s.shape[1]
-    checks.power("self_consistency_loss", beta, lam, unbiased, m)
+    checks.power("particle_energy", beta, lam, unbiased, m)
     dtype = torch.promote_types(torch.promote_types(x_s.dtype, targets.dtype), torch.float32)
     x_s, targets = (points[..., None].flatten(2).to(dtype) for points in (x_s, targets))
     attraction = powered(squared_distances(x_s, targets), beta).mean((1, 2))  # [B]

@@ -5,48 +5,153 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.schedules import Schedule
+
 LOG_SNR_LIMIT = 10.0
 
 
 class OmegaNetwork(nn.Module):
-    """A guidance weight per condition and step: `omega(c, log-SNR at s, log-SNR at t) >= 0`.
+    """A guidance weight per condition and step: `omega(c, s, t) >= 0`, s and t times of the schedule.
 
-    The two log-SNRs go through a 2-layer MLP, a class embedding is added, and a 6-layer MLP with a ReLU at its end
-    gives the weight. It sees no x_t, so a sampling run can compute its whole table of weights before the loop.
+    The log-SNRs at s and t go through a 2-layer MLP, what is known of the condition is added, and a 6-layer MLP with a
+    ReLU at its end gives the weight. It sees no x_t, so a sampling run can compute its whole table of weights before
+    the loop, and `bake` can put them where a kernel looks them up.
 
     log-SNR is infinite at the ends of some schedules (rectified flow at t = 0 and 1): it is clamped to
     [-10, 10], that is a signal-to-noise ratio between 4.5e-5 and 2.2e4, and divided by 10.
 
-    A ReLU head that starts negative never learns: the last bias starts at `initial`, so that omega starts near it.
+    A ReLU head that starts negative never learns: the last bias starts at `initial`, and the last weights are scaled by
+    it, so that omega starts near `initial`, within the same share of it however small that is.
 
     Args:
-        classes: number of classes.
+        schedule: whose times s and t are. It is kept, and saved with the weights.
+        classes: number of classes; c is then `[B]` int64.
+        embedding: width of a vector that describes the condition (CLIP, T5, ...); c is then `[B, embedding]`. Vectors
+            come in any scale: each is standardised first, by its own mean and deviation (ours).
+            With neither classes nor embedding omega depends on s and t only; c is not looked at, and may be None.
         hidden: width of both MLPs; the paper has 64 (class-conditional) and 512 (text).
         initial: omega at the start, above 0. The paper states no initialisation and no activation: 1, and SiLU
             between the layers, are ours.
 
     Source: Galashov et al., arXiv 2510.00815. Differentiable in its parameters.
 
-    >>> import torch
-    >>> c, log_snr = torch.tensor([0, 3]), torch.tensor([0.0, float("inf")])
-    >>> OmegaNetwork(classes=10)(c, log_snr, log_snr - 1).shape
+    >>> import torch, lgd_kernels as lgd
+    >>> net = OmegaNetwork(lgd.RectifiedFlow(), classes=10)
+    >>> net(torch.tensor([0, 3]), s=torch.tensor([0.0, 0.5]), t=torch.tensor([1.0, 0.6])).shape
     torch.Size([2])
+    >>> OmegaNetwork(lgd.RectifiedFlow())(None, torch.zeros(3), torch.ones(3)).shape
+    torch.Size([3])
     """
 
-    def __init__(self, classes: int, hidden: int = 64, initial: float = 1.0) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        classes: int | None = None,
+        embedding: int | None = None,
+        hidden: int = 64,
+        initial: float = 1.0,
+    ) -> None:
         super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"OmegaNetwork: `schedule` is a {type(schedule).__name__}, expected a Schedule such as RectifiedFlow()"
+            )
+        if classes is not None and embedding is not None:
+            raise ValueError(
+                f"OmegaNetwork: classes = {classes} and embedding = {embedding}, expected one of them, or neither"
+            )
+        for name, size in (("classes", classes), ("embedding", embedding), ("hidden", hidden)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f"OmegaNetwork: {name} is {size!r}, expected a number of 1 or more")
         if not initial > 0:
             raise ValueError(
                 f"OmegaNetwork: initial is {initial}, expected above 0: a ReLU that starts dead stays dead"
             )
+        self.schedule, self.classes, self.embedding = schedule, classes, embedding
+        self.hidden, self.initial = hidden, initial
         self.time = nn.Sequential(nn.Linear(2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.condition = nn.Embedding(classes, hidden)
+        if classes is not None:
+            self.condition = nn.Embedding(classes, hidden)
+        elif embedding is not None:
+            standardised = nn.LayerNorm(embedding, elementwise_affine=False)
+            self.condition = nn.Sequential(standardised, nn.Linear(embedding, hidden))
         layers = [layer for _ in range(5) for layer in (nn.Linear(hidden, hidden), nn.SiLU())]
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
-        nn.init.constant_(self.head[-1].bias, initial)
+        with torch.no_grad():
+            self.head[-1].weight.mul_(initial)
+            self.head[-1].bias.fill_(initial)
 
-    def forward(self, c: Tensor, log_snr_s: Tensor, log_snr_t: Tensor) -> Tensor:
-        """c [B] int64, log_snr_s and log_snr_t [B] -> omega [B]."""
-        log_snr = torch.stack([log_snr_s, log_snr_t], -1).clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT)  # [B, 2]
-        hidden = self.time(log_snr / LOG_SNR_LIMIT) + self.condition(c)  # [B, hidden]
+    def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """c `[B]` int64, `[B, embedding]` or None; s and t `[B]`, times of the schedule -> omega `[B]`."""
+        self._check(c, s, t)
+        weight = self.head[-1].weight
+        log_snr = torch.stack([self.schedule.log_snr(time) for time in (s, t)], -1)  # [B, 2]
+        hidden = self.time(log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT).to(weight.dtype) / LOG_SNR_LIMIT)
+        if self.classes is not None:
+            hidden = hidden + self.condition(c)
+        elif self.embedding is not None:
+            hidden = hidden + self.condition(c.to(weight.dtype))
         return self.head(hidden).squeeze(-1).relu()
+
+    @torch.no_grad()
+    def bake(self, s_knots: Tensor, t_knots: Tensor, conditions: Tensor | None = None) -> tuple[OmegaTable, float]:
+        """This network as a table that kernels look up themselves, and the largest error of that.
+
+        Args:
+            s_knots, t_knots: `[S]` and `[T]`, times of the schedule, increasing.
+            conditions: the conditions to tabulate, `[C]` int64 or `[C, embedding]`: condition i of the table is
+                conditions[i]. By default all classes, in order; networks without a condition give a table with one.
+
+        Returns `(table, error)`: an `OmegaTable` with values `[C, S, T]` in the network's dtype, and the largest
+        |table - network| at the middles of all cells that hold steps (s < t there), over all conditions; NaN if no
+        cell does. Cells cut by the diagonal s = t are filled from it (see `OmegaTable`), and err most; more knots are
+        the remedy.
+
+        >>> import torch, lgd_kernels as lgd
+        >>> net = OmegaNetwork(lgd.RectifiedFlow(), classes=3)
+        >>> table, error = net.bake(torch.linspace(0, 0.9, 10), torch.linspace(0.1, 1, 10))
+        >>> table.values.shape, error < 0.1
+        (torch.Size([3, 10, 10]), True)
+        """
+        if conditions is None:
+            if self.embedding is not None:
+                raise ValueError(
+                    "OmegaNetwork.bake: `conditions` is missing, expected the embeddings to tabulate, "
+                    f"[C, {self.embedding}]"
+                )
+            if self.classes is not None:
+                conditions = torch.arange(self.classes, device=s_knots.device)
+        values = self._over(conditions, s_knots, t_knots)
+        floating = (values if s_knots.dtype == torch.float32 or not s_knots.is_floating_point() else s_knots).dtype
+        knots = [k if k.is_floating_point() else k.to(floating) for k in (s_knots, t_knots)]
+        table = OmegaTable(values, *knots)
+        s, t = ((k[1:] + k[:-1]) / 2 for k in (s_knots, t_knots))
+        if not s_knots.is_floating_point():
+            s, t = s.floor().to(s_knots.dtype), t.floor().to(t_knots.dtype)  # the schedule counts: the integer below
+        exact = self._over(conditions, s, t)  # [C, S - 1, T - 1]
+        c, i, j = torch.meshgrid(*(torch.arange(size, device=s.device) for size in exact.shape), indexing="ij")
+        found = table(c.flatten(), s[i.flatten()], t[j.flatten()]).view_as(exact)
+        error = (found - exact).abs()[:, s[:, None] < t[None, :]]
+        return table, float(error.max()) if error.numel() else float("nan")
+
+    def _over(self, conditions: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """omega for each condition, s and t: `[C, S, T]`."""
+        count = 1 if conditions is None else len(conditions)
+        shape = (count, len(s), len(t))
+        c, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+        c, i, j = (index.to(s.device) for index in (c, i, j))
+        return self(None if conditions is None else conditions[c], s[i], t[j]).view(shape)
+
+    def _check(self, c: Tensor | None, s: Tensor, t: Tensor) -> None:
+        if s.ndim != 1 or s.shape != t.shape:
+            raise ValueError(
+                f"OmegaNetwork: `s` and `t` have shapes {list(s.shape)} and {list(t.shape)}, expected [B] both"
+            )
+        batch = len(s)
+        if self.classes is not None and (c is None or c.shape != (batch,) or c.dtype not in (torch.int64, torch.int32)):
+            shown = "None" if c is None else f"{c.dtype} {list(c.shape)}"
+            raise ValueError(f"OmegaNetwork: `c` is {shown}, expected int64 labels [B] = [{batch}]")
+        if self.embedding is not None and (c is None or c.shape != (batch, self.embedding)):
+            shown = "None" if c is None else list(c.shape)
+            raise ValueError(f"OmegaNetwork: `c` is {shown}, expected embeddings [B, E] = [{batch}, {self.embedding}]")

@@ -8,6 +8,8 @@ from torch import Tensor
 from lgd_kernels.checks import DATA_DTYPES, readable
 from lgd_kernels.levels import OmegaLookup, omega_at
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class OmegaTable:
     """omega for each condition c, bilinear in s and t between knots and clamped outside.
@@ -49,12 +51,18 @@ class OmegaTable:
                 raise ValueError(f"OmegaTable: `{name}` must increase strictly, got {knots.tolist()}")
         self.values, self.s_knots, self.t_knots = values, s_knots.detach(), t_knots.detach()
 
-    def at(self, c: Tensor, s: Tensor, t: Tensor) -> OmegaLookup:
+    def at(self, c: Tensor | None, s: Tensor, t: Tensor) -> OmegaLookup:
         """Where each sample looks: condition c `[B]` (integers), times s and t `[B]` (float32 or float64, alike).
 
-        Nothing is computed here. c outside [0, C) raises where it can be seen, and is NaN in the step elsewhere.
+        A table with one condition takes None for c. Times that count steps, those of `Discrete`, are integers: they
+        are looked up as numbers. Otherwise nothing is computed here. c outside [0, C) raises where it can be seen, and
+        is NaN in the step elsewhere.
         """
-        _tensors("OmegaTable.at", c=c, s=s, t=t)
+        _tensors("OmegaTable.at", s=s, t=t)
+        if c is None and self.values.shape[0] == 1:
+            c = torch.zeros(s.shape, dtype=torch.int64, device=s.device)
+        _tensors("OmegaTable.at", c=c)
+        s, t = (time.to(self.s_knots.dtype) if time.dtype in INTEGERS else time for time in (s, t))
         if self.values.shape[1:] != (len(self.s_knots), len(self.t_knots)):
             raise ValueError(
                 f"OmegaTable.at: `values` now has shape {list(self.values.shape)}, but there are {len(self.s_knots)} "
@@ -87,7 +95,7 @@ class OmegaTable:
             )
         return OmegaLookup(self.values, self.s_knots, self.t_knots, c.long(), s, t)
 
-    def __call__(self, c: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """omega `[B]` itself, for a look at it; differentiable in `values`."""
         lookup = self.at(c, s, t)
         return omega_at(lookup, torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32)))

@@ -1,0 +1,87 @@
+"""Batches to learn from: which items, at which times, with which noise; all of it follows from one seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.learn.data import Data, items_of, size_of
+from lgd_kernels.learn.distributed import part_of
+from lgd_kernels.learn.frozen import Frozen
+from lgd_kernels.learn.objective import sample_times
+from lgd_kernels.learn.particles import Particles, draw
+from lgd_kernels.levels import Levels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of learning is made of. The paper states batch 256, 4 particles and delta 0.1; the rest is ours.
+
+    Attributes:
+        batch: items of an update, over all processes.
+        particles: m of each item.
+        delta, zeta, s_min: the times, as in `sample_times`.
+        lr, weight_decay: of AdamW.
+        clip: the largest norm of a gradient; longer ones are shortened to it.
+        ema: decay of the average of the weights, `mean <- d mean + (1 - d) omega`; d rises to this as (1 + n)/(10 + n).
+        seed: of every draw.
+        cache: predict this many items once and learn from these, instead of predicting each batch; 0 does not. Each
+            update takes items at random, with fresh noise in step and targets; x_t and the times stay.
+    """
+
+    batch: int = 256
+    particles: int = 4
+    delta: float = 0.1
+    zeta: float = 0.01
+    s_min: float = 0.01
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    cache: int = 0
+
+
+class Batches:
+    """An endless row of batches. Every process draws the same numbers and keeps its part: together they have the whole.
+
+    The state is that of `generator`; restored, the same batches follow.
+    """
+
+    def __init__(self, frozen: Frozen, data: Data, settings: Settings, device: torch.device) -> None:
+        self.frozen, self.data, self.settings, self.device = frozen, data, settings, device
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.cached: Particles | None = None
+
+    def next(self) -> Particles:
+        """This process's part of the next batch."""
+        batch, cache, part = self.settings.batch, self.settings.cache, part_of(self.settings.batch)
+        if not cache:
+            return self._draw(self.data, self.generator, batch, part)
+        if self.cached is None:
+            self.cached = self.of(self.data, cache, self.settings.seed)
+        items = torch.randint(0, cache, (batch,), generator=self.generator)[part]
+        return self.cached.take(items.to(self.device), _seed(self.generator), part.start)
+
+    def of(self, data: Data, count: int, seed: int) -> Particles:
+        """Many items at random, predicted a batch at a time; the same in every process, whatever was drawn before."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [len(part) for part in torch.arange(count).split(self.settings.batch)]
+        parts = [self._draw(data, generator, size, slice(0, size)) for size in sizes]
+        joined = [torch.cat(same) if isinstance(same[0], Tensor) else same[0] for same in zip(*parts, strict=True)]
+        levels = Levels(*map(torch.cat, zip(*(part.levels for part in parts), strict=True)))
+        return Particles(*joined)._replace(levels=levels)
+
+    def _draw(self, data: Data, generator: torch.Generator, batch: int, part: slice) -> Particles:
+        own, schedule = self.settings, self.frozen.schedule
+        items = torch.randint(0, size_of(data), (batch,), generator=generator)[part]
+        times = sample_times(batch, own.delta, own.zeta, own.s_min, generator)
+        s, t = (schedule.from_unit(u[part].to(self.device)) for u in times)
+        x0, c = (one.to(self.device) for one in items_of(data, items))
+        return draw(self.frozen, x0, c, s, t, own.particles, seed=_seed(generator), first_sample=part.start)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**63 - 1, (), generator=generator))

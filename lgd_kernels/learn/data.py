@@ -1,0 +1,49 @@
+"""Clean pairs (x0, c) to learn from: two tensors, or a dataset of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+Data = tuple[Tensor, Tensor] | Dataset | Sequence  # (x0 [N, ...], c [N, ...]), or N pairs (x0 [...], c)
+
+
+def size_of(data: Data) -> int:
+    """How many pairs.
+
+    >>> import torch
+    >>> size_of((torch.zeros(5, 2), torch.zeros(5)))
+    5
+    """
+    if _tensors(data):
+        x0, c = data
+        if len(x0) != len(c) or not len(x0):
+            raise ValueError(f"data: x0 holds {len(x0)} items and c {len(c)}, expected the same number, 1 or more")
+        return len(x0)
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"data is a {type(data).__name__}, expected (x0 [N, ...], c [N, ...]) or a dataset with __len__ and "
+            "__getitem__"
+        )
+    return len(data)
+
+
+def items_of(data: Data, items: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0 [B, ...], c [B, ...]) of the items, int64 `[B]`. A dataset's `__getitems__` is used where it has one.
+
+    >>> import torch
+    >>> items_of([(torch.zeros(2), 7), (torch.ones(2), 8)], torch.tensor([1]))
+    (tensor([[1., 1.]]), tensor([8]))
+    """
+    if _tensors(data):
+        return tuple(one[items.to(one.device)] for one in data)
+    index = items.tolist()
+    pairs = data.__getitems__(index) if hasattr(data, "__getitems__") else [data[i] for i in index]
+    x0, c = default_collate(pairs)
+    return x0, c
+
+
+def _tensors(data: Data) -> bool:
+    return isinstance(data, tuple) and len(data) == 2 and all(isinstance(one, Tensor) for one in data)

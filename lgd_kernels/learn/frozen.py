@@ -1,0 +1,103 @@
+"""A frozen denoiser, asked with the condition and without it in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.schedules import Schedule
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, ...], t [N], condition [N, ...]) -> prediction [N, ...]
+
+
+class Frozen:
+    """Your denoiser, with what is needed to guide it. It is only ever called, without grad, and never changed.
+
+    Args:
+        denoiser: any callable `(x [N, ...], t [N], condition [N, ...]) -> [N, ...]`; t are times of the schedule. A
+            module has to be in evaluation mode: with dropout the same x would be predicted differently twice.
+        schedule: what its times mean.
+        prediction: what it returns: "x0", "eps", "v" or "flow" (docs/math.md).
+        null: the condition that means "none": the index of the null class, an embedding like one row of c, or a
+            function that makes null conditions like a batch c.
+
+    Raises TypeError or ValueError, naming the argument.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> frozen = Frozen(lambda x, t, c: x * c[:, None], lgd.RectifiedFlow(), null=0)
+    >>> frozen.predict(torch.ones(2, 1), torch.full((2,), 0.5), torch.tensor([1, 2]))
+    (tensor([[1.],
+            [2.]]), tensor([[0.],
+            [0.]]))
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        prediction: str = "x0",
+        null: int | Tensor | Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not callable(denoiser):
+            raise TypeError(f"Frozen: `denoiser` is a {type(denoiser).__name__}, expected a callable (x, t, condition)")
+        if isinstance(denoiser, nn.Module) and any(module.training for module in denoiser.modules()):
+            raise ValueError("Frozen: `denoiser` is in training mode, expected evaluation mode; denoiser.eval()")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"Frozen: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"Frozen: `prediction` is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        if null is None or isinstance(null, bool) or not (isinstance(null, (int, Tensor)) or callable(null)):
+            raise TypeError(
+                f"Frozen: `null` is {null!r}, expected the condition that means none: a class index, an embedding, or "
+                "a function of c"
+            )
+        self.denoiser, self.schedule, self.prediction, self.null = denoiser, schedule, prediction, null
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """(cond, uncond), each shaped like x, in one batched forward.
+
+        Args:
+            x: `[N, ...]`.
+            t: `[N]`, times of the schedule.
+            c: conditions `[N, ...]`: int64 labels, embeddings, or whatever tensor the denoiser takes.
+        """
+        if len(t) != len(x) or len(c) != len(x):
+            raise ValueError(
+                f"Frozen.predict: x holds {len(x)} samples, t {len(t)} and c {len(c)}, expected the same number"
+            )
+        both = self.denoiser(torch.cat((x, x)), torch.cat((t, t)), torch.cat((c, self.null_like(c))))
+        if not isinstance(both, Tensor) or both.shape != (2 * len(x), *x.shape[1:]):
+            came = list(both.shape) if isinstance(both, Tensor) else type(both).__name__
+            raise ValueError(
+                f"Frozen.predict: the denoiser returned {came} for x of shape {[2 * len(x), *x.shape[1:]]}, expected a "
+                "tensor of that shape"
+            )
+        cond, uncond = both.detach().chunk(2)
+        return cond, uncond
+
+    def null_like(self, c: Tensor) -> Tensor:
+        """Null conditions for the batch c, of its shape, dtype and device."""
+        if isinstance(self.null, int):
+            if c.is_floating_point():
+                raise TypeError(
+                    f"Frozen: `null` is {self.null}, the index of a class, but c is {list(c.shape)} {c.dtype}; pass "
+                    "the null embedding"
+                )
+            return torch.full_like(c, self.null)
+        if isinstance(self.null, Tensor):
+            null = self.null.to(c)
+            if null.shape not in (c.shape[1:], (1, *c.shape[1:])):
+                raise ValueError(
+                    f"Frozen: `null` has shape {list(null.shape)}, expected {list(c.shape[1:])}, one row of c "
+                    f"{list(c.shape)}"
+                )
+            return null.expand_as(c)
+        null = self.null(c)
+        if not isinstance(null, Tensor) or null.shape != c.shape:
+            came = list(null.shape) if isinstance(null, Tensor) else type(null).__name__
+            raise ValueError(f"Frozen: `null` returned {came} for c of shape {list(c.shape)}, expected that shape")
+        return null

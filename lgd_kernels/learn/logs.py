@@ -1,0 +1,94 @@
+"""Where rows of figures go: CSV, JSON lines, TensorBoard, or any function that takes a dict."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+Row = dict[str, float]  # "step" is an int, the rest figures
+
+
+class JsonLines:
+    """One JSON object a line, appended. A run that resumes at step n first drops the rows after n.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.jsonl"
+    >>> log = JsonLines(path)
+    >>> log({"step": 10, "loss": 0.5}), log({"step": 20, "loss": 0.25})
+    (None, None)
+    >>> log.rewind(10)
+    >>> path.read_text()
+    '{"step": 10, "loss": 0.5}\\n'
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __call__(self, row: Row) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Keep the rows up to a step; a line that was cut off is dropped too."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+class Csv:
+    """A table with the columns of the first row; likewise appended and rewound.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.csv"
+    >>> Csv(path)({"step": 10, "loss": 0.5})
+    >>> path.read_text()
+    'step,loss\\n10,0.5\\n'
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __call__(self, row: Row) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            if new:
+                table.writerow(row)
+            table.writerow(row.values())
+
+    def rewind(self, step: int) -> None:
+        """Keep the rows up to a step."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            at = lines[0].rstrip("\n").split(",").index("step")
+            whole = [line for line in lines[1:] if line.endswith("\n")]
+            kept = [line for line in whole if int(line.split(",")[at]) <= step]
+            self.path.write_text("".join(lines[:1] + kept))
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, which has to be installed (`pip install tensorboard`)."""
+
+    def __init__(self, folder: Path | str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"TensorBoard: {error}; pip install tensorboard, or log to JsonLines or Csv") from error
+        self.folder, self.writer = str(folder), SummaryWriter
+
+    def __call__(self, row: Row) -> None:
+        if isinstance(self.writer, type):
+            self.writer = self.writer(self.folder)
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
+
+    def rewind(self, step: int) -> None:
+        """TensorBoard hides what a purge step follows."""
+        if isinstance(self.writer, type):
+            self.writer = self.writer(self.folder, purge_step=step + 1)

@@ -1,0 +1,112 @@
+"""What omega is learned by: losses of particles at given weights, each one pass over memory. Source: arXiv 2510.00815.
+
+All take `Particles` and omega as the kernels do: a float, `[B]`, or a looked-up table. They return one value for each
+item, `[B]` float32 (float64 where data are), and are differentiable in omega any number of times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.learn.particles import Particles
+from lgd_kernels.levels import Levels, OmegaLookup
+from lgd_kernels.ops.guided_energy.api import guided_energy
+from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
+
+
+def self_consistency_loss(
+    particles: Particles,
+    omega: float | Tensor | OmegaLookup,
+    *,
+    beta: float = 1.75,
+    lam: float = 1.0,
+    churn: float = 1.0,
+    targets: int | None = None,
+    unbiased: bool = True,
+    impl: str | None = None,
+) -> Tensor:
+    """The paper's loss: the energy of m guided particles against k targets, `signal_s x0 + noise_s z` each.
+
+        L_i = 1/(m k) sum_jk ||x_s^j - y^k||^beta  -  lam/2 * 1/(m (m-1)) sum_{j != l} ||x_s^j - x_s^l||^beta
+
+    `guided_energy` takes the step, draws its noise and the targets, and measures. Without the term between targets,
+    which does not depend on omega: L may be negative, and only differences mean something.
+
+    Args:
+        particles: of `draw`.
+        omega: one weight for each item.
+        beta, lam, unbiased, impl: as in `guided_energy`; 1.75 and 1 are the paper's.
+        churn: of the step, in [0, 1]; 1 is the paper's in training.
+        targets: k; as many as particles by default.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> from lgd_kernels.learn.particles import draw
+    >>> from lgd_kernels.learn.frozen import Frozen
+    >>> frozen = Frozen(lambda x, t, c: c[:, None].to(x).expand_as(x), lgd.RectifiedFlow(), null=0)
+    >>> s, t = torch.zeros(1), torch.ones(1)  # one step from noise: x_s = omega + 1, data are at 3
+    >>> drawn = draw(frozen, torch.tensor([[3.0]]), torch.tensor([1]), s, t, seed=0)
+    >>> self_consistency_loss(drawn, 0.0, beta=1.0), self_consistency_loss(drawn, 2.0, beta=1.0)
+    (tensor([2.]), tensor([0.]))
+    """
+    target = Renoise(particles.x0, targets or particles.x_t.shape[1], particles.seed)
+    return guided_energy(
+        particles.x_t, particles.cond, particles.uncond, omega, particles.levels, target,
+        prediction=particles.prediction, churn=churn, seed=particles.seed, first_sample=particles.first_sample,
+        beta=beta, lam=lam, unbiased=unbiased, impl=impl,
+    )  # fmt: skip
+
+
+def l2_loss(
+    particles: Particles, omega: float | Tensor | OmegaLookup, *, churn: float = 1.0, impl: str | None = None
+) -> Tensor:
+    """The least-squares variant, beta = 2 and lam = 0, with the targets' noise integrated out.
+
+        L_i = 1/m sum_j ||x_s^j - signal_s x0||^2 + noise_s^2 D
+
+    It is biased: nothing asks the particles to be spread as the data are, and even an exact denoiser is guided, with
+    omega = signal_t A / B on average, A and B the step's factors of x_t and of the prediction (docs/math.md).
+
+    >>> import torch, lgd_kernels as lgd
+    >>> from lgd_kernels.learn.particles import draw
+    >>> from lgd_kernels.learn.frozen import Frozen
+    >>> frozen = Frozen(lambda x, t, c: c[:, None].to(x).expand_as(x), lgd.RectifiedFlow(), null=0)
+    >>> drawn = draw(frozen, torch.tensor([[3.0]]), torch.tensor([1]), torch.zeros(1), torch.ones(1), seed=0)
+    >>> l2_loss(drawn, 0.5)  # (3 - 1.5)^2
+    tensor([2.2500])
+    """
+    return guided_energy(
+        particles.x_t, particles.cond, particles.uncond, omega, particles.levels, Expected(particles.x0),
+        prediction=particles.prediction, churn=churn, seed=particles.seed, first_sample=particles.first_sample,
+        beta=2.0, lam=0.0, impl=impl,
+    )  # fmt: skip
+
+
+def guided_score_matching_loss(
+    particles: Particles, omega: float | Tensor | OmegaLookup, *, impl: str | None = None
+) -> Tensor:
+    """For study, **not to train with**: how far the guided prediction is from the data, `1/m sum_j ||x0 - g^j||^2`.
+
+    g is the guided prediction in x0 space. It compares means at one time and never asks what samples look like: it has
+    its least at `E <x0 - cond, cond - uncond> / E ||cond - uncond||^2`, whatever s, and degenerates to 0 for a denoiser
+    that is the conditional mean, however its samples differ from the data after a step (docs/math.md; the paper's
+    appendix C.1).
+
+    >>> import torch, lgd_kernels as lgd
+    >>> from lgd_kernels.learn.particles import draw
+    >>> from lgd_kernels.learn.frozen import Frozen
+    >>> frozen = Frozen(lambda x, t, c: c[:, None].to(x).expand_as(x), lgd.RectifiedFlow(), null=0)
+    >>> drawn = draw(frozen, torch.tensor([[3.0]]), torch.tensor([1]), torch.full((1,), 0.2), torch.ones(1), seed=0)
+    >>> guided_score_matching_loss(drawn, 0.5)  # (3 - 1.5)^2
+    tensor([2.2500])
+    """
+    return guided_energy(
+        particles.x_t, particles.cond, particles.uncond, omega, to_data(particles.levels), Expected(particles.x0),
+        prediction=particles.prediction, beta=2.0, lam=0.0, impl=impl,
+    )  # fmt: skip
+
+
+def to_data(levels: Levels) -> Levels:
+    """Of the step from t all the way to the data, whose result is the guided prediction in x0 space."""
+    one = torch.ones_like(levels.noise_t)
+    return Levels(levels.signal_t, levels.noise_t, one, torch.zeros_like(one), levels.noise_t)

@@ -1,0 +1,223 @@
+"""The loop that learns omega(c, s, t), as plain as the paper's, and what a run of hours needs around it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lgd_kernels.learn import checkpoint, distributed
+from lgd_kernels.learn.batches import Batches, Settings
+from lgd_kernels.learn.data import Data, size_of
+from lgd_kernels.learn.frozen import Frozen
+from lgd_kernels.learn.logs import Row
+from lgd_kernels.learn.losses import self_consistency_loss
+from lgd_kernels.learn.particles import Particles
+from lgd_kernels.learn.reward import Loss
+from lgd_kernels.progress import Track, silent
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient that is NaN or infinite, with what was seen. omega is as it was before the update."""
+
+
+class Trainer:
+    """Learns omega for a frozen denoiser.
+
+    Args:
+        omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`. It is trained in place; `trainer.ema` is its
+            average.
+        frozen: the denoiser, on the same device.
+        data: `(x0 [N, ...], c [N, ...])`, or a dataset of pairs (x0, c).
+        settings: see `Settings`.
+        loss: `(particles, omega [B]) -> [B]`, such as those of `lgd_kernels.learn`, `functools.partial` of one with
+            other options, or `with_reward(...)`.
+        held_out: more such data, for a loss of the average omega on draws that stay the same.
+        folder: where the checkpoint goes; None keeps none.
+        every: so many updates make an interval, after which a row is logged and a checkpoint written; so at the end.
+        logs: functions that take each row, a dict of numbers: see `lgd_kernels.learn.logs`.
+
+    `train(steps)` goes on until so many updates are done in all. `resume()` continues from the checkpoint, bit for bit
+    as if nothing had happened: a run that is killed loses one interval at most. Under torchrun each process takes its
+    part of every batch, and all together what one process alone would: see `lgd_kernels.learn.distributed`.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> from lgd_kernels.learn import Frozen
+    >>> class Constant(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.value = torch.nn.Parameter(torch.tensor(1.0))
+    ...     def forward(self, c, s, t):
+    ...         return self.value.relu().expand(len(s))
+    >>> frozen = Frozen(lambda x, t, c: x * 0 + c[:, None], lgd.RectifiedFlow(), null=0)  # g = 1 + omega
+    >>> data = torch.full((64, 3), 3.0), torch.ones(64, dtype=torch.int64)
+    >>> trainer = Trainer(Constant(), frozen, data, Settings(lr=0.05, batch=32))
+    >>> trainer.train(100)
+    >>> bool((trainer.omega.value - 2).abs() < 0.1)
+    True
+    """
+
+    def __init__(
+        self,
+        omega: nn.Module,
+        frozen: Frozen,
+        data: Data,
+        settings: Settings | None = None,
+        *,
+        loss: Loss = self_consistency_loss,
+        held_out: Data | None = None,
+        folder: Path | str | None = None,
+        every: int = 500,
+        logs: Sequence[Callable[[Row], None]] = (),
+    ) -> None:
+        if not isinstance(omega, nn.Module) or not any(weight.requires_grad for weight in omega.parameters()):
+            raise TypeError(
+                f"Trainer: `omega` is a {type(omega).__name__}, expected a torch.nn.Module with parameters to learn"
+            )
+        self.settings = settings = settings or Settings()
+        if not 1 <= every:
+            raise ValueError(f"Trainer: `every` is {every}, expected 1 or more")
+        if settings.batch < distributed.rank_and_size()[1]:
+            raise ValueError(f"Trainer: a batch of {settings.batch} leaves a process with nothing to do")
+        self.omega, self.loss, self.held_out = omega, loss, held_out
+        self.path = Path(folder) / "trainer.ckpt" if folder is not None else None
+        self.every, self.logs, self.step = every, logs, 0
+        self.device = next(omega.parameters()).device
+        self.batches = Batches(frozen, data, settings, self.device)
+        self.parallel = distributed.parallel(omega)
+        self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            omega.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self.validation: list[Particles] | None = None
+
+    def train(self, steps: int, track: Track = silent) -> None:
+        """Update until `steps` updates are done in all. Raises NotFinite before an update would spoil omega.
+
+        Args:
+            steps: how many; those before a resume count.
+            track: shows progress: `lgd_kernels.progress.bars("omega")`.
+        """
+        losses, seen, started = 0.0, 0, time.perf_counter()
+        for _ in track(range(self.step, steps), "omega"):
+            loss, norm = self.update()
+            losses, seen = losses + loss, seen + 1
+            if self.step % self.every == 0 or self.step == steps:
+                row = {"step": self.step, "loss": float(losses / seen), "gradient": float(norm)}
+                row["seconds"] = time.perf_counter() - started
+                losses, seen, started = 0.0, 0, time.perf_counter()
+                self.record(row)
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        """One step of the paper's algorithm. Returns the loss of the whole batch, and the norm of its gradient."""
+        particles = self.batches.next()
+        omega = self.parallel(particles.c, particles.s, particles.t)  # [B]
+        each = self.loss(particles, omega)  # [B]
+        share = distributed.rank_and_size()[1] / self.settings.batch  # gradients are averaged over the processes
+        self.optimizer.zero_grad()
+        (each.sum() * share).backward()
+        norm = nn.utils.clip_grad_norm_(self.omega.parameters(), self.settings.clip)
+        loss = distributed.total(each.detach().sum()) / self.settings.batch
+        if not math.isfinite(float(loss) + float(norm)):
+            raise NotFinite(self._seen(particles, omega, each, norm))
+        self.optimizer.step()
+        self._average()
+        self.step += 1
+        return loss, norm
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The loss of the average omega on held-out data, one pair of times for each item, always the same draws."""
+        if self.validation is None:
+            size = size_of(self.held_out)
+            whole = self.batches.of(self.held_out, size, self.settings.seed + 1)
+            parts = torch.arange(size).split(self.settings.batch)
+            self.validation = [whole.take(part.to(self.device), seed) for seed, part in enumerate(parts)]
+        losses = [self.loss(part, self.ema(part.c, part.s, part.t)) for part in self.validation]
+        return float(torch.cat(losses).mean())
+
+    def record(self, row: Row) -> None:
+        """Log a row, with the held-out loss where there is one, and write the checkpoint. Rank 0 does."""
+        if distributed.rank_and_size()[0] != 0:
+            return
+        if self.held_out is not None:
+            row["held_out"] = self.validate()
+        for log in self.logs:
+            log(row)
+        if self.path is not None:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint: whole, or not at all."""
+        if self.path is None:
+            raise ValueError("Trainer.save: there is no folder; pass Trainer(..., folder=...)")
+        state = {"run": json.dumps(self._run()), "step": self.step, "generator": self.batches.generator.get_state()}
+        state["torch"] = torch.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        for name in ("omega", "ema", "optimizer"):
+            state[name] = getattr(self, name).state_dict()
+        checkpoint.write(self.path, state)
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint in the folder; False where there is none.
+
+        Raises ValueError for a file that is damaged or that another run wrote: other settings, another omega, schedule
+        or amount of data. (The loss and the denoiser cannot be told; pass the same.) Nothing has changed then.
+        """
+        if self.path is None or not self.path.exists():
+            return False
+        state = checkpoint.read(self.path)
+        wrote, here = json.loads(state["run"]), json.loads(json.dumps(self._run()))
+        for name in here:
+            if wrote.get(name) != here[name]:
+                raise ValueError(
+                    f"Trainer.resume: {self.path} is of another run: its {name} is {wrote.get(name)}, here it is "
+                    f"{here[name]}; pass the same, or another folder"
+                )
+        for name in ("omega", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.batches.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        self.step = state["step"]
+        if distributed.rank_and_size()[0] == 0:
+            for log in self.logs:
+                getattr(log, "rewind", lambda step: None)(self.step)
+        return True
+
+    def _run(self) -> dict:
+        """What a checkpoint has to agree with."""
+        weights = {name: [*value.shape, str(value.dtype)] for name, value in self.omega.state_dict().items()}
+        frozen = f"{self.batches.frozen.schedule!r}, {self.batches.frozen.prediction}"
+        return {**asdict(self.settings), "omega": weights, "denoiser": frozen, "data": size_of(self.batches.data)}
+
+    def _average(self) -> None:
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.omega.parameters()), 1 - decay)
+            for mean, value in zip(self.ema.buffers(), self.omega.buffers(), strict=True):
+                mean.copy_(value)
+
+    def _seen(self, particles: Particles, omega: Tensor, each: Tensor, norm: Tensor) -> str:
+        """What a message can say of an update that is not finite."""
+        bad = (~each.isfinite()).nonzero().flatten().tolist()
+        said = [
+            f"update {self.step + 1}: the loss of {len(bad)} of {len(each)} items in this process is not finite, the "
+            f"norm of the gradient is {float(norm):g}"
+        ]
+        for name in ("x0", "x_t", "cond", "uncond"):
+            count = int((~getattr(particles, name).flatten(1).isfinite().all(1)).sum())
+            said += [f"`{name}` is not finite in {count}"] if count else []
+        for item in bad[:3]:
+            c = f"c = {particles.c[item].item()}, " if particles.c.ndim == 1 else ""
+            s, t, w = (float(one[item].detach()) for one in (particles.s, particles.t, omega))
+            said += [f"item {item}: {c}s = {s:g}, t = {t:g}, omega = {w:g}"]
+        return "; ".join(said)

@@ -1,0 +1,223 @@
+"""omega in a safetensors file: what it is, what it was learned with, and nothing that runs.
+
+tensors   the parameters and buffers of a module; values, s_knots and t_knots of a table
+header    format "lgd_kernels.omega" · version · kind · settings (JSON) · schedule (JSON, or null)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lgd_kernels import schedules
+from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
+from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.schedules import Schedule
+
+FORMAT, VERSION = "lgd_kernels.omega", 1
+KINDS = {
+    "network": OmegaNetwork,
+    "table": OmegaTable,
+    "constant": Constant,
+    "interval": Interval,
+    "clamp-linear": ClampLinear,
+}
+SETTINGS = ("classes", "embedding", "hidden", "initial")  # of a network; the others are all tensors
+START = {"constant": (0.0,), "interval": (0.0, 0.0, 0.0), "clamp-linear": (0.0, 0.0)}  # before the file's values
+SCHEDULES = {cls.__name__: cls for cls in Schedule.__subclasses__() if cls.__module__ == schedules.__name__}
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Schedule | None = None) -> None:
+    """Write omega to a safetensors file, whole or not at all: it is written beside the path, then moved there.
+
+    Args:
+        omega: an `OmegaNetwork`, `OmegaTable`, `Constant`, `Interval` or `ClampLinear`, on any device.
+        schedule: whose times s and t are. A network knows its own; a constant needs none; for the rest it must be
+            given, since a table of times means nothing without it.
+
+    Raises TypeError or ValueError for anything else, ImportError where safetensors is not installed.
+
+    >>> import tempfile, torch, lgd_kernels as lgd
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder + "/omega.safetensors", Interval(0.95, 0.2, 0.8), lgd.RectifiedFlow())
+    ...     load(folder + "/omega.safetensors")(None, torch.zeros(2), torch.tensor([0.5, 0.9])).tolist()
+    [0.949999988079071, 0.0]
+    """
+    kind = next((name for name, cls in KINDS.items() if type(omega) is cls), None)
+    if kind is None:
+        raise TypeError(f"save: `omega` is a {type(omega).__name__}, expected one of {_names(KINDS.values())}")
+    own = getattr(omega, "schedule", None)
+    if own is not None and schedule is not None and described(own) != described(schedule):
+        raise ValueError(f"save: `schedule` is {_brief(schedule)}, but omega was made for {_brief(own)}")
+    schedule = own or schedule
+    if schedule is None and kind != "constant":
+        raise ValueError(f"save: `schedule` is missing; the times of a {kind} mean nothing without one")
+    if kind == "table":
+        tensors = {name: getattr(omega, name) for name in ("values", "s_knots", "t_knots")}
+    else:
+        tensors = omega.state_dict()
+    settings = {name: getattr(omega, name) for name in SETTINGS} if kind == "network" else {}
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "kind": kind,
+        "settings": json.dumps(settings),
+        "schedule": json.dumps(schedule and described(schedule)),
+    }
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    _write(Path(path), _safetensors().torch.save(tensors, header))
+
+
+def load(path: str | os.PathLike, schedule: Schedule | None = None, device: str = "cpu") -> nn.Module | OmegaTable:
+    """Read what `save` wrote: the same values, bit for bit, and no code but ours runs.
+
+    Args:
+        schedule: if given, the file must have been saved with this one.
+        device: where the tensors shall be.
+
+    Raises ValueError, naming the file and what is wrong with it, for anything that `save` did not write: no
+    safetensors file, a foreign one, another version or kind, another schedule, tensors that are missing, of another
+    shape or not finite. Random state is left alone, and a header that lies about sizes allocates nothing.
+    """
+    path = Path(path)
+    header, tensors = _read(path, device)
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"load: {path} is a safetensors file, but holds no omega: its format is {header.get('format')}"
+        )
+    if header.get("version") != str(VERSION):
+        raise ValueError(
+            f"load: {path} has version {header.get('version')}, expected {VERSION}; update lgd_kernels, or save again"
+        )
+    kind = header.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"load: {path} holds a {kind}, expected one of {', '.join(KINDS)}")
+    try:
+        settings, saved = json.loads(header["settings"]), json.loads(header["schedule"])
+        own = None if saved is None else schedule_of(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: the header of {path} cannot be read: {error}") from error
+    if schedule is not None and saved is not None and described(schedule) != saved:
+        raise ValueError(f"load: {path} was saved with the schedule {_brief(own)}, expected {_brief(schedule)}")
+    try:
+        return _made(kind, settings, own, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: {path} does not hold what its header says, a {kind}: {error}") from error
+
+
+def described(schedule: Schedule) -> dict:
+    """A schedule of `lgd_kernels.schedules` as JSON can hold it, exactly; equal if and only if the schedules are.
+
+    >>> import lgd_kernels as lgd
+    >>> described(lgd.EDM())
+    {'name': 'EDM', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0}
+    """
+    name = type(schedule).__name__
+    if SCHEDULES.get(name) is not type(schedule):
+        raise TypeError(f"`schedule` is a {name}, expected one of {', '.join(SCHEDULES)}: others cannot be saved")
+    found = {"name": name}
+    for field in dataclasses.fields(schedule):
+        value = getattr(schedule, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = [str(value.dtype).removeprefix("torch."), value.tolist()]
+        elif isinstance(value, torch.dtype):
+            found[field.name] = str(value).removeprefix("torch.")
+        elif not field.name.startswith("_"):
+            found[field.name] = value
+    return found
+
+
+def schedule_of(description: dict) -> Schedule:
+    """The other way. ValueError or TypeError for what `described` did not make."""
+    settings = dict(description)
+    name = settings.pop("name", None)
+    if name not in SCHEDULES:
+        raise ValueError(f"the schedule is {name}, expected one of {', '.join(SCHEDULES)}")
+    if name == "Discrete":
+        dtype, values = settings["alphas_cumprod"]
+        settings["alphas_cumprod"] = torch.tensor(values, dtype=_dtype(dtype))
+        settings["dtype"] = _dtype(settings["dtype"])
+    return SCHEDULES[name](**settings)
+
+
+def _made(kind: str, settings: dict, schedule: Schedule | None, tensors: dict[str, Tensor]) -> nn.Module | OmegaTable:
+    if kind == "table":
+        _fit(tensors, {name: None for name in ("values", "s_knots", "t_knots")})
+        return OmegaTable(**tensors)
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
+        module = OmegaNetwork(schedule, **settings) if kind == "network" else KINDS[kind](*START[kind])
+    _fit(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()})
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"`{name}` is not finite")
+    if kind == "interval" and not tensors["low"] <= tensors["high"]:
+        raise ValueError(f"low = {float(tensors['low'])} is above high = {float(tensors['high'])}")
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def _fit(tensors: dict[str, Tensor], expected: dict[str, torch.Size | None]) -> None:
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"it holds the tensors {_names(tensors)}, expected {_names(expected)}")
+    for name, shape in expected.items():
+        if tensors[name].dtype not in FLOATS or (shape is not None and tensors[name].shape != shape):
+            raise ValueError(
+                f"`{name}` is {tensors[name].dtype} {list(tensors[name].shape)}, expected floats"
+                + (f" {list(shape)}" if shape is not None else "")
+            )
+
+
+def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt", device=device) as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load: {path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _safetensors():
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("omega is kept in safetensors files: pip install 'lgd_kernels[safetensors]'") from error
+    return safetensors
+
+
+def _brief(schedule: Schedule) -> str:
+    if isinstance(schedule, schedules.Discrete):
+        return f"Discrete of {schedule.alphas_cumprod.numel()} steps"
+    return str(schedule)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    if name not in found:
+        raise ValueError(f"a dtype is {name}, expected one of {', '.join(found)}")
+    return found[name]
+
+
+def _names(things) -> str:
+    return ", ".join(thing if isinstance(thing, str) else thing.__name__ for thing in things)

@@ -1,0 +1,91 @@
+"""omega as a formula of t with one to three numbers: what is set by hand, or learned where little can be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Constant(nn.Module):
+    """One weight for every condition and step: plain classifier-free guidance, `w = 1 + omega`.
+
+    Args:
+        omega: the weight, learned as `Constant.omega`. Below 0 it counts as 0.
+
+    >>> import torch
+    >>> Constant(0.5)(None, torch.tensor([0.0, 0.2]), torch.tensor([0.1, 1.0]))
+    tensor([0.5000, 0.5000], grad_fn=<ExpandBackward0>)
+    """
+
+    def __init__(self, omega: float) -> None:
+        super().__init__()
+        self.omega = _number("Constant", "omega", omega)
+
+    def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """c is not looked at; s and t `[B]` -> omega `[B]`."""
+        return self.omega.relu().expand(t.shape)
+
+
+class Interval(nn.Module):
+    """One weight on a limited interval of t: `omega` for low < t <= high, 0 outside.
+
+    low and high are **times of the schedule**, as s and t are: `schedule.from_unit(torch.tensor(0.8))` is the time for
+    80 % noise. It is the t that a step starts from that counts, as in `lgd_kernels.rules.interval`; t = high is inside.
+
+    Args:
+        omega: the weight, learned as `Interval.omega`. Below 0 it counts as 0.
+        low, high: the ends, buffers: the weight jumps there, so no gradient says where they should be.
+            `lgd_kernels.learn.fit.fit_interval` searches for them.
+
+    Source: Kynkäänniemi et al., arXiv 2404.07724.
+
+    >>> import torch
+    >>> Interval(2.0, 0.2, 0.8)(None, torch.zeros(3), torch.tensor([0.2, 0.8, 0.9])).detach()
+    tensor([0., 2., 0.])
+    """
+
+    def __init__(self, omega: float, low: float, high: float) -> None:
+        super().__init__()
+        if not low <= high:
+            raise ValueError(f"Interval: low = {low} and high = {high}, expected low <= high, times of the schedule")
+        self.omega = _number("Interval", "omega", omega)
+        self.register_buffer("low", torch.tensor(float(low), dtype=torch.float64))  # a time, compared exactly
+        self.register_buffer("high", torch.tensor(float(high), dtype=torch.float64))
+
+    def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """c and s are not looked at; t `[B]` -> omega `[B]`."""
+        inside = (t > self.low.to(t.dtype)) & (t <= self.high.to(t.dtype))
+        return torch.where(inside, self.omega.relu(), torch.zeros_like(self.omega))
+
+
+class ClampLinear(nn.Module):
+    """A weight linear in t, clamped at 0: `max(0, intercept + slope t)`, t a time of the schedule.
+
+    The clamped linear schedule of Wang et al., arXiv 2404.13040, which is `w_t = max(c, 2 w (1 - t))` in their scale
+    (w = 1 + omega, t from 1 at the noise to 0 at the data): with c = 1, so that guidance never turns into its opposite,
+    it is `ClampLinear(2 w - 1, -2 w)`. Two free numbers, so that it may fall instead, are ours.
+
+    Args:
+        intercept, slope: learned as parameters. Where the clamp holds there is no gradient: start above 0 somewhere.
+
+    >>> import torch
+    >>> ClampLinear(1.0, -2.0)(None, torch.zeros(3), torch.tensor([0.0, 0.25, 1.0])).detach()
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+
+    def __init__(self, intercept: float, slope: float) -> None:
+        super().__init__()
+        self.intercept = _number("ClampLinear", "intercept", intercept)
+        self.slope = _number("ClampLinear", "slope", slope)
+
+    def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """c and s are not looked at; t `[B]` -> omega `[B]`."""
+        return (self.intercept + self.slope * t.to(self.slope.dtype)).relu()
+
+
+def _number(form: str, name: str, value: float) -> nn.Parameter:
+    if not math.isfinite(value):
+        raise ValueError(f"{form}: {name} is {value}, expected a finite number")
+    return nn.Parameter(torch.tensor(float(value)))

@@ -1,0 +1,314 @@
+"""Where omega comes from: the network, its table, the forms of few numbers, and the files they are kept in."""
+
+import json
+import os
+import pickle
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import lgd_kernels as lgd
+from lgd_kernels import rules
+from lgd_kernels.omega import files
+from lgd_kernels.omega.files import described, load, save, schedule_of
+from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
+from lgd_kernels.omega.network import OmegaNetwork
+
+FLOW = lgd.RectifiedFlow()
+SCHEDULES = [FLOW, lgd.VPCosine(), lgd.VPLinear.stable_diffusion(), lgd.EDM(sigma_max=10.0), lgd.Discrete.ddpm(20)]
+
+
+def times(count, schedule=FLOW):
+    """s < t, both ends of the schedule among them."""
+    u = torch.rand(2, count, generator=torch.Generator().manual_seed(1)) * 0.45 + torch.tensor([[0.0], [0.5]])
+    u[0, 0], u[1, 0] = 0.0, 1.0
+    return schedule.from_unit(u[0]), schedule.from_unit(u[1])
+
+
+@pytest.fixture(params=["classes", "embedding", "neither"])
+def network(request):
+    """(network, conditions for 12 samples)."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    if request.param == "classes":
+        return OmegaNetwork(FLOW, classes=3, initial=2.0), torch.arange(3).repeat(4)
+    if request.param == "embedding":
+        return OmegaNetwork(FLOW, embedding=5, initial=2.0), torch.randn(12, 5, generator=generator)
+    return OmegaNetwork(FLOW, initial=2.0), None
+
+
+def test_network_is_non_negative_finite_and_alive(network):
+    net, c = network
+    s, t = times(12)  # log-SNR infinite at both ends
+    omega = net(c, s, t)
+    assert omega.shape == (12,) and bool((omega - 2).abs().max() < 1)
+    omega.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in net.parameters())
+    with torch.no_grad():
+        net.head[-1].bias.fill_(-9)
+    assert torch.equal(net(c, s, t), torch.zeros(12))
+
+
+@pytest.mark.parametrize("initial", [0.01, 1.0, 7.5])
+def test_network_starts_alive_however_small_omega_is(initial):
+    s, t = times(200)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        c = 100 * torch.randn(200, 16)  # embeddings of any scale
+        omega = OmegaNetwork(FLOW, embedding=16, hidden=32, initial=initial)(c, s, t)
+        assert bool(((omega - initial).abs() < 0.6 * initial).all())
+
+
+def test_network_sees_embeddings_in_any_scale():
+    torch.manual_seed(0)
+    net, c, (s, t) = OmegaNetwork(FLOW, embedding=768), torch.randn(8, 768), times(8)
+    torch.testing.assert_close(net(c, s, t), net(0.04 * c, s, t), rtol=1e-3, atol=1e-4)
+    assert net(c, s, t)[1:].std() > 0 and not torch.equal(net(c, s, t), net(c.flip(0), s, t))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+def test_network_takes_the_times_of_its_schedule(schedule):
+    torch.manual_seed(0)
+    net, (s, t) = OmegaNetwork(schedule, classes=2), times(6, schedule)
+    c = torch.tensor([0, 1] * 3)
+    assert bool(net(c, s, t).isfinite().all())
+    torch.testing.assert_close(net(c, s, t)[1:2], net(c[1:2], s[1:2], t[1:2]))  # alone as in a batch
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: OmegaNetwork("flow"), "`schedule` is a str, expected a Schedule"),
+        (lambda: OmegaNetwork(FLOW, 3, 4), "classes = 3 and embedding = 4, expected one"),
+        (lambda: OmegaNetwork(FLOW, 0), "classes is 0, expected a number of 1 or more"),
+        (lambda: OmegaNetwork(FLOW, hidden=2.5), "hidden is 2.5"),
+        (lambda: OmegaNetwork(FLOW, 3, initial=0.0), "stays dead"),
+        (lambda: OmegaNetwork(FLOW, 3)(None, *times(2)), "`c` is None, expected int64 labels"),
+        (lambda: OmegaNetwork(FLOW, 3)(torch.zeros(2), *times(2)), "`c` is torch.float32 .*, expected int64 labels"),
+        (lambda: OmegaNetwork(FLOW, None, 4)(torch.zeros(2, 3), *times(2)), r"expected embeddings \[B, E\] = \[2, 4\]"),
+        (lambda: OmegaNetwork(FLOW)(None, torch.zeros(2), torch.ones(3)), "`s` and `t` have shapes"),
+        (lambda: OmegaNetwork(FLOW, None, 4).bake(torch.zeros(1), torch.ones(1)), "`conditions` is missing"),
+        (lambda: Interval(1.0, 0.8, 0.2), "low = 0.8 and high = 0.2"),
+        (lambda: Constant(float("nan")), "omega is nan, expected a finite number"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_baked_table_is_the_network_at_its_knots(network):
+    net, c = network
+    conditions = None if c is None or not c.is_floating_point() else c[:3]
+    s_knots, t_knots = torch.linspace(0, 0.4, 5), torch.linspace(0.5, 1, 6)  # every corner is a step
+    table, error = net.bake(s_knots, t_knots, conditions)
+    count = 1 if c is None else 3
+    assert table.values.shape == (count, 5, 6) and not table.values.requires_grad
+    i, j = torch.randint(5, (12,)), torch.randint(6, (12,))
+    k = torch.arange(12) % count
+    own = None if c is None else (k if conditions is None else conditions[k])
+    torch.testing.assert_close(table(k, s_knots[i], t_knots[j]), net(own, s_knots[i], t_knots[j]).detach())
+    finer = net.bake(torch.linspace(0, 0.4, 17), torch.linspace(0.5, 1, 21), conditions)[1]
+    assert 0 <= finer < error / 4 < 0.05  # the error of a bilinear table falls with the square of the cell
+
+
+def test_baking_reports_the_error_that_is_there():
+    """By brute force: at the middles of cells, on a grid cut by the diagonal."""
+    torch.manual_seed(0)
+    net, knots = OmegaNetwork(FLOW, classes=2).requires_grad_(False), torch.linspace(0, 1, 6)
+    table, error = net.bake(knots, knots)
+    middles = [(float(s) + 0.1, float(t) + 0.1) for s in knots[:-1] for t in knots[:-1] if s < t]
+    s, t = torch.tensor(middles).T
+    worst = max(float((table(c, s, t) - net(c, s, t)).abs().max()) for c in torch.arange(2)[:, None].expand(2, len(s)))
+    assert error == pytest.approx(worst, abs=1e-6) and error > 0
+
+
+def test_baking_counts_where_the_schedule_counts():
+    torch.manual_seed(0)
+    schedule = lgd.Discrete.ddpm(20)
+    net = OmegaNetwork(schedule, classes=2)
+    table, error = net.bake(torch.arange(-1, 19, 4), torch.arange(3, 20, 4))
+    s, t = torch.tensor([-1, 3, 7]), torch.tensor([3, 11, 19])  # integers, looked up as they are
+    c = torch.tensor([0, 1, 1])
+    torch.testing.assert_close(table(c, s, t), net(c, s, t).detach())
+    assert 0 < error < 0.1
+
+
+def test_a_table_of_one_condition_needs_none():
+    table = lgd.OmegaTable(torch.tensor([[[1.0, 3.0]]]), torch.tensor([0.0]), torch.tensor([0.5, 1.0]))
+    assert table(None, torch.zeros(2), torch.tensor([0.5, 0.75])).tolist() == [1.0, 2.0]
+    with pytest.raises(TypeError, match="`c` is a NoneType"):
+        lgd.OmegaTable(torch.zeros(2, 1, 1), torch.zeros(1), torch.ones(1))(None, torch.zeros(1), torch.ones(1))
+
+
+def test_forms_say_what_they_are():
+    s, t = torch.zeros(4), torch.tensor([0.0, 0.2, 0.5, 0.8])
+    assert Constant(0.5)(None, s, t).tolist() == [0.5] * 4
+    assert Interval(2.0, 0.2, 0.8)(None, s, t).tolist() == [0.0, 0.0, 2.0, 2.0]  # (low, high]
+    assert ClampLinear(1.0, -2.0)(None, s, t).tolist() == [1.0, pytest.approx(0.6), 0.0, 0.0]
+    for form in (Constant(-1.0), Interval(-1.0, 0.0, 1.0), ClampLinear(-1.0, 0.0)):
+        assert torch.equal(form(None, s, t), torch.zeros(4))  # never below 0
+
+
+def test_an_interval_is_the_rule_of_that_name():
+    t = torch.linspace(0, 1, 11)
+    rule = partial(rules.interval, t=t, low=0.3, high=0.7)
+    guided = lgd.guided_score(torch.zeros(11, 1), -torch.ones(11, 1), torch.full((11,), 1.5), rule=rule)
+    assert torch.equal(Interval(1.5, 0.3, 0.7)(None, torch.zeros(11), t).detach(), guided[:, 0])
+
+
+@pytest.mark.parametrize("form", [Constant(0.5), Interval(0.5, 0.2, 0.8), ClampLinear(1.0, -0.5)], ids=repr)
+def test_forms_are_learned(form):
+    s, t = torch.zeros(50), torch.linspace(0, 1, 50)
+    before = form(None, s, t).detach()
+    optimizer = torch.optim.SGD(form.parameters(), 0.05)
+    (form(None, s, t) - 2 * before).square().mean().backward()
+    assert all(p.grad.abs() > 0 for p in form.parameters())
+    optimizer.step()
+    assert (form(None, s, t) - 2 * before).square().mean() < before.square().mean()
+
+
+def everything():
+    torch.manual_seed(0)
+    knots = torch.linspace(0, 1, 3)
+    return {
+        "network": OmegaNetwork(FLOW, classes=3, hidden=8),
+        "network of Discrete": OmegaNetwork(lgd.Discrete.ddpm(20), embedding=4, hidden=8).double(),
+        "table": lgd.OmegaTable(torch.rand(2, 3, 3).half(), knots, knots),
+        "constant": Constant(0.5),
+        "interval": Interval(0.95, 0.2, 0.8),
+        "clamp-linear": ClampLinear(1.0, -0.5),
+    }
+
+
+def arguments(omega, schedule):
+    count = torch.arange(4) % 2
+    return (torch.randn(4, 4) if getattr(omega, "embedding", None) else count, *times(4, schedule))
+
+
+@pytest.mark.parametrize("name", everything())
+def test_comes_back_bit_for_bit(name, tmp_path):
+    omega = everything()[name]
+    schedule = getattr(omega, "schedule", FLOW)
+    save(tmp_path / "omega", omega, schedule)
+    state = torch.get_rng_state()
+    again = load(tmp_path / "omega", schedule)
+    assert torch.equal(torch.get_rng_state(), state) and type(again) is type(omega)
+    assert os.listdir(tmp_path) == ["omega"]
+    where = arguments(omega, schedule)
+    assert torch.equal(again(*where), omega(*where))
+    if isinstance(again, torch.nn.Module):
+        again(*where).sum().backward()  # and can be learned further
+        assert all(p.requires_grad and p.grad is not None for p in again.parameters())
+        before, after = omega.state_dict(), again.state_dict()
+        assert all(before[key].dtype == after[key].dtype for key in before)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+def test_schedules_are_described_exactly(schedule):
+    text = json.dumps(described(schedule))
+    again = schedule_of(json.loads(text))
+    assert described(again) == described(schedule) and type(again) is type(schedule)
+    s, t = times(5, schedule)
+    assert all(torch.equal(a, b) for a, b in zip(again.levels(t, s), schedule.levels(t, s), strict=True))
+    assert all(described(schedule) != described(other) for other in SCHEDULES if other is not schedule)
+
+
+def rewrite(path, header=None, drop=None, **tensors):
+    """The same file with another header or other tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata(), {name: file.get_tensor(name) for name in file.keys() if name != drop}
+    save_file({**found[1], **tensors}, path, {**found[0], **(header or {})})
+
+
+FOREIGN = {
+    "version": ({"header": {"version": "2"}}, "has version 2, expected 1; update"),
+    "kind": ({"header": {"kind": "oracle"}}, "holds a oracle, expected one of network"),
+    "format": ({"header": {"format": "other"}}, "holds no omega: its format is other"),
+    "header": ({"header": {"settings": "{"}}, "the header of .* cannot be read"),
+    "schedule": ({"header": {"schedule": '{"name": "Mine"}'}}, "the schedule is Mine, expected one of"),
+    "unknown setting": ({"header": {"settings": '{"depth": 3}'}}, "does not hold what its header says"),
+    "size": ({"header": {"settings": '{"classes": 3, "hidden": 1000000000}'}}, r"expected floats \[1000000000"),
+    "kind of others": ({"header": {"kind": "table"}}, "expected values, s_knots, t_knots"),
+    "missing": ({"drop": "head.0.bias"}, "it holds the tensors"),
+    "too many": ({"more": torch.zeros(1)}, "it holds the tensors"),
+    "shape": ({"head.0.bias": torch.zeros(9)}, r"`head.0.bias` is torch.float32 \[9\], expected floats \[8\]"),
+    "dtype": ({"head.0.bias": torch.zeros(8, dtype=torch.int64)}, "`head.0.bias` is torch.int64"),
+    "NaN": ({"head.0.bias": torch.full((8,), torch.nan)}, "`head.0.bias` is not finite"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_refuses_what_does_not_fit(case, tmp_path):
+    change, message = FOREIGN[case]
+    save(tmp_path / "omega", OmegaNetwork(FLOW, classes=3, hidden=8))
+    rewrite(tmp_path / "omega", **change)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "omega")
+
+
+def test_refuses_other_files(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('a pickle was executed')",))
+
+    (tmp_path / "pickle").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "empty").write_bytes(b"")
+    save(tmp_path / "cut", Constant(1.0))
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-1])
+    for name in ("pickle", "empty", "cut"):
+        with pytest.raises(ValueError, match="is no safetensors file, or a damaged one"):
+            load(tmp_path / name)
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="holds no omega: its format is None"):
+        load(tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing")
+
+
+def test_refuses_another_schedule(tmp_path):
+    save(tmp_path / "omega", OmegaNetwork(lgd.Discrete.ddpm(20), 3, hidden=8))
+    with pytest.raises(
+        ValueError, match=r"was saved with the schedule Discrete of 20 steps, expected RectifiedFlow\(\)"
+    ):
+        load(tmp_path / "omega", FLOW)
+    with pytest.raises(ValueError, match="was saved with the schedule"):
+        load(tmp_path / "omega", lgd.Discrete.ddpm(21))
+    with pytest.raises(ValueError, match="but omega was made for"):
+        save(tmp_path / "omega", OmegaNetwork(FLOW, 3), lgd.EDM())
+    with pytest.raises(ValueError, match="`schedule` is missing; the times of a table"):
+        save(tmp_path / "omega", everything()["table"])
+    with pytest.raises(TypeError, match="`omega` is a Linear, expected one of OmegaNetwork"):
+        save(tmp_path / "omega", torch.nn.Linear(1, 1))
+
+    class Own(lgd.RectifiedFlow):
+        pass
+
+    with pytest.raises(TypeError, match="`schedule` is a Own.*cannot be saved"):
+        save(tmp_path / "omega", Interval(1.0, 0.0, 1.0), Own())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save(tmp_path / "omega", Constant(1.0))
+
+    def broken(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "omega", Constant(2.0))
+    assert os.listdir(tmp_path) == ["omega"] and float(load(tmp_path / "omega").omega.detach()) == 1.0
+
+
+def test_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'lgd_kernels\[safetensors\]'"):
+        files.save(tmp_path / "omega", Constant(1.0))
+    assert os.listdir(tmp_path) == []
