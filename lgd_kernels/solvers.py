@@ -70,7 +70,8 @@ class StepPlan:
         """One step: `(x, kept)` after call `index` of the network. One pass, without a rule that takes moments.
 
         Args:
-            index: of the call; an int, or a 0-dim int64 tensor on the device of the data, which nothing waits for.
+            index: of the call; an int; or an int64 tensor on the device of the data, which nothing waits for: 0-dim, or
+                `[B]`, where every sample is at a call of its own.
             x, cond, uncond, omega, rule: as in `guided_step`; without uncond, cond is the guided prediction.
             kept: what the step before returned; None in the first. (With `index` a tensor: zeros like x, there.)
             noise, seed, first_sample: as in `guided_step`, for solvers that draw. `step` draws z from the seed alone:
@@ -86,8 +87,8 @@ class StepPlan:
         tensors = [tensor for tensor in (x, cond, uncond, kept) if tensor is not None]
         wide, batch = arithmetic_dtype(*tensors, noise), x.shape[0]
         table = self.table.to(x.device, wide)
-        row = table.index_select(0, index.view(1))[0] if isinstance(index, Tensor) else table[index]
-        row = row.expand(batch, *row.shape)  # [B, P, 4]
+        row = table.index_select(0, index.reshape(-1)) if isinstance(index, Tensor) else table[index].unsqueeze(0)
+        row = row.expand(batch, *row.shape[1:])  # [B, P, 4]
         self._check(index, kept, noise, seed)
         factors, columns = [row[..., 0], row[..., 1]], [0, 1]
         if uncond is not None:
@@ -124,16 +125,20 @@ def one_step(
     schedule: Schedule,
     times: Tensor,
     *,
+    to: Tensor | None = None,
     prediction: str = "x0",
     churn: float | Tensor = 0.0,
 ) -> StepPlan:
     """The step of `guided_step`, at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and for EDM,
     ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, churn being `[N]`.
 
+    With `to` `[N]`, step i goes from `times[i]` to `to[i]`, and times are `[N]` too.
+
     Source: arXiv 2510.00815, Eq. 2; 2010.02502.
     """
-    a, b, v = step_coefficients(_levels(schedule, times), prediction, churn)
-    return StepPlan(times[:-1], _table(a, b, z=v))
+    at = times[:-1] if to is None else times
+    a, b, v = step_coefficients(schedule.levels(at, times[1:] if to is None else to), prediction, churn)
+    return StepPlan(at, _table(a, b, z=v))
 
 
 def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") -> StepPlan:
@@ -200,19 +205,27 @@ def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
     return StepPlan(sigmas[:-1], torch.cat((table, _table(x, g)), 1))
 
 
-def dpm_solver_2m(schedule: Schedule, times: Tensor, *, prediction: str = "x0", stochastic: bool = False) -> StepPlan:
+def dpm_solver_2m(
+    schedule: Schedule,
+    times: Tensor,
+    *,
+    prediction: str = "x0",
+    stochastic: bool = False,
+    first_order: Tensor | None = None,
+) -> StepPlan:
     """DPM-Solver++ 2M and its SDE (midpoint) form: the step of `one_step`, churn 0 or 1, from an extrapolated x0.
 
         x0' = x0 + (x0 - x0 before) / (2 r),   r = h before / h,   h = ln(signal_s / noise_s) - ln(signal_t / noise_t)
 
-    First order in the first step, and in one to s = 0, where h is infinite. Kept is x0. Source: Lu et al., arXiv
-    2211.01095.
+    First order in the first step, in one to s = 0, where h is infinite, and where `first_order` `[N]` says so. Kept is
+    x0. Source: Lu et al., arXiv 2211.01095.
     """
     levels = _levels(schedule, times)
     a, b, v = step_coefficients(levels, "x0", float(stochastic))
     h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
     share = torch.cat((h.new_zeros(1), h[1:] / (2 * h[:-1])))
-    share = torch.where(torch.isfinite(share), share, torch.zeros_like(share))
+    second = torch.isfinite(share) if first_order is None else torch.isfinite(share) & ~first_order
+    share = torch.where(second, share, torch.zeros_like(share))
     alpha, beta = x0_coefficients(levels, prediction)
     ahead = b * (1 + share)
     table = _table(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)

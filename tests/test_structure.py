@@ -185,7 +185,15 @@ def test_only_torch_and_numpy_are_imported_by_all(path):
         allowed.add("triton")
     if path.is_relative_to(PACKAGE / "demo"):
         allowed |= {"sklearn", "matplotlib"}
+    if path.parent == PACKAGE / "integrations":
+        allowed.add(path.stem.split("_")[0])  # its namesake: diffusers.py and diffusers_scheduler.py, diffusers
     assert {name.split(".")[0] for name in imports(path, lazily=False)} <= allowed
+
+
+def test_nothing_knows_its_integrations():
+    """They are leaves: the package works without what they plug into."""
+    outside = [path for path in MEANS if path.parent != PACKAGE / "integrations"]
+    assert [name_of(path) for path in outside if any("integrations" in name for name in imports(path))] == []
 
 
 def test_public_names_are_only_imported():
@@ -272,6 +280,8 @@ def test_examples_run(path):
     if path.is_relative_to(PACKAGE / "demo"):
         pytest.importorskip("matplotlib")
         pytest.importorskip("sklearn")
+    if path.name.startswith("diffusers"):
+        pytest.importorskip("diffusers")
     module = importlib.import_module(name_of(path))
     runner = doctest.DocTestRunner(verbose=False)
     said = []

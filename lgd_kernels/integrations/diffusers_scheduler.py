@@ -1,0 +1,221 @@
+"""A diffusers scheduler as a table of factors: one pass over memory for a step."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from lgd_kernels.checks import readable
+from lgd_kernels.integrations import diffusers_plans as plans
+from lgd_kernels.levels import OmegaLookup, arithmetic_dtype
+from lgd_kernels.rules import Rule
+
+
+class FusedScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler that steps in one pass over memory, each sample where it is, and waits for nothing.
+
+        pipe.scheduler = FusedScheduler(pipe.scheduler)
+
+    Args:
+        scheduler: DDIM, FlowMatchEulerDiscrete, EulerDiscrete, EulerAncestralDiscrete or DPMSolverMultistep (order 1 or
+            2, midpoint, also its SDE), with settings that keep a step linear: no clip_sample, no thresholding.
+            Its configuration is taken, and all else that is asked for (timesteps, add_noise, ...) is answered by it.
+
+    Steps count up from `begin_index`, or from where the first timestep stands, as diffusers' do. A timestep `[B]`, of
+    the scheduler's timesteps, places each sample by itself, and counts nothing.
+
+    Noise is drawn as diffusers draws it, from `generator`: the same numbers, seed for seed. With `scheduler.seed` set
+    (an int, a 0-dim int64 tensor or `[B]`) it is drawn inside the kernel: sample b's from seed + b (or seed[b]) and its
+    step alone, whatever else is in the batch; seeds that are apart by less than 2^32 share none.
+
+    `FusedScheduler.from_config(pipe.scheduler.config)`, `save_pretrained` and `from_pretrained` work as they do there;
+    the configuration is that of the scheduler, and its class under "fused". `torch.compile` takes a step whole.
+
+    >>> scheduler = FusedScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
+    >>> scheduler.set_timesteps(4)
+    >>> scheduler.step(torch.ones(2, 3), scheduler.timesteps[[0, 2]], torch.zeros(2, 3)).prev_sample[:, 0]
+    tensor([-0.3330, -0.3330])
+    """
+
+    order = 1
+
+    def __init__(self, scheduler: SchedulerMixin) -> None:
+        kind = type(scheduler).__name__
+        plans.check(kind, scheduler.config)
+        self.inner, self.seed, self.begin_index = scheduler, None, None
+        self._reset()
+        known = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        self.register_to_config(**known | {"fused": kind})
+
+    @classmethod
+    def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
+        """From the configuration of a FusedScheduler, or of a scheduler that it takes."""
+        config = {**config, **kwargs}
+        kind = config.pop("fused", None) or config.get("_class_name")
+        plans.check_kind(kind)
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
+        scheduler = cls(getattr(diffusers, kind).from_config(config))
+        return (scheduler, {}) if return_unused_kwargs else scheduler
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["inner"], name) if "inner" in self.__dict__ else super().__getattr__(name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def step_index(self) -> int | None:
+        """Which step comes next. (It waits for the device.)"""
+        return None if self._index is None else int(self._index)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Where the run begins, for pipelines that begin in the middle."""
+        self.begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: list | None = None,
+        sigmas: list | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Lays out a run, and works out its factors. What the scheduler itself does not take, it refuses."""
+        options = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+        self.inner.set_timesteps(
+            num_inference_steps, device=device, **{name: value for name, value in options.items() if value is not None}
+        )
+        self._reset()
+        self._listed = self.inner.timesteps.tolist()
+        self._made[0.0, False], self._made[0.0, True] = (self._plan(0.0, begins) for begins in (False, True))
+        self._scales = torch.ones(len(self._listed) + 1)
+        if type(self.inner).__name__ in (plans.EULER, plans.ANCESTRAL):
+            self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1).float()
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network is given: the sample, for sigmas of a variance exploding run over sqrt(1 + sigma^2)."""
+        if type(self.inner).__name__ not in (plans.EULER, plans.ANCESTRAL):
+            return sample
+        index = self._place(timestep, sample)
+        if self._scales.device != sample.device:
+            self._scales = self._scales.to(sample.device)
+        scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)
+        return sample * scale.view(-1, *(1,) * (sample.ndim - 1))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        uncond: Tensor | None = None,
+        omega: float | Tensor | OmegaLookup = 0.0,
+        rule: Rule | None = None,
+        impl: str | None = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The next sample, in the dtype of `sample`.
+
+        Args:
+            model_output: the prediction, guided or, with `uncond`, conditional: then guided on the way, in the same
+                pass, with `omega` and `rule` as in `guided_step`.
+            timestep: of this run: a number, 0-dim, or `[B]`.
+            eta: DDIM's.
+            generator, variance_noise: of schedulers that draw; or set `seed`.
+
+        Raises ValueError for a timestep that is not the one to come (`[B]`: not of this run), where the host can see
+        it; elsewhere a `[B]` timestep that is not there gives NaN.
+        """
+        if not self._made:
+            raise ValueError("FusedScheduler.step: no run was laid out; call set_timesteps(steps, device=...) first")
+        index = self._place(timestep, sample)
+        plan = self._on(float(eta), self._kept is None, sample)
+        drawn = self._noise(float(eta), index, sample, model_output, generator, variance_noise)
+        moved, self._kept = plan.step(
+            index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn
+        )
+        if index.ndim == 0:
+            self._index = index + 1
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def _reset(self) -> None:
+        self._index, self._kept, self.begin_index = None, None, None
+        self._listed, self._scales, self._times, self._made, self._draws = [], None, None, {}, {}
+
+    def _plan(self, eta: float, begins: bool):
+        """In float64, with a row of NaN for what is not in this run."""
+        plan = plans.plan_of(self.inner, eta, begins=begins)
+        self._draws[eta] = bool((plan.table[:, 0, 3] != 0).any())
+        nothing = torch.full_like(plan.table[:1], torch.nan)
+        return plans.StepPlan(plan.times, torch.cat((plan.table, nothing)))
+
+    def _on(self, eta: float, begins: bool, sample: Tensor):
+        """The plan where it is used, copied there once."""
+        key = eta, begins, sample.device, arithmetic_dtype(sample)
+        if key not in self._made:
+            if (eta, begins) not in self._made:
+                self._made[eta, begins] = self._plan(eta, begins)
+            self._made[key] = self._made[eta, begins].to(sample.device, key[-1])
+        return self._made[key]
+
+    def _place(self, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """The step of the run: 0-dim, or `[B]` for timesteps `[B]`, on the device of the sample."""
+        many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
+        if many or (self._index is None and self.begin_index is None):
+            return self._found(timestep, sample, many)
+        if self._index is None:
+            self._index = torch.full((), self.begin_index, dtype=torch.int64, device=sample.device)
+        if not isinstance(timestep, Tensor) or (readable(timestep) and readable(self._index)):
+            self._expect(timestep)
+        return self._index
+
+    def _found(self, timestep: float | Tensor, sample: Tensor, many: bool) -> Tensor:
+        """Where it stands; the second place of a timestep that repeats, as diffusers takes it."""
+        if many and len(set(self._listed)) < len(self._listed):
+            raise ValueError("FusedScheduler: `timestep` is [B], but this run has timesteps twice: they name no step")
+        if self._times is None or self._times.device != sample.device:
+            self._times = self.inner.timesteps.to(sample.device)
+        at = torch.as_tensor(timestep, dtype=self._times.dtype, device=sample.device).reshape(-1, 1)
+        hits = (at == self._times).int()
+        seen = hits.cumsum(1)
+        place = (hits * (seen == seen[:, -1:].clamp(max=2))).argmax(1)
+        there = seen[:, -1] > 0
+        if readable(there) and not bool(there.all()):
+            raise ValueError(
+                f"FusedScheduler: `timestep` is {timestep}, expected timesteps of this run: {self._listed}"
+            )
+        place = torch.where(there, place, len(self._listed))
+        return place if many else place[0]
+
+    def _expect(self, timestep: float | Tensor) -> None:
+        """That the run goes on with this timestep."""
+        if self._index.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        index = int(self._index)
+        wanted = self._listed[index] if index < len(self._listed) else None
+        if float(timestep) != wanted:
+            raise ValueError(
+                f"FusedScheduler: `timestep` is {float(timestep)}, expected {wanted}, step {index} of this run; "
+                "set_begin_index(n) begins elsewhere, a timestep [B] goes anywhere, set_timesteps(n) starts anew"
+            )
+
+    def _noise(self, eta: float, index: Tensor, sample: Tensor, prediction: Tensor, generator, noise) -> dict:
+        """What a step draws: nothing, noise that was given, a seed for each sample, or diffusers' own noise."""
+        if not self._draws[eta]:
+            return {}
+        if noise is not None:
+            return {"noise": noise}
+        if self.seed is not None:
+            each = torch.arange(sample.shape[0], device=sample.device)
+            seed = self.seed if isinstance(self.seed, Tensor) and self.seed.ndim else each + self.seed
+            return {"seed": seed + (index << 32)}
+        wide = type(self.inner).__name__ == plans.DPM
+        dtype = torch.float32 if wide else prediction.dtype
+        return {"noise": randn_tensor(prediction.shape, generator=generator, device=prediction.device, dtype=dtype)}

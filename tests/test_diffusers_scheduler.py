@@ -1,0 +1,267 @@
+"""FusedScheduler against each scheduler that it takes, in whole runs, and in diffusers' own pipeline."""
+
+import functools
+
+import pytest
+import torch
+
+import lgd_kernels as lgd
+
+diffusers = pytest.importorskip("diffusers")
+
+from tiny import ANCESTRAL, BATCH, DDIM, DPM, EULER, FLOW, RUNS, assert_close, drawn_from, noise, pair, toy  # noqa: E402
+
+from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance  # noqa: E402
+
+each_run = pytest.mark.parametrize("run", RUNS)
+STOCHASTIC = {"ddim eta", "flow stochastic", "ancestral", "2m sde"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(same_threads_after):
+    torch.set_num_threads(1)
+
+
+@each_run
+def test_a_run_of_each_scheduler(run):
+    """The same start, network and generator; after every step they differ by at most 1e-5 of the largest value."""
+    theirs, ours, options = pair(run)
+    draws = [drawn_from(7), drawn_from(7)] if run in STOCHASTIC else [{}, {}]
+    samples = [noise(0) * float(getattr(theirs, "init_noise_sigma", 1.0))] * 2
+    for t in theirs.timesteps:
+        for n, one in enumerate((theirs, ours)):
+            scaled = one.scale_model_input(samples[n], t) if hasattr(one, "scale_model_input") else samples[n]
+            samples[n] = one.step(toy(scaled, t), t, samples[n], **options, **draws[n]).prev_sample
+        assert_close(samples[1], samples[0])
+
+
+@each_run
+def test_guided_on_the_way(run):
+    """Both predictions to the step, which guides them in its own pass."""
+    _, one, options = pair(run)
+    _, two, _ = pair(run)
+    x, omega = noise(0), torch.tensor([0.5, 2.0, 4.0])
+    draws = [drawn_from(7), drawn_from(7)]
+    y = x
+    for t in one.timesteps[:4]:
+        predictions = toy(x, t), toy(x + 1, t)
+        guided = lgd.guided_score(*predictions, omega)
+        y = two.step(guided, t, y, **options, **draws[1]).prev_sample
+        x = one.step(predictions[0], t, x, uncond=predictions[1], omega=omega, **options, **draws[0]).prev_sample
+        assert_close(x, y)
+
+
+@each_run
+def test_timesteps_of_their_own(run):
+    """A batch of which each sample is at a step of its own, against three runs of diffusers'; which takes no batch."""
+    starts, count = [0, 5, 11], 6
+    _, ours, options = pair(run)
+    z = [noise(20 + i) for i in range(count)]
+    x = noise(0)
+    expected = []
+    for b, start in enumerate(starts):
+        theirs, _, _ = pair(run)
+        if hasattr(theirs, "set_begin_index"):
+            theirs.set_begin_index(start)
+        one = x[b : b + 1]
+        for i in range(count):
+            t = theirs.timesteps[start + i]
+            scaled = theirs.scale_model_input(one, t) if hasattr(theirs, "scale_model_input") else one
+            with fixed_noise(z[i][b : b + 1]):
+                one = theirs.step(toy(scaled, t), t, one, **options).prev_sample
+        expected.append(one)
+    at = torch.tensor(starts)
+    for i in range(count):
+        t = ours.timesteps[at + i]
+        x = ours.step(toy(ours.scale_model_input(x, t), t), t, x, **options, variance_noise=z[i]).prev_sample
+    assert_close(x, torch.cat(expected))
+    theirs, _, _ = pair(run)
+    with pytest.raises(RuntimeError):
+        theirs.step(x, theirs.timesteps[at], x, **options)
+
+
+class fixed_noise:
+    """diffusers' schedulers draw this, whatever they ask for."""
+
+    def __init__(self, z):
+        self.z = z
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for kind in (DDIM, FLOW, EULER, ANCESTRAL, DPM):
+            module = __import__(getattr(diffusers, kind).__module__, fromlist=["randn_tensor"])
+            self.patch.setattr(module, "randn_tensor", lambda *_, **__: self.z)
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+@pytest.mark.parametrize("run", ["ddim", "2m", "euler"])
+def test_a_run_that_begins_in_the_middle(run):
+    """As in image-to-image; nothing is remembered there, so the first step is of first order."""
+    theirs, ours, _ = pair(run)
+    ends = []
+    for one in (theirs, ours):
+        if hasattr(one, "set_begin_index"):
+            one.set_begin_index(8)
+        x = noise(0)
+        for t in one.timesteps[8:]:
+            x = one.step(toy(one.scale_model_input(x, t), t), t, x).prev_sample
+        ends.append(x)
+    assert_close(ends[1], ends[0])
+    assert ours.step_index == 20
+
+
+def test_timesteps_that_repeat():
+    """Steps are counted, as diffusers counts them; a batch of such timesteps would name no step."""
+    theirs, ours, _ = pair("2m karras", 80)
+    assert len(theirs.timesteps.unique()) < 80
+    x = y = noise(0)
+    for t in theirs.timesteps:
+        x, y = theirs.step(toy(x, t), t, x).prev_sample, ours.step(toy(y, t), t, y).prev_sample
+    assert_close(y, x)
+    with pytest.raises(ValueError, match="twice"):
+        ours.step(x, ours.timesteps[:BATCH], x)
+
+
+def test_seeds():
+    """Each sample's noise is of its own seed and step, wherever in a batch it is taken."""
+    _, ours, _ = pair("ancestral")
+    x, start, found = noise(0), torch.tensor([4, 9, 2]), []
+    ours.seed = 11
+    whole = ours.step(toy(x, 1.0), ours.timesteps[start], x).prev_sample
+    for b in range(BATCH):
+        ours.seed = torch.tensor([11 + b])
+        ours.set_timesteps(20)
+        ours.set_begin_index(int(start[b]))
+        one = x[b : b + 1]
+        found.append(ours.step(toy(one, 1.0), ours.timesteps[start[b]], one).prev_sample)
+    assert torch.equal(torch.cat(found), whole)
+    seeds = torch.arange(BATCH) + 11 + (start << 32)
+    z = lgd.philox_normal(x.shape, seeds, stream=1)
+    _, given, _ = pair("ancestral")
+    assert_close(given.step(toy(x, 1.0), given.timesteps[start], x, variance_noise=z).prev_sample, whole)
+
+
+@pytest.mark.parametrize("run", ["ddim", "ancestral", "2m"])
+def test_nothing_waits_for_the_device(run):
+    """On a device without data: whoever looks at a value there, raises."""
+    _, ours, _ = pair(run)
+    ours.seed = 3
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    t = torch.empty((), device="meta", dtype=ours.timesteps.dtype)
+    guider = LearnedGuidance(lambda c, s, t: t * 0, scheduler=ours, interval=(0.0, 500.0))
+    for step, at in enumerate([t, t, t, t.expand(2)]):
+        guider.set_state(step, 20, t)
+        guided = guider.forward(ours.scale_model_input(x, at), x).pred
+        x = ours.step(guided, at, x).prev_sample
+    assert x.device.type == "meta" and x.shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize("run, graphs", [("ddim", 2), ("flow", 2), ("ancestral", 2), ("2m", 3)])
+def test_a_step_compiles_whole(run, graphs):
+    """One graph for a first step, one for all that follow (2M has one more: it remembers, but not where it is yet)."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    _, ours, _ = pair(run)
+    _, plain, _ = pair(run)
+    ours.seed = plain.seed = 3
+    counter = CompileCounter()
+
+    @functools.partial(torch.compile, backend=counter, fullgraph=True)
+    def step(x, t):
+        return ours.step(toy(ours.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+
+    x = y = noise(0)
+    for t in ours.timesteps:
+        x = step(x, t)
+        y = plain.step(toy(plain.scale_model_input(y, t), t), t, y).prev_sample
+    assert_close(x, y, 1e-6)
+    assert counter.frame_count <= graphs
+
+
+@functools.cache
+def dit_pipeline():
+    torch.manual_seed(0)
+    pipe = diffusers.DiTPipeline(
+        transformer=diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=8
+        ).eval(),
+        vae=diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=4).eval(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe):
+    return pipe([1, 5], num_inference_steps=20, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.mark.parametrize("kind", [DDIM, DPM, EULER])
+def test_a_pipeline(kind):
+    pipe, before = dit_pipeline(), dit_pipeline().scheduler
+    try:
+        pipe.scheduler = getattr(diffusers, kind).from_config(before.config)
+        expected = images(pipe)
+        pipe.scheduler = FusedScheduler(pipe.scheduler)
+        assert_close(images(pipe), expected)
+    finally:
+        pipe.scheduler = before
+
+
+def test_a_pipeline_is_saved_and_loaded(tmp_path):
+    pipe, before = dit_pipeline(), dit_pipeline().scheduler
+    try:
+        pipe.scheduler = FusedScheduler(before)
+        expected = images(pipe)
+        pipe.save_pretrained(tmp_path)
+    finally:
+        pipe.scheduler = before
+    loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.scheduler, FusedScheduler)
+    assert torch.equal(images(loaded), expected)
+
+
+@each_run
+def test_a_scheduler_is_saved_and_loaded(run, tmp_path):
+    theirs, ours, _ = pair(run)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        found = FusedScheduler.from_pretrained(tmp_path / folder)
+        assert type(found.inner) is type(theirs)
+        same = {name: value for name, value in theirs.config.items() if not name.startswith("_")}
+        assert {name: found.config[name] for name in same} == same
+    assert type(theirs).from_config(ours.config).config.items() >= same.items()
+
+
+@pytest.mark.parametrize(
+    "scheduler, said",
+    [
+        (lambda: diffusers.DDIMScheduler(), "clip_sample=True"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(solver_order=3), "solver_order=3"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(solver_type="heun"), "solver_type='heun'"),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (lambda: diffusers.UniPCMultistepScheduler(), "UniPCMultistepScheduler, expected one of"),
+    ],
+)
+def test_schedulers_that_are_refused(scheduler, said):
+    with pytest.raises(ValueError, match=said):
+        FusedScheduler(scheduler())
+
+
+def test_steps_that_are_refused():
+    _, ours, _ = pair("euler")
+    x = noise(0)
+    with pytest.raises(ValueError, match="expected timesteps of this run"):
+        ours.step(x, 3.25, x)
+    ours.step(x, ours.timesteps[0], x)
+    with pytest.raises(ValueError, match="step 1 of this run; set_begin_index"):
+        ours.step(x, ours.timesteps[5], x)
+    with pytest.raises(ValueError, match="`eta` is 0.5 for EulerDiscreteScheduler"):
+        ours.step(x, ours.timesteps[1], x, eta=0.5)
+    with pytest.raises(ValueError, match="set_timesteps"):
+        FusedScheduler(diffusers.EulerDiscreteScheduler()).step(x, 1.0, x)
