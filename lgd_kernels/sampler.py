@@ -63,15 +63,13 @@ def sample(
         if seed is None:
             raise ValueError("sample: the plan adds noise to its first sample; pass seed=...")
         ones = torch.ones(batch, 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        x = combine(
-            (x,), ones, noise_scale=plan.start, seed=_seed_of(seed, steps), first_sample=first_sample, impl=impl
-        )
+        x = combine((x,), ones, noise_scale=plan.start, seed=seed_of(seed, steps), first_sample=first_sample, impl=impl)
     kept = None
     for i, t in enumerate(plan.times):
         times = t.to(x.device).expand(batch)
         c = denoiser(x, times, cond)
         u = denoiser(x, times, uncond) if guided[i] or (rule is not None and uncond is not None) else None
-        drawn = {} if seed is None else {"seed": _seed_of(seed, i), "first_sample": first_sample}
+        drawn = {} if seed is None else {"seed": seed_of(seed, i), "first_sample": first_sample}
         x, kept = plan.step(i, x, c, u, rows[i] if u is not None else 0.0, kept, rule=rule, impl=impl, **drawn)
         if callback is not None:
             callback(i, x)
@@ -87,7 +85,7 @@ def _guided(omega: float | Tensor, steps: int) -> list[bool]:
     return omega.ne(0).any(1).tolist() if omega.ndim == 2 else [bool(omega.any())] * steps
 
 
-def _seed_of(seed: int | Tensor, step: int) -> int | Tensor:
+def seed_of(seed: int | Tensor, step: int) -> int | Tensor:
     """Of a step; an int64 that wraps, as a tensor's does."""
     if isinstance(seed, Tensor):
         return seed + (step << 32)

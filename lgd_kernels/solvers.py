@@ -168,7 +168,7 @@ def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **c
 
 
 def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
-    """Heun's method, for sigmas `[N + 1]` that end at 0: 2 N - 1 calls. `churning` as in `edm_euler`.
+    """Heun's method, for sigmas `[N + 1]`: 2 N - 1 calls where they end at 0, else 2 N. `churning` as in `edm_euler`.
 
         d = (x - x0(x)) / sigma_hat;   x' = x + (s - sigma_hat) d;   x <- x + (s - sigma_hat) (d + d') / 2
 
@@ -177,6 +177,7 @@ def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
     Source: Karras et al., arXiv 2206.00364, Algorithm 2.
     """
     raised, added = _raised(sigmas, **churning)
+    after = torch.cat((added[1:], added.new_zeros(1)))  # noise goes in before a step, so at the end of the one before
     times, rows = [], []
     for i, (t, s) in enumerate(zip(raised, sigmas[1:], strict=True)):
         x, g = _slope(t, prediction)
@@ -186,7 +187,7 @@ def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
         if s > 0:
             x, g = _slope(s, prediction)
             times.append(s)
-            rows.append(([(s - t) / 2 * x, (s - t) / 2 * g, 1.0, added[i + 1]], [0.0] * 4))
+            rows.append(([(s - t) / 2 * x, (s - t) / 2 * g, 1.0, after[i]], [0.0] * 4))
     return StepPlan(torch.stack(times), torch.tensor(rows, dtype=sigmas.dtype), float(added[0]))
 
 

@@ -190,7 +190,7 @@ def test_guiders_that_are_refused():
 def test_a_modular_pipeline():
     """Stable Diffusion XL's own denoising blocks."""
     pytest.importorskip("transformers")
-    from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState, SequentialPipelineBlocks
     from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 
     torch.manual_seed(0)
@@ -206,13 +206,14 @@ def test_a_modular_pipeline():
     def run(guider, scheduler):
         pipe.update_components(guider=guider, scheduler=scheduler, unet=sdxl)
         scheduler.set_timesteps(20)
-        return pipe(
-            latents=noise(0) * float(scheduler.init_noise_sigma), timesteps=scheduler.timesteps, num_inference_steps=20,
-            prompt_embeds=noise(1, (BATCH, 5, 8)), negative_prompt_embeds=noise(2, (BATCH, 5, 8)),
-            pooled_prompt_embeds=noise(3, (BATCH, 8)), negative_pooled_prompt_embeds=noise(4, (BATCH, 8)),
-            add_time_ids=torch.ones(BATCH, 6), negative_add_time_ids=torch.ones(BATCH, 6),
-            output="latents",
-        )  # fmt: skip
+        state = PipelineState()
+        embeds = {"prompt_embeds": (5, 8), "pooled_prompt_embeds": (8,), "add_time_ids": (6,)}
+        for seed, (name, shape) in enumerate(embeds.items()):
+            for which, field in enumerate((name, f"negative_{name}")):
+                state.set(field, noise(2 * seed + which + 1, (BATCH, *shape)), "denoiser_input_fields")
+        latents = noise(0) * float(scheduler.init_noise_sigma)
+        options = {"timesteps": scheduler.timesteps, "num_inference_steps": 20, "output": "latents"}
+        return pipe(state, latents=latents, **options)
 
     theirs, ours, _ = pair("euler")
     expected = run(guiders.ClassifierFreeGuidance(guidance_scale=4.5), theirs)

@@ -18,9 +18,12 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_snippets_run_one_after_the_other(page):
+def test_python_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
     namespace = {}
+    monkeypatch.chdir(tmp_path)  # one writes a file
     for snippet in blocks(page, "python"):
+        if "import diffusers" in snippet:  # optional; last on its page
+            pytest.importorskip("diffusers")
         exec(compile(snippet, page.name, "exec"), namespace)
 
 
