@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lgd_kernels import checks
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients
+from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.guided_step.api import guided_step
+from lgd_kernels.ops.moments.api import moments
 
 
 def step_with_log_prob(
@@ -52,9 +55,6 @@ def step_with_log_prob(
     >>> step_with_log_prob(x, c, c, 0.0, levels, noise=torch.zeros(1, 1))[1]  # a normal of variance 3/4, at its mean
     tensor([-0.7751])
     """
-    from lgd_kernels.ops.combine.api import combine
-    from lgd_kernels.ops.guided_step.api import guided_step
-    from lgd_kernels.ops.moments.api import moments
 
     if isinstance(churn, (int, float)) and churn == 0:
         raise ValueError("step_with_log_prob: `churn` is 0, where the step has no density; churn=1.0 is DDPM's")

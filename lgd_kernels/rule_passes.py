@@ -1,77 +1,166 @@
-"""Runs a rule: a moments pass where it asks for moments, then one combine. What `rule=` in guided_score and guided_step
-comes to."""
+"""Runs a rule: moments where it asks for them, then one combination. What `rule=` in guided_score and guided_step
+comes to, and a floor above the rooms: it calls two of them, and they ask for it only where there is a rule.
+
+On the CPU, where nobody looks on, all of it is one call of C++, which plays the rule to each sample (`tape`); otherwise
+the rule runs on tensors `[B]`, between `moments` and `combine`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lgd_kernels import impls
+from lgd_kernels.arguments import requires_grad, split_seed
+from lgd_kernels.columns import Column, flat
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
-from lgd_kernels.rules import Pair, Rule
+from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.moments.api import moments
+from lgd_kernels.rules import Number, Pair, Rule
+from lgd_kernels.tape import Noted, Tape
 
-SPACES = ("prediction", "x0")
+
+class _Predictions(NamedTuple):
+    """Two tensors, and which columns of them are c, u and D."""
+
+    tensors: tuple[Tensor, Tensor]
+    u: Column = 1
+    delta: Column = (0, 1)
+
+
+class _Terms(NamedTuple):
+    """What is added up: columns of tensors with their factors, and noise."""
+
+    tensors: list[Tensor]
+    columns: list[Column]
+    factors: list[Number]
+    scale: Number | None = None  # of noise to be drawn
+    seed: int | Tensor | None = None
+    first_sample: int = 0
 
 
 def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLookup, rule: Rule, impl: str | None):
     """`cond_weight c + delta_weight D`."""
-    tensors, delta, m = _read("guided_score", rule, cond, uncond, impl)
-    to_cond, to_delta, to_x = _weights("guided_score", rule, m, omega, cond)
-    if isinstance(to_x, Tensor) or to_x != 0:
-        raise ValueError("guided_score: `rule` reads x, which guided_score does not have; guided_step takes it")
-    return _combine(tensors, (to_cond, to_delta), (0, delta), impl)
+    read = _predictions("guided_score", rule, cond, uncond, impl)
+
+    def terms(m: Pair, w: Tensor) -> _Terms:
+        to_cond, to_delta, to_x = _weights("guided_score", rule, m, w)
+        if isinstance(to_x, Tensor) or to_x != 0:
+            raise ValueError("guided_score: `rule` reads x, which guided_score does not have; guided_step takes it")
+        return _Terms(list(read.tensors), [0, read.delta], [to_cond, to_delta])
+
+    return _run(terms, read, cond, omega, impl)
 
 
 def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, space, impl):
     """One guided step, by a rule in the space of the prediction or of x0."""
-    wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond, noise)))
-    levels = Levels(*(level.to(wide) for level in levels))
     in_x0 = space == "x0" and prediction != "x0"
-    tensors, delta, m = _read("guided_step", rule, cond, uncond, impl, (x, levels, prediction) if in_x0 else None)
-    kept, to_cond, to_delta, to_x = (1.0, *_weights("guided_step", rule, m, omega, x))
-    if in_x0:  # g = to_cond (alpha x + beta c) + to_delta beta D + to_x x
-        alpha, beta = x0_coefficients(levels, prediction)
-        kept, prediction = beta, "x0"
-        to_x = to_x + to_cond * alpha
-    a, b, v = step_coefficients(levels, prediction, churn)
-    factors = [a + b * to_x, b * kept * to_cond, b * kept * to_delta]
-    columns = [0, 1, delta + 1 if isinstance(delta, int) else (1, 2)]
-    tensors = [x, *tensors]
+    if in_x0 and hasattr(rule, "difference"):
+        raise ValueError('guided_step: `rule` keeps a difference of predictions, expected rule_space="prediction"')
+    read = _predictions("guided_step", rule, cond, uncond, impl)
     quiet = isinstance(churn, (int, float)) and churn == 0
-    if noise is not None and not (quiet and not noise.requires_grad):
-        tensors, factors, columns = [*tensors, noise], [*factors, v], [*columns, len(tensors)]
-    drawn = {} if seed is None or quiet else {"noise_scale": v, "seed": seed, "first_sample": first_sample}
-    return _combine(tensors, factors, columns, impl, **drawn)
+    wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond, noise)))
+
+    def terms(m: Pair, w: Tensor) -> _Terms:
+        at = Levels(*(w.tape.take(one) for one in levels) if type(w) is Noted else (one.to(wide) for one in levels))
+        kept, to_cond, to_delta, to_x = (1.0, *_weights("guided_step", rule, m, w))
+        if in_x0:  # g = to_cond (alpha x + beta c) + to_delta beta D + to_x x
+            alpha, kept = x0_coefficients(at, prediction)
+            to_x = to_x + to_cond * alpha
+        a, b, v = step_coefficients(at, "x0" if in_x0 else prediction, churn)
+        factors = [a + b * to_x, b * kept * to_cond, b * kept * to_delta]
+        columns = [0, 1, read.delta + 1 if isinstance(read.delta, int) else (1, 2)]
+        tensors = [x, *read.tensors]
+        if noise is not None and not (quiet and not noise.requires_grad):
+            tensors, factors, columns = [*tensors, noise], [*factors, v], [*columns, len(tensors)]
+        drawn = () if seed is None or quiet else (v, seed, first_sample)
+        return _Terms(tensors, columns, factors, *drawn)
+
+    return _run(terms, read, x, omega, impl, (x, levels, prediction) if in_x0 else None, seed)
 
 
-def _read(op: str, rule: Rule, cond: Tensor, uncond: Tensor, impl: str | None, step=None):
-    """The tensors of the predictions, which column of them is D, and their moments, unread."""
-    from lgd_kernels.ops.moments.api import moments
-
+def _predictions(op: str, rule: Rule, cond: Tensor, uncond: Tensor, impl: str | None) -> _Predictions:
     if not callable(rule):
         raise TypeError(f"{op}: `rule` is a {type(rule).__name__}, expected a function of (moments, omega), see rules")
-    tensors, delta, u = (cond, uncond), (0, 1), 1
     if hasattr(rule, "difference"):  # D by the rule's own account
-        if step is not None:
-            raise ValueError(f'{op}: `rule` keeps a difference of predictions, expected rule_space="prediction"')
-        tensors, delta, u = (cond, rule.difference(cond, uncond, impl)), 1, (0, 1)
-    count = math.prod(cond.shape[1:])
+        return _Predictions((cond, rule.difference(cond, uncond, impl)), (0, 1), 1)
+    return _Predictions((cond, uncond))
 
-    def read():
+
+def _weights(op: str, rule: Rule, m: Pair, omega: Tensor) -> tuple[Number, Number, Number]:
+    found = rule(m, omega)
+    if not isinstance(found, tuple) or not 2 <= len(found) <= 3:
+        raise TypeError(f"{op}: `rule` returned a {type(found).__name__}, expected Guidance(cond, delta), see rules")
+    return found if len(found) == 3 else (*found, 0.0)
+
+
+def _run(terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | None, step=None, seed=None) -> Tensor:
+    count = math.prod(like.shape[1:])
+    w = omega if isinstance(omega, (int, float)) else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
+    if step is None and count and like.device.type == "cpu" and impl in (None, "cpu"):
+        found = _in_one_call(terms, read, like, w, count, impl, seed)
+        if found is not None:
+            return found
+
+    def sums():
         if step is None:
-            return _wide(moments(tensors, columns=(0, u, delta), impl=impl))
-        return _x0_moments(*step, cond, uncond, impl)
+            return _wide(moments(read.tensors, columns=(0, read.u, read.delta), impl=impl))
+        return _x0_moments(*step, *read.tensors, impl)
 
-    return tensors, delta, Pair(read, count)
+    w = omega_at(w, like.new_empty(0, dtype=arithmetic_dtype(like)))
+    found = terms(Pair(sums, count), w.expand(like.shape[0]) if w.ndim == 0 else w)
+    drawn = {} if found.scale is None else {
+        "noise_scale": found.scale, "seed": found.seed, "first_sample": found.first_sample
+    }  # fmt: skip
+    return combine(found.tensors, _stacked(found, like), columns=found.columns, impl=impl, **drawn)
+
+
+def _in_one_call(terms, read, like, w, count, impl, seed) -> Tensor | None:
+    """None where something looks on, or where the rule needs tensors."""
+    if impls.transforms_active() or not impls.direct(*read.tensors, like, w if isinstance(w, Tensor) else None):
+        return None
+    if impls.choose("combine", impl, like.device, like.dtype) != "cpu":
+        return None
+    tape = Tape(like.shape[0])
+    try:
+        found = terms(_Noted(tape, count), tape.take(w))
+        factors = [tape.place(one) for one in found.factors]
+        scale = -1 if found.scale is None else tape.place(found.scale)
+    except Exception:  # whatever it is, a rule that runs on tensors will show it
+        return None
+    looked_at = (*found.tensors, *tape.kept, seed if isinstance(seed, Tensor) else None)
+    if not impls.direct(*looked_at) or (torch.is_grad_enabled() and requires_grad(*found.tensors)):
+        return None
+    out = like.new_empty(like.shape)
+    if out.numel():
+        impls.extension().guided_by_rule(
+            out, [with_contiguous_rows(one) for one in read.tensors], flat((0, read.u, read.delta), 2), tape.reads,
+            tape.code, tape.constants, tape.numbers, [with_contiguous_rows(one) for one in found.tensors],
+            flat(found.columns, 0), factors, scale, *split_seed(found.seed), found.first_sample,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+class _Noted(Pair):
+    """Moments that are nowhere yet."""
+
+    def __init__(self, tape: Tape, count: int) -> None:
+        self.tape, self.count = tape, count
+
+    def _at(self, place: int) -> Noted:
+        return self.tape.moment(place)
 
 
 def _x0_moments(x, levels, prediction, cond, uncond, impl):
     """c and u in x0 space, written in float32, are two reads more; D stays a difference of predictions, scaled."""
-    from lgd_kernels.ops.combine.api import combine
-    from lgd_kernels.ops.moments.api import moments
-
-    alpha, beta = x0_coefficients(levels, prediction)
+    wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond)))
+    alpha, beta = x0_coefficients(Levels(*(level.to(wide) for level in levels)), prediction)
     none = torch.zeros_like(alpha)
     factors = torch.stack((torch.stack((alpha, beta, none), 1), torch.stack((alpha, none, beta), 1)), 1)
     c, u = combine((x.to(arithmetic_dtype(x, cond, uncond)), cond, uncond), factors, impl=impl)
@@ -86,21 +175,8 @@ def _wide(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return (dots, sums) if dots.device.type == "mps" else (dots.double(), sums.double())
 
 
-def _weights(op: str, rule: Rule, m: Pair, omega: float | Tensor | OmegaLookup, like: Tensor):
-    w = omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
-    found = rule(m, w.expand(like.shape[0]) if w.ndim == 0 else w)
-    if not isinstance(found, tuple) or not 2 <= len(found) <= 3:
-        raise TypeError(f"{op}: `rule` returned a {type(found).__name__}, expected Guidance(cond, delta), see rules")
-    return found if len(found) == 3 else (*found, 0.0)
-
-
-def _combine(tensors, factors, columns, impl, **drawn):
-    from lgd_kernels.ops.combine.api import combine
-
-    batch = tensors[0].shape[0]
-    ones = [one for one in factors if not isinstance(one, Tensor)]
-    if ones:
-        like = next((one for one in factors if isinstance(one, Tensor)), None)
-        like = tensors[0].new_ones(batch, dtype=arithmetic_dtype(*tensors)) if like is None else like
-        factors = [one if isinstance(one, Tensor) else torch.full_like(like, one) for one in factors]
-    return combine(tensors, torch.stack(factors, 1), columns=columns, impl=impl, **drawn)
+def _stacked(found: _Terms, like: Tensor) -> Tensor:
+    """The factors, `[B, K]`."""
+    of = next((one for one in found.factors if isinstance(one, Tensor)), None)
+    of = like.new_ones(like.shape[0], dtype=arithmetic_dtype(*found.tensors)) if of is None else of
+    return torch.stack([one if isinstance(one, Tensor) else torch.full_like(of, one) for one in found.factors], 1)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.levels import Levels, step_coefficients
+from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.rules import Guidance, Number, Pair, Rule
 
 
@@ -40,7 +42,6 @@ class Momentum:
 
     def difference(self, cond: Tensor, uncond: Tensor, impl: str | None = None) -> Tensor:
         """The new running difference, shaped like cond."""
-        from lgd_kernels.ops.combine.api import combine
 
         if self.running is None:
             found = combine((cond, uncond), _row(cond, 1.0), columns=((0, 1),), impl=impl)
@@ -106,8 +107,6 @@ class Feedback:
         impl: str | None = None,
     ) -> None:
         """After a step from x at t to x_s at s."""
-        from lgd_kernels.ops.combine.api import combine
-        from lgd_kernels.ops.moments.api import moments
 
         a, b, v = step_coefficients(Levels(*(level.double() for level in levels)), prediction, 1.0)
         off = combine((x_s, x, cond), torch.stack((torch.ones_like(a), -a, -b), 1), impl=impl)  # x' - mu_c

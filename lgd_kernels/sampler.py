@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.rules import Rule
 from lgd_kernels.solvers import StepPlan
 
@@ -49,7 +50,6 @@ def sample(
     >>> sample(lambda x, t, c: c.expand_as(x), torch.zeros(1, 2), plan, cond, uncond, 0.5)
     tensor([[4., 4.]])
     """
-    from lgd_kernels.ops.combine.api import combine
 
     batch, steps = x.shape[0], len(plan)
     if isinstance(omega, Tensor) and omega.ndim == 2 and omega.shape != (steps, batch):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
+from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.rules import Rule
 from lgd_kernels.schedules import EDM, Schedule
 
@@ -79,8 +81,6 @@ class StepPlan:
 
         Differentiable in x, cond, uncond, omega, kept and noise. Raises TypeError or ValueError as `combine` does.
         """
-        from lgd_kernels.ops.combine.api import combine
-        from lgd_kernels.ops.guided_score.api import guided_score
 
         if rule is not None:
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None

@@ -12,6 +12,7 @@ void bind_guided_step(pybind11::module_& module);
 void bind_moments(pybind11::module_& module);
 void bind_omega_table(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
+void bind_rules(pybind11::module_& module);
 
 namespace {
 // Which of its clones the row loops run as (LGD_CLONES in csrc/common/scalar.h).
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_C, module) {
   lgd::bind_moments(module);
   lgd::bind_omega_table(module);
   lgd::bind_philox(module);
+  lgd::bind_rules(module);
   module.def("instruction_set", &lgd::instruction_set);
 #if defined(__GNUC__) && !defined(__clang__)
   module.attr("compiler") = "gcc " __VERSION__;

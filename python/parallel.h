@@ -43,11 +43,16 @@ void sum_chunks(int64_t batch, int64_t row, int threads, S* sums, const Work& wo
 
 constexpr int64_t kMostParts = 16;  // of a row, however long: a part may be thousands of sums
 
+// Elements in each part.
+inline int64_t part_of(int64_t row) {
+  const int64_t blocks = (row + kChunk - 1) / kChunk;
+  return (blocks + kMostParts - 1) / kMostParts * kChunk;
+}
+
 // totals[sample, i] = the sum over the row of what work(sample, first, last, sums) adds to sums[i], i < count.
 template <class Work>
 void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work) {
-  const int64_t blocks = (row + kChunk - 1) / kChunk, length = (blocks + kMostParts - 1) / kMostParts * kChunk;
-  const int64_t chunks = (row + length - 1) / length, tasks = batch * chunks;
+  const int64_t length = part_of(row), chunks = (row + length - 1) / length, tasks = batch * chunks;
   std::vector<double> parts(tasks * count);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
@@ -57,6 +62,17 @@ void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double*
   std::fill(totals, totals + batch * count, 0.0);
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t i = 0; i < count; ++i) totals[task / chunks * count + i] += parts[task * count + i];
+}
+
+// The same of one row, by whoever calls: up to 16 sums, with the same bits.
+template <class Work>
+void reduce_row(int64_t sample, int64_t row, int count, double* totals, const Work& work) {
+  const int64_t length = part_of(row);
+  for (int64_t first = 0; first < row; first += length) {
+    double part[16] = {};
+    work(sample, first, std::min(first + length, row), part);
+    for (int i = 0; i < count; ++i) totals[i] += part[i];
+  }
 }
 
 }  // namespace lgd

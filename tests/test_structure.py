@@ -111,7 +111,13 @@ def test_no_room_without_a_name():
     """Nothing on the other floors that belongs to no op."""
     assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
     cuda = {room for room in ROOMS if "cuda" in importlib.import_module(f"lgd_kernels.ops.{room}.op").IMPLEMENTATIONS}
-    assert {path.stem for path in (ROOT / "python").glob("*.cpp")} == {"bindings", "omega_table", "philox", *ROOMS}
+    assert {path.stem for path in (ROOT / "python").glob("*.cpp")} == {
+        "bindings",
+        "omega_table",
+        "philox",
+        "rules",
+        *ROOMS,
+    }
     assert {path.stem for path in (ROOT / "python" / "cuda").glob("*.cpp")} == {"bindings", *cuda}
 
 
@@ -135,6 +141,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "kernels": (set(), set()),
     "statistics": (set(), set()),
 }
+ABOVE = {"lgd_kernels.rule_passes"}  # a floor above the rooms; an api that is given a rule asks for it, there and then
 WORDS = {"targets", "statistics", "kernels"}  # what all files of a room may talk of, where it has them
 
 
@@ -151,7 +158,7 @@ def test_import_arrows(path):
 
 
 def test_what_rooms_share_knows_no_room():
-    reached, todo = set(), {f"lgd_kernels.{name}" for _, beside in ARROWS.values() for name in beside}
+    reached, todo = set(), {f"lgd_kernels.{name}" for _, beside in ARROWS.values() for name in beside} - ABOVE
     while todo:
         name = todo.pop()
         reached.add(name)
@@ -166,6 +173,20 @@ def test_omega_knows_no_op(path):
     assert {name for name in ours(imports(path)) if not name.startswith("lgd_kernels.omega")} <= allowed | {
         "lgd_kernels"
     }
+
+
+@pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)
+def test_rooms_look_up_only_when_asked(path):
+    """And nothing else of the package hides an arrow to a room inside a function."""
+    assert imports(path, lazily=False) & ABOVE == set()
+
+
+def test_arrows_to_rooms_are_at_the_top():
+    for name in ("rule_passes", "rule_state", "solvers", "sampler", "log_prob"):
+        path = PACKAGE / f"{name}.py"
+        assert {
+            one for one in imports(path) - imports(path, lazily=False) if one.startswith("lgd_kernels.ops")
+        } == set()
 
 
 @pytest.mark.parametrize("path", MEANS, ids=name_of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels import checks, rule_passes
+from lgd_kernels import checks
 from lgd_kernels.levels import OmegaLookup
 from lgd_kernels.ops.guided_score import op
 from lgd_kernels.rules import Rule
@@ -51,5 +51,7 @@ def guided_score(
     checks.samples("guided_score", cond=cond, uncond=uncond)
     checks.omega("guided_score", omega, "cond", cond)
     if rule is not None:
+        from lgd_kernels import rule_passes
+
         return rule_passes.guided_score(cond, uncond, omega, rule, impl)
     return op.guided_score(cond, uncond, omega, impl)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels import checks, rule_passes
+from lgd_kernels import checks
 from lgd_kernels.levels import Levels, OmegaLookup
 from lgd_kernels.ops.guided_step import op
 from lgd_kernels.rules import Rule
@@ -88,9 +88,11 @@ def guided_step(
     checks.noise("guided_step", churn, noise, seed)
     if seed is not None:
         checks.seed("guided_step", seed, first_sample, x.shape[0], x)
-    if rule_space not in rule_passes.SPACES:
+    if rule_space not in ("prediction", "x0"):
         raise ValueError(f"guided_step: `rule_space` is {rule_space!r}, expected one of prediction, x0")
     if rule is not None:
+        from lgd_kernels import rule_passes
+
         return rule_passes.guided_step(
             x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, rule_space, impl
         )

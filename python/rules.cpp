@@ -1,0 +1,127 @@
+// A guidance rule in one call: moments of a sample, its coefficients, and its combination, while it is in the cache.
+#include "../csrc/combine/combine.h"
+#include "../csrc/common/tape.h"
+#include "../csrc/moments/moments.h"
+#include "columns.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace lgd {
+namespace {
+
+constexpr int64_t kCached = 384 * 1024;  // bytes of a sample's tensors that a second-level cache still has
+
+struct Guided {
+  Moments moments;
+  bool reads;  // whether the tape asks for moments
+  Tape tape;
+  Combine combine;
+  int factors[kMostTensors], scale;  // places of values: of each column, and of the noise (-1: none)
+};
+
+// The coefficients of one sample, from its moments in values[0 .. kGiven).
+template <class S>
+void play(const Guided& op, int64_t sample, double* values, S* coefficients, S* scales) {
+  op.tape.play(sample, values);
+  const int count = op.combine.read.count;
+  for (int k = 0; k < count; ++k) coefficients[sample * count + k] = S(values[op.factors[k]]);
+  if (op.scale >= 0) scales[sample] = S(values[op.scale]);
+}
+
+template <class S>
+void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
+  std::vector<S> coefficients(batch * op.combine.read.count), scales(op.scale >= 0 ? batch : 0);
+  op.combine.coefficients = {coefficients.data(), dtype_of<S>()};
+  op.combine.noise_scale = {op.scale >= 0 ? scales.data() : nullptr, dtype_of<S>()};
+  const auto sums = [&](int64_t sample, int64_t first, int64_t last, double* found) {
+    moments<S>(op.moments, sample, first, last, found);
+  };
+  const auto write = [&](int64_t sample, int64_t first, int64_t last) { combine<S>(op.combine, sample, first, last); };
+  const int64_t serial = op.scale >= 0 ? kSerialDrawn : kSerial;
+  if (row * bytes <= kCached && (batch >= 4 * threads || batch * row < serial)) {
+    if (batch * row < serial) threads = 1;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t sample = 0; sample < batch; ++sample) {
+      double values[kMostValues] = {};
+      if (op.reads) reduce_row(sample, row, kGiven, values, sums);
+      play<S>(op, sample, values, coefficients.data(), scales.data());
+      write(sample, 0, row);
+    }
+    return;
+  }
+  std::vector<double> totals(batch * kGiven);
+  if (op.reads) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kGiven, totals.data(), sums);
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    double values[kMostValues] = {};
+    std::copy_n(totals.data() + sample * kGiven, kGiven, values);
+    play<S>(op, sample, values, coefficients.data(), scales.data());
+  }
+  for_chunks(batch, row, threads, write, serial);
+}
+
+int place(py::handle list, int index) { return int(PyLong_AsLong(item(list, index).ptr())); }
+
+// Columns 0, 1, 2 are c, u and D: every product, and every sum.
+Moments moments_of(Tensors tensors, py::handle columns) {
+  Moments op{};
+  op.read = columns_of(tensors, columns, py::none(), 0);
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 3; ++j) {
+      op.pairs[3 * i + j] = {i, j};
+      op.same_as[3 * i + j] = i <= j ? 3 * i + j : 3 * j + i;
+    }
+    op.pairs[9 + i] = {i, -1};
+    op.same_as[9 + i] = 9 + i;
+  }
+  op.count = kGiven;
+  return op;
+}
+
+Tape tape_of(py::handle code, py::handle constants, Tensors numbers) {
+  Tape tape{};
+  tape.count = int(PySequence_Size(code.ptr())) / 4;
+  const int given = int(PySequence_Size(constants.ptr())), counted = int(PySequence_Size(numbers.ptr()));
+  if (kGiven + tape.count > kMostValues || given > kMostValues || counted > kMostValues)
+    throw std::length_error("a rule of more steps than the kernels have room for");
+  for (int i = 0; i < tape.count; ++i)
+    tape.instructions[i] = {Op(place(code, 4 * i)), place(code, 4 * i + 1), place(code, 4 * i + 2),
+                            place(code, 4 * i + 3)};
+  for (int i = 0; i < given; ++i) tape.constants[i] = PyFloat_AsDouble(item(constants, i).ptr());
+  for (int i = 0; i < counted; ++i) tape.numbers[i] = per_sample(item(numbers, i), 0);
+  return tape;
+}
+
+}  // namespace
+
+void bind_rules(py::module_& module) {
+  module.def("guided_by_rule",
+             [](Tensor out, Tensors predictions, py::handle moment_columns, bool reads, py::handle code,
+                py::handle constants, Tensors numbers, Tensors tensors, py::handle columns, py::handle factors,
+                int scale, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
+               static thread_local Guided op;
+               op.moments = moments_of(predictions, moment_columns);
+               op.reads = reads;
+               op.tape = tape_of(code, constants, numbers);
+               op.combine = {};
+               op.combine.read = columns_of(tensors, columns, py::none(), 0);
+               for (int k = 0; k < op.combine.read.count; ++k) op.factors[k] = place(factors, k);
+               op.combine.outputs[0] = rows(out);
+               op.combine.count = 1;
+               op.combine.seed = seed(seed_, seed_value, first_sample);
+               op.combine.low = -INFINITY;
+               op.combine.high = INFINITY;
+               op.scale = scale;
+               const Sizes sizes(out);
+               int64_t bytes = 0;
+               for (int n = 0; n < op.combine.read.tensor_count; ++n)
+                 bytes += op.combine.read.tensors[n].dtype == DType::f64   ? 8
+                          : op.combine.read.tensors[n].dtype == DType::f32 ? 4
+                                                                           : 2;
+               py::gil_scoped_release release;
+               op.combine.read.any(DType::f64) ? run<double>(op, sizes.batch, sizes.row, bytes, threads)
+                                               : run<float>(op, sizes.batch, sizes.row, bytes, threads);
+             });
+}
+
+}  // namespace lgd

@@ -1,0 +1,73 @@
+"""Rules that C++ plays to each sample, in one call: as they run on tensors, and those that cannot be."""
+
+import functools
+
+import pytest
+import torch
+from test_rules import OMEGA, RULES, pair
+
+import lgd_kernels as lgd
+from lgd_kernels import rules, testing
+from lgd_kernels.rules import Guidance
+
+SIZES = [(1, 3), (5, 7), (64, 1000), (2, 40001), (3, 300000)]  # the last do not stay in the cache
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_in_one_call_as_in_three(shape, generator, monkeypatch):
+    """Played by C++, rules do what they do with tensors, whatever the size; the same bits from one thread and two."""
+    c, u, x, z = (testing.sample(shape, torch.float32, generator) for _ in range(4))
+    u, omega = 0.5 * c + u, torch.linspace(0.5, 4, shape[0])
+    t = torch.linspace(0.5, 0.9, shape[0])
+    levels = lgd.RectifiedFlow().levels(t, t - 0.3)
+    phi = torch.linspace(0.1, 0.9, shape[0])
+    rule = functools.partial(rules.rescale, phi=phi, rule=functools.partial(rules.apg, eta=0.3, radius=20.0))
+    calls = [
+        functools.partial(lgd.guided_score, c, u, omega, rule=rule),
+        functools.partial(lgd.guided_step, x, c, u, omega, levels, rule=rules.tcfg, churn=0.5, seed=3, prediction="v"),
+        functools.partial(lgd.guided_step, x, c, u, 2.5, levels, rule=rules.mambo_g, churn=phi, noise=z),
+    ]
+    found, threads = [call() for call in calls], torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert all(torch.equal(call(), one) for call, one in zip(calls, found, strict=True))
+    torch.set_num_threads(1)
+    assert all(torch.equal(call(), one) for call, one in zip(calls, found, strict=True))
+    torch.set_num_threads(threads)
+    monkeypatch.setattr("lgd_kernels.rule_passes._in_one_call", lambda *_: None)
+    for call, one in zip(calls, found, strict=True):
+        torch.testing.assert_close(one, call(), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_noted(name, generator, monkeypatch):
+    """None falls back on tensors: that would be as right, and slower."""
+
+    def refuse(*_, **__):
+        raise AssertionError("went over tensors")
+
+    monkeypatch.setattr("lgd_kernels.rule_passes.combine", refuse)
+    c, u = pair(generator)
+    lgd.guided_score(c, u, OMEGA, rule=RULES[name][0])
+
+
+@pytest.mark.extension
+def test_what_cannot_be_noted_runs_on_tensors(generator):
+    """Decisions, functions that are not in the list, numbers that need a gradient; errors come out as they are."""
+    c, u = pair(generator)
+    expected = lgd.guided_score(c, u, OMEGA)
+
+    def decides(m, omega):
+        return Guidance(1.0, omega if (m.dd > 0).all() else 0.0)
+
+    def computes(m, omega):
+        return Guidance(torch.tanh(m.dd) / torch.tanh(m.dd), omega)
+
+    for rule in (decides, computes):
+        torch.testing.assert_close(lgd.guided_score(c, u, OMEGA, rule=rule), expected, rtol=1e-12, atol=1e-12)
+    phi = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    lgd.guided_score(c, u, OMEGA, rule=functools.partial(rules.rescale, phi=phi)).sum().backward()
+    assert phi.grad.all()
+    with pytest.raises(ZeroDivisionError):
+        lgd.guided_score(c, u, OMEGA, rule=lambda m, omega: 1 / 0)
