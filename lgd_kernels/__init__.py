@@ -5,6 +5,7 @@ from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.energy_mmd.api import energy_mmd
+from lgd_kernels.ops.energy_mmd.bandwidth import median_bandwidth
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Gaussian, Laplace, Polynomial, RationalQuadratic
 from lgd_kernels.ops.guided_energy.api import guided_energy, guided_energy_curve
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
@@ -38,6 +39,7 @@ __all__ = [
     "guided_energy_curve",
     "guided_score",
     "guided_step",
+    "median_bandwidth",
     "moments",
     "philox_normal",
     "why_not",

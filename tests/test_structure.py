@@ -124,6 +124,7 @@ def test_no_room_without_a_name():
 ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
     "__init__": (set(), set()),
     "api": ({"op", "reference", "curve", "checks"}, {"checks", "columns", "impls", "levels", "rule_passes", "rules"}),
+    "bandwidth": ({"checks"}, {"pairs"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
     "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
