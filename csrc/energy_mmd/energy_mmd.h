@@ -43,7 +43,7 @@ double mmd_itself(const MmdKernel& kernel, const Points<S>& x, int64_t tile, dou
 template <class S>
 struct ProductRow {
   S* products;
-  S* close;        // may be absent: gradients are not wanted
+  S* close;        // absent: gradients are not wanted, and no w_ij are written
   const S *x, *y;  // the point, and `count` points, row by row
   S x_norm, x_weight;
   const S *y_norms, *y_weights;

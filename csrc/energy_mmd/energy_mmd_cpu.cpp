@@ -49,8 +49,8 @@ LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, i
   }
 }
 
-// sum_ij p_i q_j k(s_ij); s_ij become w_ij. `same`: pairs with i < j alone.
-template <class S, class F>
+// sum_ij p_i q_j k(s_ij); s_ij become w_ij, where wanted. `same`: pairs with i < j alone.
+template <bool kSlopes, class S, class F>
 LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows, int columns, bool same, S two,
                               S* squares) {
   constexpr int kLanes = 16;
@@ -63,13 +63,13 @@ LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows,
       for (int j = 0; j < kTile; ++j) later[j] = j > i ? q[j] : S(0);
       weights = later;
     }
-    kernel(row, value, slope, columns);
+    kernel(row, value, kSlopes ? slope : nullptr, columns);
     S sums[kLanes] = {};
     const S turn = two * p[i];
     for (int j = 0; j < columns; j += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) {
         sums[lane] += weights[j + lane] * value[j + lane];
-        row[j + lane] = turn * weights[j + lane] * slope[j + lane];
+        if (kSlopes) row[j + lane] = turn * weights[j + lane] * slope[j + lane];
       }
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
@@ -187,16 +187,17 @@ LGD_CLONES bool squares_of(S* products, const S* y_norms, S x_norm, S closest, i
   return close != 0;
 }
 
-// Values of a stretch of at most a tile.
-template <class S, class F>
+// sum_j q_j k(s_j) of a stretch of at most a tile; s_j become w_j, where wanted.
+template <bool kSlopes, class S, class F>
 LGD_CLONES S stretch(const F& kernel, S* squares, const S* weights, S turn, int count) {
   alignas(64) S value[kTile], slope[kTile];
-  kernel(squares, value, slope, count);
+  kernel(squares, value, kSlopes ? slope : nullptr, count);
   S sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int j = 0; j < count; ++j) sum += weights[j] * value[j];
+  if (kSlopes)
 #pragma omp simd
-  for (int j = 0; j < count; ++j) squares[j] = turn * weights[j] * slope[j];
+    for (int j = 0; j < count; ++j) squares[j] = turn * weights[j] * slope[j];
   return sum;
 }
 
@@ -228,7 +229,9 @@ double mmd_tile(const MmdKernel& kernel, const Points<S>& x, int64_t x_tile, con
     pair_sums<S, false>(from, to, x.dimension, rows, columns, squares);
   const S *p = x.weights + x_tile * kTile, *q = y.weights + y_tile * kTile;
   const double sum = with_kernel<S>(kernel, [&](const auto& functor) {
-    return pair_values(functor, p, q, rows, columns, same, product ? S(1) : S(2), squares);
+    const S two = product ? 1 : 2;
+    return d_x || d_y ? pair_values<true>(functor, p, q, rows, columns, same, two, squares)
+                      : pair_values<false>(functor, p, q, rows, columns, same, two, squares);
   });
   if (!d_x && !d_y) return sum;
   for (int i = 0; i < rows; ++i)
@@ -277,7 +280,10 @@ double mmd_product_row(const MmdKernel& kernel, ProductRow<S>& row) {
     if (splits)
       for (int j = 0; j < count; ++j) before[j] = row.products[at + j];
     sum += double(with_kernel<S>(kernel, [&](const auto& functor) {
-      return stretch(functor, row.products + at, row.y_weights + at, turn, count);
+      S* squares = row.products + at;
+      const S* weights = row.y_weights + at;
+      return row.close ? stretch<true>(functor, squares, weights, turn, count)
+                       : stretch<false>(functor, squares, weights, turn, count);
     }));
     if (splits)
       for (int j = 0; j < count; ++j) {

@@ -19,7 +19,7 @@ struct MmdKernel {
 template <class S>
 constexpr S kCoincide = std::is_same<S, float>::value ? S(1.17549435e-38) : S(2.2250738585072014e-308);
 
-// Each: row(arguments, values, derivatives, count).
+// Each: row(arguments, values, derivatives, count); null derivatives are not wanted (once inlined, a constant).
 template <class S>
 struct Distance {  // s^(1/2)
   LGD_INLINE void operator()(const S* s, S* value, S* slope, int count) const {
@@ -27,7 +27,7 @@ struct Distance {  // s^(1/2)
     for (int j = 0; j < count; ++j) {
       const S r = root(s[j]);
       value[j] = r;
-      slope[j] = s[j] < kCoincide<S> ? S(0) : S(0.5) / r;
+      if (slope) slope[j] = s[j] < kCoincide<S> ? S(0) : S(0.5) / r;
     }
   }
 };
@@ -38,7 +38,7 @@ struct Square {  // s
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
       value[j] = s[j];
-      slope[j] = s[j] == 0 ? S(0) : S(1);
+      if (slope) slope[j] = s[j] == 0 ? S(0) : S(1);
     }
   }
 };
@@ -53,7 +53,7 @@ struct Power {  // s^exponent
       const S at = s[j] < kCoincide<S> ? S(1) : s[j];  // NaN stays
       const S found = power(at, exponent);
       value[j] = apart || s[j] != s[j] ? found + (at - at) : S(0);  // NaN and infinity, which have no exponent, are NaN
-      slope[j] = apart ? exponent.all * found / at : S(0);
+      if (slope) slope[j] = apart ? exponent.all * found / at : S(0);
     }
   }
 };
@@ -64,14 +64,17 @@ struct Gaussian {  // mean over rates of exp(-rate s)
   int count_of_rates;
   LGD_INLINE void operator()(const S* s, S* value, S* slope, int count) const {
     const S share = S(1.0 / count_of_rates);
-    for (int j = 0; j < count; ++j) value[j] = slope[j] = 0;
+    for (int j = 0; j < count; ++j) {
+      value[j] = 0;
+      if (slope) slope[j] = 0;
+    }
     for (int of = 0; of < count_of_rates; ++of) {
       const S rate = S(rates[of]);
 #pragma omp simd
       for (int j = 0; j < count; ++j) {
         const S one = share * exp_minus(rate * s[j]) + (s[j] - s[j]);
         value[j] += one;
-        slope[j] -= rate * one;
+        if (slope) slope[j] -= rate * one;
       }
     }
   }
@@ -86,7 +89,7 @@ struct Laplace {  // exp(-rate s^(1/2))
       const S r = root(s[j]);
       const S one = exp_minus(rate * r) + (s[j] - s[j]);
       value[j] = one;
-      slope[j] = s[j] < kCoincide<S> ? S(0) : S(-0.5) * rate * one / r;
+      if (slope) slope[j] = s[j] < kCoincide<S> ? S(0) : S(-0.5) * rate * one / r;
     }
   }
 };
@@ -101,7 +104,7 @@ struct Rational {  // (1 + rate s)^-alpha
       const S base = 1 + rate * s[j];
       const S found = power(base, exponent) + (s[j] - s[j]);
       value[j] = found;
-      slope[j] = exponent.all * rate * found / base;
+      if (slope) slope[j] = exponent.all * rate * found / base;
     }
   }
 };
@@ -111,14 +114,14 @@ struct Polynomial {  // (scale s + offset)^degree of a product s
   int degree;
   S scale, offset;
   LGD_INLINE void operator()(const S* s, S* value, S* slope, int count) const {
-    for (int j = 0; j < count; ++j) slope[j] = 1;
+    for (int j = 0; j < count; ++j) value[j] = 1;
     for (int of = 1; of < degree; ++of)
 #pragma omp simd
-      for (int j = 0; j < count; ++j) slope[j] *= scale * s[j] + offset;
+      for (int j = 0; j < count; ++j) value[j] *= scale * s[j] + offset;
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
-      value[j] = slope[j] * (scale * s[j] + offset);
-      slope[j] *= S(degree) * scale;
+      if (slope) slope[j] = S(degree) * scale * value[j];
+      value[j] *= scale * s[j] + offset;
     }
   }
 };

@@ -59,10 +59,11 @@ def _pairs(x, y, p, q, d_x, d_y, kernel, parameters, coefficient, closest, same)
     """sum_ij p_i q_j k(x_i, y_j) (`same`: of i < j), and coefficient times its gradients."""
     norms = [None if KINDS[kernel].of_product else (one * one).sum(1) for one in (x, y)]
     total, wanted = 0.0, d_x is not None or d_y is not None
+    block = x.new_empty(min(BLOCK, len(x)) * min(BLOCK, len(y)))  # one for all: fresh pages cost more than the epilogue
     for i in range(0, len(x), BLOCK):
         for j in range(i if same else 0, len(y), BLOCK):
             a, b = x[i : i + BLOCK], y[j : j + BLOCK]
-            products = a @ b.t()
+            products = torch.mm(a, b.t(), out=block[: len(a) * len(b)].view(len(a), len(b)))
             turns = [torch.zeros_like(one) if wanted else None for one in (a, b)]
             near = [None if one is None else one[at : at + BLOCK] for one, at in zip(norms, (i, j), strict=True)]
             total += impls.extension().energy_mmd_block(
