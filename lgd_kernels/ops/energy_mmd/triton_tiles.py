@@ -206,7 +206,7 @@ def meet(x, y, norms, p, q, coefficient, values, same, diagonal, mode, d_x, d_y)
                     if gradient is None:
                         continue
                     points, others, count, other_count, rows, columns = ends
-                    width = min(64, max(16, triton.next_power_of_2(dimension)))
+                    width = min(32, max(16, triton.next_power_of_2(dimension)))
                     grid = batch * triton.cdiv(rows, TILE) * triton.cdiv(dimension, width)
                     energy_mmd_turn_kernel[grid,](
                         gradient, weights, close, points, others, coefficient, count, other_count, *firsts, rows,
