@@ -59,10 +59,10 @@ class Compiled(NamedTuple):
 
 
 def triton_kernels() -> list[str]:
-    """Every kernel of every room's triton.py: the functions whose names end in _kernel."""
+    """Every kernel of every room that offers Triton: the functions of its triton.py whose names end in _kernel."""
     from lgd_kernels import impls
 
-    rooms = (room for room in impls.rooms() if (PACKAGE / "ops" / room / "triton.py").exists())
+    rooms = (room for room in impls.rooms() if "triton" in impls._implementations(room))
     modules = (importlib.import_module(f"lgd_kernels.ops.{room}.triton") for room in rooms)
     return [name for module in modules for name in vars(module) if name.endswith("_kernel")]
 
