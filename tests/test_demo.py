@@ -29,7 +29,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
     printed, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-        status = digits.main(["--quick", "--seeds", "2", "--out", str(out)])
+        status = digits.main(["--quick", "--seeds", "2", "--ablate", "--out", str(out)])
     assert status == 0
     return out, printed.getvalue(), errors.getvalue()
 
@@ -39,8 +39,8 @@ def test_prints_the_table_and_nothing_else(finished):
     assert errors == ""  # no bars in a pipe
     lines = printed.splitlines()
     assert lines[0].startswith("held-out digits, 2 seeds, noise rising")
-    assert [line[:10].strip() for line in lines[3:8]] == list(digits.METHODS)
-    assert "figures mean nothing" in printed and "of a training step as a formula" in printed
+    assert [line[:10].strip() for line in lines[3:11]] == list(digits.METHODS)
+    assert "figures mean nothing" in printed and "of a training step in eager PyTorch" in printed
     assert lines[-1] == f"report: {out / 'report.html'}"
 
 
@@ -56,18 +56,24 @@ def test_metrics(finished):
         assert seed["accuracy_real"] > 0.9
         assert all(omega >= 0 for row in seed["omega_path"] for omega in row)
         for name, tried in seed["validation"].items():  # the choice is the best of what was tried, on validation
-            energies = [found["energy"] if name == "learned" else found[-1] for found in tried]
+            energies = [found["energy"] if name in ("learned", "L2") else found[-1] for found in tried]
             assert seed["chosen"][name]["validation"] == min(energies)
         assert len(seed["chosen"]["per class"]["settings"]) == 10
         assert seed["chosen"]["per class"]["validation"] <= seed["chosen"]["interval"]["validation"]
-        share = seed["loss_share"]
-        assert 0 < share["one_pass"] < 1 and 0 < share["formula"] < 1
-        assert share["loss_ratio"] > 0 and share["step_ratio"] > 0
+        assert set(seed["loss_share"]) == {"predicted", "cached"}
+        for share in seed["loss_share"].values():
+            assert 0 < share["one_pass"] < 1 and 0 < share["eager"] < 1
+            assert share["loss_ratio"] > 0 and share["step_ratio"] > 0
+        assert all(seconds > 0 for seconds in seed["fit"].values()) and seed["bake_error"] >= 0
+        assert [row["gamma"] for row in seed["reward"]] == metrics["config"]["gammas"]
+        assert all(row["reward"] < 0 and row["omega"] >= 0 for row in seed["reward"])
+        tried = {name: [value for value, _ in found] for name, found in seed["ablations"].items()}
+        assert tried == {name: list(values) for name, values in metrics["config"]["ablations"]}
     summary, test = metrics["summary"], [seed["test"] for seed in metrics["seeds"]]
     assert summary["methods"]["learned"]["energy"]["mean"] == pytest.approx(
         (test[0]["learned"]["energy"] + test[1]["learned"]["energy"]) / 2
     )
-    assert list(summary["paired"]) == [f"learned - {other}" for other in digits.METHODS[:-1]]
+    assert list(summary["paired"]) == [f"learned - {other}" for other in digits.METHODS if other != "learned"]
     assert summary["paired"]["learned - constant"]["energy"]["values"] == pytest.approx(
         [values["learned"]["energy"] - values["constant"]["energy"] for values in test]
     )
@@ -77,8 +83,15 @@ def test_report_is_self_contained(finished):
     page = (finished[0] / "report.html").read_text()
     assert "http" not in page and "<script" not in page and "<link" not in page
     sources = re.findall(r'src="([^"]{0,22})', page)
-    assert len(sources) == 5 and set(sources) == {"data:image/png;base64,"}
-    for name in (*digits.METHODS, "Paired differences", "wrong", "of a training step as a formula"):
+    assert len(sources) == 7 and set(sources) == {"data:image/png;base64,"}
+    for name in (
+        *digits.METHODS,
+        "Paired differences",
+        "wrong",
+        "of a training step in eager PyTorch",
+        "With a reward",
+        "Ablations",
+    ):
         assert name in page
 
 

@@ -35,11 +35,6 @@ class Denoiser(nn.Module):
         phase = u[:, None] * self.frequencies  # [N, 4]
         return self.trunk(torch.cat([x, phase.sin(), phase.cos(), self.condition(c)], 1))
 
-    def predict(self, x: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The conditional and the unconditional estimate, in one batched forward."""
-        both = self(torch.cat([x, x]), torch.cat([u, u]), torch.cat([c, torch.full_like(c, NULL)]))
-        return both.chunk(2)
-
 
 def train_denoiser(
     x0: Tensor,

@@ -14,8 +14,10 @@ from torch import Tensor
 
 COLOURS = {
     "unguided": "#8a8f98", "constant": "#d08c2e", "interval": "#3a7ca5", "per class": "#7fb3a2", "learned": "#b3263e",
+    "baked": "#d4717f", "fitted": "#6a4c93", "L2": "#b7a99a",
 }  # fmt: skip
 MOST_SEEDS = 4  # panels side by side
+DEFAULTS = {"beta": 1.75, "lam": 1.0, "particles": 4, "delta": 0.1}
 
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8f98",
@@ -44,6 +46,8 @@ def draw(metrics: dict, shown: list[dict]) -> dict[str, str]:
             "classes": png(energy_by_class(seeds)),
             "samples": png(sample_grids(shown[0]["real"], shown[0]["samples"], wrong_share(seeds[:1]))),
             "choice": png(validation(seeds[0])),
+            "reward": png(reward_against_energy(seeds)),
+            **({"ablations": png(ablations(seeds))} if seeds[0]["ablations"] else {}),
         }
 
 
@@ -103,24 +107,25 @@ def omega_heat(seeds: list[dict], omega: Tensor) -> Figure:
 
 def energy_by_class(seeds: list[dict]) -> Figure:
     share = wrong_share(seeds)
-    figure = Figure(figsize=(9.5, 3.3))
+    figure = Figure(figsize=(11.5, 3.3))
     panel = figure.subplots()
+    width = 0.85 / len(COLOURS)
     for i, (name, colour) in enumerate(COLOURS.items()):
         values = np.array([seed["test"][name]["energy_per_class"] for seed in seeds])  # [seeds, 10]
-        at = np.arange(10) + 0.17 * (i - 2)
-        panel.bar(at, values.mean(0), 0.15, color=colour, label=name)
+        at = np.arange(10) + width * (i - (len(COLOURS) - 1) / 2)
+        panel.bar(at, values.mean(0), 0.9 * width, color=colour, label=name)
         if len(seeds) > 1:
             panel.scatter(at[None].repeat(len(seeds), 0), values, s=5, color="#222222", lw=0, zorder=3)
     panel.set_xticks(range(10), [f"{c}\n{100 * value:.0f} %" for c, value in enumerate(share)])
     panel.set(xlabel="class, and share of its captions that are wrong", ylabel="energy distance (test)")
-    panel.legend(ncols=5, loc="upper left")
+    panel.legend(ncols=4, loc="upper left")
     return figure
 
 
 def sample_grids(real: Tensor, samples: Tensor, share: np.ndarray) -> Figure:
     """real [10, 8, 64] and samples [methods, 10, 8, 64]: one sheet each, a row per class, coloured by its captions."""
     sheets = {"real (test split)": real, **dict(zip(COLOURS, samples, strict=True))}
-    figure = Figure(figsize=(13.5, 3.2))
+    figure = Figure(figsize=(13.5, 2.2))
     for panel, (name, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
         panel.imshow(tile(images), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         panel.set_yticks([10 * c + 4.5 for c in range(10)], range(10), weight="bold")
@@ -166,4 +171,38 @@ def validation(seed: dict) -> Figure:
     left.set_ylim(0.8 * low, 3 * low)
     for panel in (left, right):
         panel.legend(loc="upper right")
+    return figure
+
+
+def reward_against_energy(seeds: list[dict]) -> Figure:
+    """What each gamma gains in reward and costs in energy distance."""
+    sweeps = np.array(
+        [[[row["reward"], row["energy"]] for row in seed["reward"]] for seed in seeds]
+    )  # [seeds, gammas, 2]
+    figure = Figure(figsize=(5.6, 3.4))
+    panel = figure.subplots()
+    if len(seeds) > 1:
+        for sweep in sweeps:
+            panel.plot(*sweep.T, color=COLOURS["learned"], alpha=0.25, lw=0.8, marker=".", ms=4)
+    mean = sweeps.mean(0)
+    panel.plot(*mean.T, "o-", color=COLOURS["learned"], ms=5)
+    for row, point in zip(seeds[0]["reward"], mean, strict=True):
+        panel.annotate(f"{row['gamma']:g}", point, textcoords="offset points", xytext=(6, 5), weight="bold")
+    panel.set(xlabel="reward: log-probability of the digit asked for", ylabel="energy distance (test)", title="gamma")
+    return figure
+
+
+def ablations(seeds: list[dict]) -> Figure:
+    """One small panel for each number that was changed."""
+    found = {name: np.array([seed["ablations"][name] for seed in seeds]) for name in seeds[0]["ablations"]}
+    figure = Figure(figsize=(2.9 * len(found), 2.8))
+    for panel, (name, values) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
+        tried, energy = values[0, :, 0], values[:, :, 1]
+        panel.scatter(tried[None].repeat(len(seeds), 0), energy, s=8, color="#8a8f98", lw=0)
+        panel.plot(tried, energy.mean(0), "o-", ms=4, color=COLOURS["learned"])
+        panel.axvline(DEFAULTS[name], color="#222222", lw=0.8, ls="--")
+        panel.set_xlabel({"particles": "m"}.get(name, name))
+        if name == "particles":
+            panel.set_xscale("log", base=2)
+    figure.axes[0].set_ylabel("energy distance (test)")
     return figure

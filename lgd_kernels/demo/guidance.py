@@ -7,105 +7,39 @@ a run is a table [steps, classes], known before the loop, since omega does not d
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import lgd_kernels as lgd
 from lgd_kernels.demo.denoiser import Predict
-from lgd_kernels.learn.objective import sample_times
-from lgd_kernels.levels import Levels
+from lgd_kernels.learn import Frozen, Settings, Trainer, self_consistency_loss
+from lgd_kernels.learn.reward import Loss
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.progress import Track, silent
 from lgd_kernels.schedules import Schedule
 
 
-class Batch(NamedTuple):
-    """What a step of learning needs to know of B items, but for their omega."""
-
-    c: Tensor  # [B]
-    s: Tensor  # [B]
-    t: Tensor  # [B]
-    levels: Levels
-    x0: Tensor  # [B, D]
-    x_t: Tensor  # [B, m, D], like the predictions
-    cond: Tensor
-    uncond: Tensor
-    seed: Tensor  # [], of the noise that the loss draws: in the step and in the targets
-
-
-@torch.no_grad()
-def draw_batch(
-    predict: Predict,
-    x0: Tensor,
-    c: Tensor,
-    schedule: Schedule,
-    generator: torch.Generator,
-    *,
-    delta: float = 0.1,
-    s_min: float = 0.02,
-    particles: int = 4,
-    batch: int = 256,
-) -> Batch:
-    """Items and times at random, noised to t and predicted from there. The denoiser is frozen and omega does not see
-    x_t, so nothing here needs a graph."""
-    item = torch.randint(0, len(x0), (batch,), generator=generator)
-    u_s, u_t = sample_times(batch, delta, s_min=s_min, generator=generator)
-    s, t = schedule.from_unit(u_s), schedule.from_unit(u_t)
-    levels = schedule.levels(t, s)
-    z = torch.randn(batch, particles, x0.shape[1], generator=generator)
-    x_t = levels.signal_t[:, None, None] * x0[item][:, None] + levels.noise_t[:, None, None] * z  # [B, m, D]
-    cond, uncond = predict(x_t.flatten(0, 1), u_t.repeat_interleave(particles), c[item].repeat_interleave(particles))
-    seed = torch.randint(2**63 - 1, (), generator=generator)
-    return Batch(c[item], s, t, levels, x0[item], x_t, cond.view_as(x_t), uncond.view_as(x_t), seed)
-
-
-def loss_of(batch: Batch, omega: Tensor, beta: float = 1.75, lam: float = 1.0, churn: float = 1.0) -> Tensor:
-    """The self-consistency loss of each item, with as many targets as particles. The kernel draws the step's noise and
-    the targets, from one seed and two streams: independent of each other, and of the noise in x_t."""
-    targets = lgd.Renoise(batch.x0, batch.x_t.shape[1], batch.seed)
-    return lgd.guided_energy(
-        batch.x_t, batch.cond, batch.uncond, omega, batch.levels, targets, prediction="x0", churn=churn,
-        seed=batch.seed, beta=beta, lam=lam,
-    )  # fmt: skip
-
-
 def learn_omega(
-    predict: Predict,
-    x0: Tensor,
-    c: Tensor,
-    schedule: Schedule,
-    generator: torch.Generator,
+    frozen: Frozen,
+    data: tuple[Tensor, Tensor],
+    settings: Settings,
     *,
     classes: int = 10,
-    delta: float = 0.1,
-    s_min: float = 0.02,
-    beta: float = 1.75,
-    lam: float = 1.0,
-    particles: int = 4,
-    churn: float = 1.0,
+    loss: Loss = self_consistency_loss,
     steps: int = 900,
     every: int = 150,
-    batch: int = 256,
-    lr: float = 1e-3,
     track: Track = silent,
+    label: str = "omega",
 ) -> list[OmegaNetwork]:
-    """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]) and return a checkpoint for each `every` steps."""
-    net = OmegaNetwork(schedule, classes)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, fused=True)
-    checkpoints = []
-    for i in track(range(steps), "omega"):
-        drawn = draw_batch(
-            predict, x0, c, schedule, generator, delta=delta, s_min=s_min, particles=particles, batch=batch
-        )
-        loss = loss_of(drawn, net(drawn.c, drawn.s, drawn.t), beta, lam, churn).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (i + 1) % every == 0:
-            checkpoints.append(copy.deepcopy(net).requires_grad_(False))
-    return checkpoints
+    """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]): its running average, after each `every` steps."""
+    trainer = Trainer(OmegaNetwork(frozen.schedule, classes), frozen, data, settings, loss=loss)
+    found = []
+    for done in track(range(every, steps + 1, every), label):
+        trainer.train(done)
+        found.append(copy.deepcopy(trainer.ema))
+    return found
 
 
 @torch.no_grad()
@@ -161,18 +95,20 @@ def sample_classes(
 
 
 @torch.no_grad()
-def learned_table(net: OmegaNetwork, schedule: Schedule, steps: int) -> Tensor:
+def learned_table(omega: OmegaNetwork | OmegaTable, schedule: Schedule, steps: int, classes: int = 10) -> Tensor:
     """omega [steps, classes] along the sampling path."""
     u = torch.linspace(1, 0, steps + 1)
-    return omega_grid(net, schedule, u[1:], u[:-1])
+    return omega_grid(omega, schedule, u[1:], u[:-1], classes)
 
 
 @torch.no_grad()
-def omega_grid(net: OmegaNetwork, schedule: Schedule, u_s: Tensor, u_t: Tensor) -> Tensor:
+def omega_grid(
+    omega: OmegaNetwork | OmegaTable, schedule: Schedule, u_s: Tensor, u_t: Tensor, classes: int = 10
+) -> Tensor:
     """omega [..., classes] at unit times u_s, u_t of any one shape."""
-    s, t = (schedule.from_unit(u).flatten().repeat_interleave(net.classes) for u in (u_s, u_t))
-    c = torch.arange(net.classes).repeat(u_s.numel())
-    return net(c, s, t).view(*u_s.shape, net.classes)
+    s, t = (schedule.from_unit(u).flatten().repeat_interleave(classes) for u in (u_s, u_t))
+    c = torch.arange(classes).repeat(u_s.numel())
+    return omega(c, s, t).view(*u_s.shape, classes)
 
 
 def interval_table(omega: float, low: float, high: float, steps: int, classes: int = 10) -> Tensor:
