@@ -36,6 +36,7 @@ class Variant(NamedTuple):
     noise: str  # "none", "tensor", "seed" (a number) or "seeds" (one for each sample)
     dtypes: tuple[str, ...] = tuple(DTYPES)
     particles: int = 0  # m and k, where only rooms that have them take the variant; else these take 4
+    samples: int = 0  # of a row each: only kernels of samples take the variant, and no other
 
 
 VARIANTS = {  # the plainest call, the one that asks for most, and what changes the types: levels, seeds, sizes of 1
@@ -45,8 +46,12 @@ VARIANTS = {  # the plainest call, the one that asks for most, and what changes 
     "single elements": Variant((300, 1), "table", torch.float32, "flow", "tensor", "tensor", ("bf16",)),
     "16 particles": Variant((2, 4096), "number", torch.float32, "x0", "number", "none", particles=16),
     "16 particles, drawn": Variant((2, 4096), "number", torch.float32, "x0", "number", "seed", ("bf16",), 16),
+    "samples in 2": Variant((1, 2), "number", torch.float32, "x0", "number", "none", samples=300),
+    "samples in 2048": Variant((1, 2048), "number", torch.float32, "x0", "number", "none", ("bf16",), samples=300),
 }
 OF_PARTICLES = ("guided_energy",)
+OF_SAMPLES = {"energy_mmd_points_kernel": "samples in 2", "energy_mmd_pairs_kernel": "samples in 2048",
+              "energy_mmd_turn_kernel": "samples in 2048"}  # fmt: skip
 
 
 class Compiled(NamedTuple):
@@ -70,12 +75,14 @@ def triton_kernels() -> list[str]:
 def cases(kernel: str) -> list[tuple[str, str]]:
     """(variant, dtype) of the calls that launch `kernel`."""
     takes = kernel.startswith(OF_PARTICLES)
-    return [(name, dtype) for name, one in VARIANTS.items() for dtype in one.dtypes if takes or not one.particles]
+    names = [name for name, one in VARIANTS.items() if not one.samples and (takes or not one.particles)]
+    names = [OF_SAMPLES[kernel]] if kernel in OF_SAMPLES else names
+    return [(name, dtype) for name in names for dtype in VARIANTS[name].dtypes]
 
 
 def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
     """The call of a launcher that launches `kernel`."""
-    room, backward = re.fullmatch(r"(\w+?)(_backward|_finish)?_kernel", kernel).groups()
+    room, backward = re.fullmatch(r"(\w+?)(_backward|_finish|_points|_pairs|_turn)?_kernel", kernel).groups()
     batch, data = variant.shape[0], lambda: torch.zeros(variant.shape, dtype=dtype)
     numbers = torch.zeros(batch)
     knots = torch.arange(16.0)
@@ -112,6 +119,10 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         source = None if few else numbers.long()
         outputs = torch.zeros((count, *variant.shape), dtype=dtype)
         launcher.forward(outputs, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0)
+    elif room == "energy_mmd":
+        x, y = (torch.zeros((1, variant.samples, variant.shape[1]), dtype=dtype) for _ in range(2))
+        slopes, loss = (torch.zeros(x.shape) for _ in range(2)), torch.zeros(1, dtype=torch.float64)
+        launcher.forward(loss, *slopes, x, y, None, None, "energy", [1.0], 1.0, True, True, None)
     elif room == "guided_energy":
         m = variant.particles or 4
         data = torch.zeros((batch, m, *variant.shape[1:]), dtype=dtype)

@@ -14,7 +14,7 @@ from lgd_kernels.arguments import requires_grad
 from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd import reference
 
-IMPLEMENTATIONS = {"cpu": impls.ALL_FLOATS, "reference": impls.ALL_FLOATS}
+IMPLEMENTATIONS = {"triton": impls.FLOATS, "cpu": impls.ALL_FLOATS, "reference": impls.ALL_FLOATS}
 
 _library = torch.library.Library("lgd", "FRAGMENT")
 _library.define(

@@ -13,7 +13,7 @@ import triton.language as tl
 from lgd_kernels.ops.energy_mmd.triton_values import share_of, value_and_slope
 from lgd_kernels.triton_common import on_device
 
-TILE = 64  # points
+TILE = 32  # points; of 64, a thread would hold more numbers than there are registers on sm_80 and sm_120
 WARPS, STAGES = 8, 2
 BLOCK, VALUES_BLOCK = 4096, 32768  # points of a block of pairs with weights, 64 MiB, and without
 CLOSEST = 1e-2  # of ||x||^2 + ||y||^2: as on the CPU
