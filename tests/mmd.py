@@ -3,6 +3,8 @@
 import pytest
 
 import lgd_kernels as lgd
+from lgd_kernels import testing
+from lgd_kernels.ops.energy_mmd import reference
 from lgd_kernels.ops.energy_mmd.kernels import split_kernel
 
 KERNELS = {
@@ -26,3 +28,26 @@ def definition(x, y, kernel, x_weights=None, y_weights=None, lam=1.0, unbiased=T
     weights = (one if one is None else one[None] for one in (x_weights, y_weights))
     return (*(one.flatten(1)[None] for one in (x, y)), *weights, *split_kernel(kernel, x[0].numel()), lam, unbiased,
             target_term)  # fmt: skip
+
+
+def terms(x, y, kernel):
+    """Of the value: sum |p_i q_j k| and within; bounds of each gradient's terms are found like it."""
+    x, y = testing.promoted(x), testing.promoted(y)
+    size = kernel._replace(offset=abs(kernel.offset)) if isinstance(kernel, lgd.Polynomial) else kernel
+    plus = [reference.energy_mmd(*definition(a, b, size, lam=0.0)).abs() for a, b in ((x, y), (x, x), (y, y))]
+    return plus[0] + plus[1] + plus[2]
+
+
+def terms_of_slope(x, y, kernel):
+    """The largest sum over j of the lengths of what a pair adds to the slope of a sample of x, weights up to 2 / n."""
+    x, y = x.detach().flatten(1), y.detach().flatten(1)
+    total = 0.0
+    for other in (y, x):
+        if isinstance(kernel, lgd.Polynomial):
+            kernel = kernel._replace(scale=1 / x.shape[1])
+            slopes = kernel.slope((x @ other.t()).abs()) * other.norm(dim=1)
+        else:
+            squares = (x[:, None] - other[None]).square().sum(-1)
+            slopes = 2 * kernel.slope(squares).abs() * squares.sqrt()
+        total += slopes.mean(1).max().item()
+    return 2 * 2 * total / len(x)

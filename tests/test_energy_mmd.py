@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from mmd import KERNELS, OPTIONS, definition, each_kernel
+from mmd import KERNELS, OPTIONS, definition, each_kernel, terms, terms_of_slope
 
 import lgd_kernels as lgd
 from lgd_kernels import impls, testing
@@ -113,29 +113,6 @@ def test_weights_count_samples(impl, generator):
     torch.testing.assert_close(
         lgd.energy_mmd(x, y, x_weights=without, impl=impl), lgd.energy_mmd(x[without > 0], y, impl=impl)
     )
-
-
-def terms(x, y, kernel, **options):
-    """Of the value: sum |p_i q_j k| and within; bounds of each gradient's terms are found like it."""
-    x, y = testing.promoted(x), testing.promoted(y)
-    size = kernel._replace(offset=abs(kernel.offset)) if isinstance(kernel, lgd.Polynomial) else kernel
-    plus = [reference.energy_mmd(*definition(a, b, size, lam=0.0)).abs() for a, b in ((x, y), (x, x), (y, y))]
-    return plus[0] + plus[1] + plus[2]
-
-
-def terms_of_slope(x, y, kernel):
-    """The largest sum over j of the lengths of what a pair adds to the slope of a sample of x, weights up to 2 / n."""
-    x, y = x.detach().flatten(1), y.detach().flatten(1)
-    total = 0.0
-    for other in (y, x):
-        if isinstance(kernel, lgd.Polynomial):
-            kernel = kernel._replace(scale=1 / x.shape[1])
-            slopes = kernel.slope((x @ other.t()).abs()) * other.norm(dim=1)
-        else:
-            squares = (x[:, None] - other[None]).square().sum(-1)
-            slopes = 2 * kernel.slope(squares).abs() * squares.sqrt()
-        total += slopes.mean(1).max().item()
-    return 2 * 2 * total / len(x)
 
 
 def compare(impl, x, y, kernel, limit, **options):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from mmd import KERNELS, definition, each_kernel
+from mmd import KERNELS, definition, each_kernel, terms, terms_of_slope
 
 import lgd_kernels as lgd
 from lgd_kernels import impls, testing
@@ -22,27 +22,6 @@ def kernels(target, monkeypatch):
     monkeypatch.setattr(triton_tiles, "BLOCK", 64)
     monkeypatch.setattr(triton_tiles, "VALUES_BLOCK", 64)
     return target
-
-
-def terms(x, y, kernel):
-    """Sum |p_i q_j k|, between and within."""
-    size = kernel._replace(offset=abs(kernel.offset)) if isinstance(kernel, lgd.Polynomial) else kernel
-    pairs = (x, y), (x, x), (y, y)
-    return sum(reference.energy_mmd(*definition(a, b, size, lam=0.0)).abs().item() for a, b in pairs)
-
-
-def terms_of_slope(x, y, kernel):
-    """The largest sum over j of the lengths of what a pair adds to the slope of a sample of x, weights up to 2 / n."""
-    total = 0.0
-    for other in (y, x):
-        if isinstance(kernel, lgd.Polynomial):
-            kernel = kernel._replace(scale=1 / x.shape[1])
-            slopes = kernel.slope((x @ other.t()).abs()) * other.norm(dim=1)
-        else:
-            squares = (x[:, None] - other[None]).square().sum(-1)
-            slopes = 2 * kernel.slope(squares).abs() * squares.sqrt()
-        total += slopes.mean(1).max().item()
-    return 4 * total / len(x)
 
 
 def compare(target, x, y, kernel, limit=8 * 2.0**-24, precision=None, **options):
@@ -76,7 +55,7 @@ def test_few_dimensions(kernel, kernels, generator):
 @pytest.mark.parametrize("D", [3, 40])
 def test_halves(D, dtype, kernels, generator):
     x, y = torch.randn(13, D, generator=generator).to(dtype), torch.randn(10, D, generator=generator)
-    compare(kernels, x, y, lgd.Energy(), limit=1e-6)
+    compare(kernels, x, y, lgd.Energy(), **({} if D <= 16 else {"limit": 1e-6}))
 
 
 @pytest.mark.parametrize("options", [{"unbiased": False}, {"lam": 0.5, "target_term": False}, {"lam": 0.0}], ids=str)
