@@ -14,7 +14,7 @@ PRECISIONS = ("direct", "product")
 
 
 def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, part=False) -> None:
-    """Everything; `part`: of a process that holds some of the samples, or none, and is asked about their number later."""
+    """Everything; `part`: of one process of several, which may hold no sample; their number is looked at later."""
     samples(x, y, batched, part)
     weights("x_weights", x_weights, "x", x, batched)
     weights("y_weights", y_weights, "y", y, batched)
