@@ -94,8 +94,7 @@ def mmd_test(
     (True, True)
     """
     kernel = Energy() if kernel is None else kernel
-    checks.samples(x, y, False)
-    checks.options(1.0, 1.0, unbiased, kernel, True, None, x, y, False)
+    checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
     count("mmd_test", "permutations", permutations)
     n, k = len(x), len(y)
     points = torch.cat([one.reshape(len(one), -1).to(arithmetic_dtype(x, y)) for one in (x, y)])

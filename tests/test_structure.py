@@ -123,10 +123,15 @@ def test_no_room_without_a_name():
 
 ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
     "__init__": (set(), set()),
-    "api": ({"op", "reference", "curve", "checks"}, {"checks", "columns", "impls", "levels", "rule_passes", "rules"}),
+    "api": (
+        {"op", "reference", "curve", "checks", "pieces", "sharded"},
+        {"checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
+    ),
     "bandwidth": ({"checks"}, {"pairs"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
+    "sharded": ({"checks", "pieces"}, {"impls", "progress"}),  # several calls of the operator, in several processes
+    "pieces": ({"op"}, {"levels", "progress"}),  # several calls of the operator for one of the user's
     "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
