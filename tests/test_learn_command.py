@@ -70,6 +70,7 @@ class Pairs(list):
 
 
 dataset = Pairs(zip(*pairs()))
+flat = torch.zeros(20, 2), torch.zeros(20, dtype=torch.int64)
 number = 7
 
 
@@ -153,7 +154,8 @@ def test_the_snippet_it_prints_runs(capsys):
 
 def test_fits_of_one_number():
     for kind in ("constant", "interval"):
-        assert learn("--omega", kind, out=kind) == 0
+        assert learn("--omega", kind, "--held-out", "my_model:pairs()", out=kind) == 0
+        assert load(f"{kind}/{kind}.safetensors").omega == load(f"{kind}/omega.safetensors").omega
         assert 0.6 < load(f"{kind}/omega.safetensors").omega < 1
         assert result(kind)["constant" if kind == "interval" else "interval"]["learned_minus_this"]["mean"] < 0.05
 
@@ -281,6 +283,9 @@ def test_what_is_wrong_is_said(named, message, capsys):
         (["--delta", "2"], "delta = 2.0"),
         (["--classes", "1"], "labels reach from 0 to 1, expected 0 to --classes - 1"),
         (["--impl", "cuda"], "cuda"),
+        (["--held-out", "1"], "--held-out is 1 of 200 items"),
+        (["--held-out", "nowhere"], "--held-out: nowhere is no folder"),
+        (["--held-out", "my_model:flat"], "--held-out: items have shapes"),
         (["--reward", "my_model:number"], "--reward: my_model:number is a int"),
     ],
 )
@@ -293,7 +298,7 @@ def test_options_that_do_not_fit(options, message, capsys):
     [
         (["--m", "0"], "--m is 0, expected 1 or more"),
         (["--omega", "table", "--resume"], "--reward and --resume are for --omega network"),
-        (["--held-out", "1"], "--held-out lies between 0 and 1"),
+        (["--knots", "1"], "--knots is 1, expected 2 or more"),
         (["--omega", "spline"], "invalid choice"),
     ],
 )

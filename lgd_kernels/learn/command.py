@@ -55,7 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "tensors or a dataset of pairs (x0, c)")  # fmt: skip
     add("--size", type=int, help="of the images of a folder: cut to the middle square and scaled to this")
     add("--classes", type=int, help="how many labels there are; by default as many as the data show")
-    add("--held-out", type=float, default=0.1, help="share of the data to judge by, 4096 items at most")
+    add("--held-out", default="0.1", help="what to judge by: a share of the data, or other data named as --data is; of "
+        "either 4096 items at most")  # fmt: skip
     add("--model", required=True, help="MODULE:NAME, a callable (x [N, ...], t [N], c [N, ...]) -> prediction")
     add("--prediction", choices=PREDICTIONS, default="x0", help="what the model returns")
     add("--schedule", default="flow", help=f"of the model's times: {', '.join(SCHEDULES)}, or MODULE:NAME, a Schedule")
@@ -94,8 +95,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("m", "steps", "batch", "every", "items", "hidden", "threads", "size", "classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    if args.knots < 2 or not 0 < args.held_out < 1:
-        parser.error("--knots is 2 or more, and --held-out lies between 0 and 1")
+    if args.knots < 2:
+        parser.error(f"--knots is {args.knots}, expected 2 or more")
     if args.omega != "network" and (args.reward or args.resume):
         parser.error("--reward and --resume are for --omega network; the fits are exact, and take seconds")
     if args.black_box and not args.reward:
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         raise ValueError("--omega table: a table's conditions are labels, but c are embeddings; --omega network")
     frozen = _frozen(args, c, classes, device)
     _try(frozen, x0.to(device), c.to(device))
-    learning, held = sources.split(data, args.held_out, args.seed)
+    learning, held = sources.parted(data, args.held_out, args.seed, args.size)
     settings = Settings(
         args.batch, args.m, args.delta, args.zeta, args.s_min, args.lr, ema=args.ema, seed=args.seed, cache=args.cache
     )
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     omega = omega if args.omega == "network" else found[args.omega]
     found = {"unguided": _unguided, **{name: found[name] for name in ("constant", "interval")}, args.omega: omega}
     losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, found)
-    command_fits.save(args, omega, frozen.schedule, losses, c.to(device), classes)
+    command_fits.save(args, found, frozen.schedule, losses, c.to(device), classes)
     print(command_fits.told(args, found, losses))
     return 0
 

@@ -61,14 +61,16 @@ def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
 
 def save(
     args: argparse.Namespace,
-    omega: Omega,
+    found: dict[str, Omega],
     schedule: Schedule,
     losses: dict[str, Tensor],
     c: Tensor,
     classes: int | None,
 ) -> None:
-    """omega.safetensors, result.json and, where matplotlib is installed, omega.png."""
-    save_omega(args.out / "omega.safetensors", omega, schedule)
+    """omega.safetensors and what it is compared with, result.json and, where matplotlib is installed, omega.png."""
+    for name in ("constant", "interval"):
+        save_omega(args.out / f"{name}.safetensors", found[name], schedule)
+    save_omega(args.out / "omega.safetensors", found[args.omega], schedule)
     result = {name: {"held_out": float(loss.mean()), "draws": len(loss)} for name, loss in losses.items()}
     for name, loss in losses.items():
         if name != args.omega:
@@ -76,7 +78,8 @@ def save(
             result[name]["learned_minus_this"] = {"mean": mean, "half_width": half}
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
-        draw(args.out / "omega.png", omega, schedule, c if classes is None else torch.arange(classes, device=c.device))
+        conditions = c if classes is None else torch.arange(classes, device=c.device)
+        draw(args.out / "omega.png", found[args.omega], schedule, conditions)
 
 
 def paired(a: Tensor, b: Tensor) -> tuple[float, float]:

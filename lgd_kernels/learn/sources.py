@@ -156,18 +156,34 @@ def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
     return x0, c
 
 
-def split(data: Data, held_out: float, seed: int, most: int = 4096) -> tuple[Data, Data]:
-    """(to learn from, held out): a share of the items, at random, `most` at most.
+def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: int = 4096) -> tuple[Data, Data]:
+    """(to learn from, held out), `most` held out at most: a share of the items at random, or data of their own.
+
+    Args:
+        held_out: a number between 0 and 1, or what `load` takes.
 
     >>> import torch
-    >>> [size_of(part) for part in split((torch.zeros(50, 2), torch.zeros(50)), 0.1, seed=0)]
+    >>> [size_of(part) for part in parted((torch.zeros(50, 2), torch.zeros(50)), "0.1", seed=0)]
     [45, 5]
     """
-    size = size_of(data)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    cut = min(most, max(1, round(held_out * size)))
-    if cut >= size:
-        raise ValueError(f"--data holds {size} items, too few to hold some out")
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        share = float(held_out)
+    except ValueError:
+        try:
+            other = load(held_out, size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data", "--held-out", 1)) from error
+        found, expected = (tuple(one.shape[1:] for one in first(source)) for source in (other, data))
+        if found != expected:
+            raise ValueError(f"--held-out: items have shapes {found}, expected {expected}, those of --data") from None
+        return data, _part(other, torch.randperm(size_of(other), generator=generator)[:most])
+    order = torch.randperm(size_of(data), generator=generator)
+    cut = min(most, max(1, round(share * len(order))))
+    if not 0 < share < 1 or cut >= len(order):
+        raise ValueError(
+            f"--held-out is {held_out} of {len(order)} items, expected a share that leaves some on each side"
+        )
     return _part(data, order[cut:]), _part(data, order[:cut])
 
 
