@@ -21,6 +21,7 @@ from lgd_kernels.learn.logs import Row
 from lgd_kernels.learn.losses import self_consistency_loss
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.learn.reward import Loss
+from lgd_kernels.omega.table import OmegaTable, TableModule
 from lgd_kernels.progress import Track, silent
 
 
@@ -32,8 +33,10 @@ class Trainer:
     """Learns omega for a frozen denoiser.
 
     Args:
-        omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`. It is trained in place; `trainer.ema` is its
-            average.
+        omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`: a network, or one of `lgd_kernels.omega.forms`.
+            It is trained in place; `trainer.ema` is its average. An `OmegaTable` is copied into a `TableModule`:
+            `trainer.ema.table()` is the table again. A module's own `project()`, where it has one, is called after
+            each update.
         frozen: the denoiser, on the same device.
         data: `(x0 [N, ...], c [N, ...])`, or a dataset of pairs (x0, c).
         settings: see `Settings`.
@@ -66,7 +69,7 @@ class Trainer:
 
     def __init__(
         self,
-        omega: nn.Module,
+        omega: nn.Module | OmegaTable,
         frozen: Frozen,
         data: Data,
         settings: Settings | None = None,
@@ -77,6 +80,7 @@ class Trainer:
         every: int = 500,
         logs: Sequence[Callable[[Row], None]] = (),
     ) -> None:
+        omega = TableModule(omega) if isinstance(omega, OmegaTable) else omega
         if not isinstance(omega, nn.Module) or not any(weight.requires_grad for weight in omega.parameters()):
             raise TypeError(
                 f"Trainer: `omega` is a {type(omega).__name__}, expected a torch.nn.Module with parameters to learn"
@@ -128,6 +132,8 @@ class Trainer:
         if not math.isfinite(float(loss) + float(norm)):
             raise NotFinite(self._seen(particles, omega, each, norm))
         self.optimizer.step()
+        if hasattr(self.omega, "project"):
+            self.omega.project()
         self._average()
         self.step += 1
         return loss, norm
