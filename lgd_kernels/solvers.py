@@ -268,7 +268,7 @@ def unipc(
     First order (r = 0, f - p = 1/2) in the first step, in one to s = 0, and where `first_order` `[N]` says so. Where h
     is infinite "bh1" is not defined, and that step is not corrected. Kept are x0_i and x0_{i-1}.
 
-    With its corrector a run converges with order 3. Source: Zhao et al., arXiv 2302.04867; with the predictor's p = 1/2,
+    With its corrector a run converges with order 3. Source: Zhao et al., arXiv 2302.04867; the predictor's p is 1/2,
     as in diffusers' UniPCMultistepScheduler of solver_order 2.
     """
     if variant not in ("bh1", "bh2"):
