@@ -1,6 +1,7 @@
 """lgd_kernels.metrics, against the formulas in float64 and against SciPy; what is counted over pairs block by block."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -33,11 +34,8 @@ def test_energy_distance_is_scipys_squared(generator):
 @pytest.mark.parametrize(
     "call, steps",
     [
-        (lambda *both, **options: metrics.mmd_test(*both, permutations=20, **options), 1 + 21),
-        (
-            lambda *both, **options: metrics.kernel_inception_distance(*both, subsets=7, subset_size=20, **options),
-            1 + 7,
-        ),
+        (partial(metrics.mmd_test, permutations=20), 1 + 21),
+        (partial(metrics.kernel_inception_distance, subsets=7, subset_size=20), 1 + 7),
         (lgd.median_bandwidth, 2 * (1 + 21)),
         (metrics.energy_distance, 1 + 3),
     ],
