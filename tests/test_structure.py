@@ -127,7 +127,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
         {"op", "reference", "curve", "checks", "pieces", "sharded"},
         {"checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
     ),
-    "bandwidth": ({"checks"}, {"pairs"}),
+    "bandwidth": ({"checks"}, {"pairs", "progress"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
     "sharded": ({"checks", "pieces"}, {"impls", "progress"}),  # several calls of the operator, in several processes

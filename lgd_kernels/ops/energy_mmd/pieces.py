@@ -20,7 +20,7 @@ from lgd_kernels.ops.energy_mmd import op
 from lgd_kernels.progress import Report
 
 ALONE = 2.0**60  # of lam: beside it the term between two sets is no longer seen
-ROWS, PAIRS = 1024, 2**28  # of a piece between two reports: so many rows, or as many as make so many pairs (0.1 to 1 s)
+ROWS, PAIRS = 960, 2**28  # of a piece between two reports: a multiple of so many rows, the least that has these pairs
 
 
 class Side(NamedTuple):
@@ -143,7 +143,7 @@ def _cut(piece: Piece) -> Iterator[Piece]:
     """The same in fewer rows at a time. Pairs of a set come as those within some rows, and of these with the rest."""
     rows, columns, value, slope = piece
     across = (rows if columns is None else columns).count * len(value)
-    length = max(ROWS, PAIRS // max(1, across))
+    length = ROWS * max(1, PAIRS // max(1, ROWS * across))
     for first in range(0, rows.count, length):
         some, rest = rows[first : first + length], rows[first + length :]
         yield Piece(some, columns, value, slope)
