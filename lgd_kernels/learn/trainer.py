@@ -97,9 +97,8 @@ class Trainer:
         self.batches = Batches(frozen, data, settings, self.device)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            omega.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        self.weights, self.means = (list(one.parameters()) for one in (omega, self.ema))
+        self.optimizer = torch.optim.AdamW(self.weights, settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.validation: list[Particles] | None = None
 
     def train(self, steps: int, track: Track = silent) -> None:
@@ -127,7 +126,7 @@ class Trainer:
         share = distributed.rank_and_size()[1] / self.settings.batch  # gradients are averaged over the processes
         self.optimizer.zero_grad()
         (each.sum() * share).backward()
-        norm = nn.utils.clip_grad_norm_(self.omega.parameters(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
         loss = distributed.total(each.detach().sum()) / self.settings.batch
         if not math.isfinite(float(loss) + float(norm)):
             raise NotFinite(self._seen(particles, omega, each, norm))
@@ -208,7 +207,7 @@ class Trainer:
     def _average(self) -> None:
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.omega.parameters()), 1 - decay)
+            torch._foreach_lerp_(self.means, self.weights, 1 - decay)
             for mean, value in zip(self.ema.buffers(), self.omega.buffers(), strict=True):
                 mean.copy_(value)
 
