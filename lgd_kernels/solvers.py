@@ -28,6 +28,8 @@ class StepPlan:
         x    <- table[i, 0] . (x, g, kept, z)
         kept <- table[i, 1] . (x, g, kept, z)      only where the solver remembers something: P = 2, else P = 1
 
+    A table of five factors has one more of what was kept a call earlier, which is handed on and not written again.
+
     `start` is the noise to add to the first sample, for samplers that add noise before they call the network.
 
     >>> import torch, lgd_kernels as lgd
@@ -40,7 +42,7 @@ class StepPlan:
     """
 
     times: Tensor  # [N], of each call of the network
-    table: Tensor  # [N, P, 4]: factors of x, g, kept and z
+    table: Tensor  # [N, P, 4]: factors of x, g, kept and z; [N, P, 5]: and of what was kept before
     start: float = 0.0
 
     def __len__(self) -> int:
@@ -49,6 +51,11 @@ class StepPlan:
     @property
     def remembers(self) -> bool:
         return self.table.shape[1] == 2
+
+    @property
+    def deep(self) -> bool:
+        """Whether what was kept a call earlier is asked for too: `kept` is then a tuple, the newest first."""
+        return self.table.shape[2] == 5
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepPlan:
         """Times and table there; the table in `dtype`. Once, before the loop: then a step copies nothing."""
@@ -61,21 +68,22 @@ class StepPlan:
         cond: Tensor,
         uncond: Tensor | None = None,
         omega: float | Tensor | OmegaLookup = 0.0,
-        kept: Tensor | None = None,
+        kept: Tensor | tuple[Tensor, ...] | None = None,
         *,
         noise: Tensor | None = None,
         seed: int | Tensor | None = None,
         first_sample: int = 0,
         rule: Rule | None = None,
         impl: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
         """One step: `(x, kept)` after call `index` of the network. One pass, without a rule that takes moments.
 
         Args:
             index: of the call; an int; or an int64 tensor on the device of the data, which nothing waits for: 0-dim, or
                 `[B]`, where every sample is at a call of its own.
             x, cond, uncond, omega, rule: as in `guided_step`; without uncond, cond is the guided prediction.
-            kept: what the step before returned; None in the first. (With `index` a tensor: zeros like x, there.)
+            kept: what the step before returned; None in the first. (With `index` a tensor: zeros like x, there; a tuple
+                of two where the plan is `deep`.)
             noise, seed, first_sample: as in `guided_step`, for solvers that draw. `step` draws z from the seed alone:
                 give another one to each step.
 
@@ -84,20 +92,21 @@ class StepPlan:
 
         if rule is not None:
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
-        tensors = [tensor for tensor in (x, cond, uncond, kept) if tensor is not None]
+        history = () if kept is None else kept if isinstance(kept, tuple) else (kept,)
+        tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]
         wide, batch = arithmetic_dtype(*tensors, noise), x.shape[0]
         table = self.table.to(x.device, wide)
         row = table.index_select(0, index.reshape(-1)) if isinstance(index, Tensor) else table[index].unsqueeze(0)
         row = row.expand(batch, *row.shape[1:])  # [B, P, 4]
-        self._check(index, kept, noise, seed)
+        self._check(index, len(history), noise, seed)
         factors, columns = [row[..., 0], row[..., 1]], [0, 1]
         if uncond is not None:
             w = omega_at(omega, x.new_empty(0, dtype=wide))
             factors.append(row[..., 1] * (w[:, None] if w.ndim else w))
             columns.append((1, 2))
-        if kept is not None:
-            factors.append(row[..., 2])
-            columns.append(len(tensors) - 1)
+        for place in range(len(history)):
+            factors.append(row[..., (2, 4)[place]])
+            columns.append(len(tensors) - len(history) + place)
         drawn = {}
         if noise is not None:
             factors.append(row[..., 3])
@@ -106,17 +115,20 @@ class StepPlan:
         elif seed is not None:
             drawn = {"noise_scale": row[..., 3], "seed": seed, "first_sample": first_sample}
         found = combine(tensors, torch.stack(factors, -1), columns=columns, impl=impl, **drawn)
-        return found if self.remembers else (found[0], None)
+        if not self.remembers:
+            return found[0], None
+        return found if not self.deep else (found[0], (found[1], *history[:1]))
 
-    def _check(self, index, kept, noise, seed) -> None:
+    def _check(self, index, depth, noise, seed) -> None:
         """Where the table can be looked at for nothing, that this row has what it asks for."""
         if noise is not None and seed is not None:
             raise ValueError("StepPlan.step: `noise` and `seed` were both given, expected one of them")
         if isinstance(index, Tensor) or self.table.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        _, _, remembered, drawn = self.table[index, 0].tolist()
-        if remembered and kept is None:
-            raise ValueError(f"StepPlan.step: `kept` is None in step {index}, expected what the step before returned")
+        _, _, remembered, drawn, *before = self.table[index, 0].tolist()
+        if (remembered and depth == 0) or (any(before) and depth < 2):
+            said = "None" if depth == 0 else "what one step returned"
+            raise ValueError(f"StepPlan.step: `kept` is {said} in step {index}, expected what the step before returned")
         if drawn and noise is None and seed is None:
             raise ValueError(f"StepPlan.step: step {index} adds noise but there is none; pass seed=... or noise=...")
 
@@ -231,6 +243,65 @@ def dpm_solver_2m(
     ahead = b * (1 + share)
     table = _table(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
     return StepPlan(times[:-1], torch.cat((table, _table(alpha, beta)), 1))
+
+
+def unipc(
+    schedule: Schedule,
+    times: Tensor,
+    *,
+    prediction: str = "x0",
+    variant: str = "bh2",
+    first_order: Tensor | None = None,
+) -> StepPlan:
+    """UniPC of order 2, which predicts x0: its corrector is folded into the step after, so a step is one combine.
+
+    x0_i is found at call i, at the x_i that the step before predicted. With h of a step and h' of the one before it, in
+    ln(signal / noise), r = h / h', E = 1 - e^-h, B = E ("bh2") or h ("bh1"), and a, b the factors of `one_step`,
+
+        corrected = x_i + signal_s B ((f - p) (x0_i - x0_{i-1}) + (p - 1/2) r (x0_{i-1} - x0_{i-2}))
+        x_{i+1}   = a corrected + b x0_i + signal_s B r / 2 (x0_i - x0_{i-1})
+
+    with signal_s, B, f, p and r of the step before in the first line, of this step in the second;
+
+        f = (1 - E / h) / B,   p = r / (1 + r) (f - (1 - 2 (1 - E / h) / h) / B)
+
+    First order (r = 0, f - p = 1/2) in the first step, in one to s = 0, and where `first_order` `[N]` says so. Where h
+    is infinite "bh1" is not defined, and that step is not corrected. Kept are x0_i and x0_{i-1}.
+
+    With its corrector a run converges with order 3. Source: Zhao et al., arXiv 2302.04867; the predictor's p is 1/2,
+    as in diffusers' UniPCMultistepScheduler of solver_order 2.
+    """
+    if variant not in ("bh1", "bh2"):
+        raise ValueError(f"unipc: `variant` is {variant!r}, expected bh1 or bh2")
+    levels = _levels(schedule, times)
+    a, b, _ = step_coefficients(levels, "x0", 0.0)
+    h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
+    none = torch.zeros_like(h)
+    ratio = torch.cat((h.new_zeros(1), h[1:] / h[:-1]))
+    second = torch.isfinite(ratio) & (torch.arange(len(h), device=h.device) > 0) & (h > 0)
+    second = second if first_order is None else second & ~first_order
+    size = -torch.expm1(-h) if variant == "bh2" else h
+    new, old = _corrected(h, ratio, second, size)
+    size = levels.signal_s * size
+    ahead = torch.where(second, size * ratio / 2, none)
+    new, old = (torch.where(torch.isfinite(size), size * one, none) for one in (new, old))
+    new, old = (a * torch.cat((one.new_zeros(1), one[:-1])) for one in (new, old))  # at the next call
+    alpha, beta = x0_coefficients(levels, prediction)
+    to_x0 = new + b + ahead
+    table = _table(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
+    table = torch.cat((table, _table(alpha, beta)), 1)
+    before = torch.stack((-old, none), 1)
+    return StepPlan(times[:-1], torch.cat((table, before.unsqueeze(2)), 2))
+
+
+def _corrected(h: Tensor, ratio: Tensor, second: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """What UniPC's corrector adds to a prediction, in units of signal_s B: factors of the newest difference of x0 and
+    of the one before it. `size`: B."""
+    one = 1 + torch.expm1(-h) / h
+    first, then = one / size, (1 - 2 * one / h) / size
+    share = (first - then) * ratio / (1 + ratio)
+    half = torch.full_like(h, 0.5)
+    return torch.where(second, first - share, half), torch.where(second, (share - 0.5) * ratio, torch.zeros_like(h))
 
 
 def _levels(schedule: Schedule, times: Tensor, to: Tensor | None = None) -> Levels:
