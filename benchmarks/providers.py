@@ -61,10 +61,10 @@ def fused_step(kind: str, config: dict, index: int) -> Callable[[dict], Call]:
         scheduler = FusedScheduler(_scheduler(kind, config))
         scheduler.set_timesteps(STEPS)
         x, cond, uncond, kept = (arguments.get(name) for name in ("x", "cond", "uncond", "kept"))
-        timestep, omega, place = scheduler.timesteps[index], arguments["omega"], torch.tensor(index)
+        timestep, omega = scheduler.timesteps[index], arguments["omega"]
 
         def call():
-            scheduler._index, scheduler._kept = place, kept
+            scheduler._index, scheduler._kept = index, kept
             moved = scheduler.step(cond, timestep, x, uncond=uncond, omega=omega).prev_sample
             return moved if kept is None else (moved, scheduler._kept)
 
