@@ -94,7 +94,7 @@ class StepPlan:
         if rule is not None:
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
         history = () if kept is None else kept if isinstance(kept, tuple) else (kept,)
-        if seed is None and isinstance(index, int) and step_rows.plain(x, cond, uncond, noise, *history):
+        if seed is None and isinstance(index, int) and step_rows.fits(self.table, x, cond, uncond, noise, *history):
             found = step_rows.step(self, index, x, cond, uncond, omega, history, noise, impl)
             return self._and_kept(found.unbind(0), history)
         tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]

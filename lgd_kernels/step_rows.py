@@ -11,11 +11,11 @@ from lgd_kernels.columns import flat
 from lgd_kernels.levels import OmegaLookup, omega_at, widest
 from lgd_kernels.ops.combine import op
 
-OP = "StepPlan.step"
+OP, MOST = "StepPlan.step", 16
 
 
 class Rows:
-    """The columns that a step reads, and for each step of a run what they are multiplied with: `fixed + omega share`."""
+    """The columns that a step reads, and for each step of a run their coefficients: `fixed + omega share`."""
 
     def __init__(self, table: Tensor, batch: int, guided: bool, depth: int, noise: bool, like: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -26,26 +26,41 @@ class Rows:
             share = torch.zeros_like(fixed)
             if guided:
                 share[..., 2], fixed[..., 2] = fixed[..., 2], 0.0
-            self.fixed, self.share = fixed.unbind(0), share.unbind(0)
+            self.fixed, self.share, self.weighted = fixed, share, (0.0, fixed.unbind(0))
         names = [0, 1, *([(1, 2)] if guided else [])]
         first = 3 if guided else 2
         names += range(first, first + depth + noise)
         self.columns, self.checked = flat(names, first + depth + noise), set()
 
+    def at(self, index: int, omega: float | Tensor | OmegaLookup) -> Tensor:
+        """`[B, P, K]`; for a number they are worked out for the whole run, and kept for the last one."""
+        if isinstance(omega, (Tensor, OmegaLookup)):
+            fixed = self.fixed[index]
+            return torch.addcmul(fixed, omega_at(omega, fixed).view(-1, 1, 1), self.share[index])
+        if omega != self.weighted[0]:
+            with torch.inference_mode(False), torch.no_grad():
+                self.weighted = omega, torch.add(self.fixed, self.share, alpha=omega).unbind(0)
+        return self.weighted[1][index]
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing looks on, so that what was laid out may be used again."""
-    return impls.direct(*tensors) and not impls.transforms_active()
+
+def fits(table: Tensor, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing looks on, so that what was laid out may be used again: also no CUDA graph, whose replay would not
+    know of it, and no gradient to the table itself."""
+    if table.requires_grad or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    return impls.direct(x, *others) and not impls.transforms_active()
 
 
 def rows(plan, batch: int, guided: bool, depth: int, noise: bool, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Of a plan, whose tables nobody changes; kept with it."""
+    """Of a plan, whose tables nobody changes; kept with it, for a few batches."""
     kept = plan.__dict__.setdefault("_rows", {})
     key = batch, guided, depth, noise, device, dtype
     found = kept.get(key)
     if found is None:
         if plan.table.ndim == 4 and plan.table.shape[1] != batch:
             raise ValueError(f"{OP}: `x` has {batch} samples, expected {plan.table.shape[1]}, as the plan's times")
+        if len(kept) == MOST:
+            kept.clear()
         like = torch.empty(0, dtype=dtype, device=device)
         found = kept[key] = Rows(plan.table, batch, guided, depth, noise, like)
     return found
@@ -77,12 +92,7 @@ def step(
     if index not in found.checked:
         plan._check(index, len(history), noise, None)
         found.checked.add(index)
-    coefficients = found.fixed[index]
     if uncond is not None:
         checks.omega(OP, omega, "x", x)
-        if isinstance(omega, (Tensor, OmegaLookup)):
-            weights = omega_at(omega, coefficients)
-            coefficients = torch.addcmul(coefficients, weights.view(-1, 1, 1), found.share[index])
-        else:
-            coefficients = torch.add(coefficients, found.share[index], alpha=omega)
-    return op.combine(tensors, coefficients, found.columns, None, None, None, 0, None, -torch.inf, torch.inf, impl)
+    coefficients = found.at(index, omega if uncond is not None else 0.0)
+    return op.combined(tensors, coefficients, found.columns, impl)
