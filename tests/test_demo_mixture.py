@@ -1,10 +1,22 @@
 """The study in the plane: closed forms against what they stand for, statistics, and a short run from end to end."""
 
+import contextlib
+import io
+import json
+import re
+
 import pytest
 import torch
 
+from lgd_kernels.__main__ import main
+from lgd_kernels.demo import measures, mixture, mixture_claims, mixture_study
 from lgd_kernels.demo.plane import CLASSES, NULL, Mixture, mislabelled_shares, pinwheel, undoing
+from lgd_kernels.learn import Frozen
+from lgd_kernels.progress import silent
 from lgd_kernels.schedules import RectifiedFlow
+
+for module in ("sklearn", "matplotlib"):
+    pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")
 
 FALLS = torch.tensor([0.0, 1 / 3, 2 / 3], dtype=torch.float64)
 
@@ -116,3 +128,143 @@ def test_samples_follow_the_density():
         spread = truth.weights[c] @ (truth.means.square().sum(1) + 2 * truth.deviations.square()) - mean.square().sum()
         assert float(x[c].var(0).sum()) == pytest.approx(float(spread), rel=0.01)
         assert torch.isfinite(truth.log_density(x[c], one, none, torch.full((len(x[c]),), c))).all()
+
+
+def test_verdicts():
+    below, across, above, none = ({"interval95": one} for one in ([-3.0, -1.0], [-1.0, 2.0], [1.0, 2.0], None))
+    said = [mixture_claims.verdict(value) for value in (below, across, above, none)]
+    assert said == ["holds", "not shown", "does not hold", "not shown"]
+    said = [mixture_claims.verdict(value, above=True) for value in (below, across, above, none)]
+    assert said == ["does not hold", "not shown", "holds", "not shown"]
+    said = [mixture_claims.around(value, 1.5) for value in (below, across, above, none)]
+    assert said == ["does not hold", "holds", "holds", "not shown"]
+    assert mixture_claims.at_most(above, 2.0) == "holds" and mixture_claims.at_most(across, 1.0) == "not shown"
+    assert mixture_claims.at_most(above) == "does not hold" and mixture_claims.at_most(none) == "not shown"
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by 10, methods by 0.1: unpaired nothing would show."""
+    tested = [(10.0 * i + 0.1 + 0.001 * (-1) ** i, 10.0 * i) for i in range(8)]
+    seeds = [
+        {"denoisers": {"exact": {"test": {"learned": {"energy": one}, "constant": {"energy": other}}}}}
+        for one, other in tested
+    ]
+    value = mixture_claims.difference(seeds, "exact", "learned", "constant")
+    assert value["mean"] == pytest.approx(0.1) and value["std"] == pytest.approx(0.001 * (8 / 7) ** 0.5, rel=1e-6)
+    half = 2.364624 * value["std"] / 8**0.5  # the t-quantile of 7 degrees of freedom
+    assert value["interval95"] == pytest.approx([0.1 - half, 0.1 + half])
+    assert mixture_claims.verdict(value) == "does not hold"
+
+
+def test_energy_is_the_energy_distance_of_each_class():
+    truth = pinwheel()
+    x, real = truth.per_class(50, seeded()), truth.per_class(70, seeded(1))
+    found = mixture_study.energy(torch.stack((x, x + 0.5)), real)
+    for i, shift in enumerate((0.0, 0.5)):
+        for c in range(CLASSES):
+            expected = measures.energy_distance(x[c].double() + shift, real[c].double())
+            assert float(found[i, c]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_l2_bias_of_an_exact_denoiser():
+    """signal_t A / B (docs/math.md), by least squares over steps; for churn 0 that is s (1 - t) / (t - s)."""
+    truth, schedule = pinwheel(), RectifiedFlow()
+    frozen = Frozen(lambda x, t, c: truth.denoise(x, *schedule.signal_noise(t), c), schedule, null=NULL)
+    c = torch.randint(0, CLASSES, (6000,), generator=seeded())
+    rows = mixture_study.l2_bias(frozen, (truth.sample(c, seeded(1)), c), 0, items=6000)
+    for row in rows[: len(mixture_study.STEPS)]:
+        assert row["churn"] == 0
+        assert row["expected"] == pytest.approx(row["s"] * (1 - row["t"]) / (row["t"] - row["s"]), rel=1e-4)
+    for churn in (0.0, 1.0):
+        assert mixture_claims.ratio([row for row in rows if row["churn"] == churn]) == pytest.approx(1, abs=0.08)
+
+
+def test_undecided_network_ignores_its_condition():
+    net = mixture.undecided(16).eval()
+    x, u = torch.randn(4, 2, generator=seeded()), torch.full((4,), 0.5)
+    first, null = (net(x, u, torch.full((4,), c)) for c in (0, NULL))
+    assert torch.equal(first, null) and net.null == NULL
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, what was printed) of a quick run with two seeds."""
+    out = tmp_path_factory.mktemp("mixture")
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        assert main(["demo", "mixture", "--quick", "--seeds", "2", "--out", str(out)]) == 0
+    assert errors.getvalue() == ""
+    return out, printed.getvalue()
+
+
+def test_metrics(finished):
+    metrics = json.loads((finished[0] / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert set(metrics) == {"config", "versions", "quick", "seeds", "summary", "claims"} and metrics["quick"]
+    for number, seed in enumerate(metrics["seeds"]):
+        assert seed["seed"] == number and list(seed["denoisers"]) == list(mixture.DENOISERS)
+        for found in seed["denoisers"].values():
+            assert list(found["test"]) == list(mixture_study.METHODS)
+            for values in found["test"].values():
+                assert values["energy"] == pytest.approx(sum(values["energy_per_class"]) / CLASSES, abs=1e-5)
+            # the unguided method is the constant 0: one noise for all, so the same samples
+            assert found["test"]["unguided"]["energy"] == pytest.approx(found["constants"]["energy"][0], abs=1e-6)
+            assert found["held_out_loss"]["unguided"] == pytest.approx(found["constants"]["loss"][0], abs=1e-9)
+            chosen, tried = found["chosen"], found["validation"]["constant"]
+            assert chosen["constant"] == metrics["config"]["constants"][tried.index(min(tried))]
+            for path in found["omega_path"].values():
+                assert len(path) == metrics["config"]["sampling_steps"] and min(map(min, path)) >= 0
+            assert set(found["seconds"]) == {"predicted", "fitted", "network"}
+    test = [seed["denoisers"]["even labels"]["test"] for seed in metrics["seeds"]]
+    assert metrics["summary"]["paired"]["even labels"]["learned - constant"]["values"] == pytest.approx(
+        [values["learned"]["energy"] - values["constant"]["energy"] for values in test]
+    )
+    assert {row["verdict"] for row in metrics["claims"]} <= {"holds", "does not hold", "not shown"}
+    assert {row["denoiser"] for row in metrics["claims"]} == set(mixture.DENOISERS)
+
+
+def test_a_seed_says_the_same_twice(finished):
+    """But for the seconds."""
+    once = json.loads((finished[0] / "metrics.json").read_text())["seeds"][1]
+    again, _ = mixture.run_seed(1, mixture.Config.quick(), silent)
+    again = json.loads(json.dumps(again))
+    for seed in (once, again):
+        seed.pop("seconds")
+        for found in seed["denoisers"].values():
+            found.pop("seconds")
+    assert once == again
+
+
+def test_prints_the_tables_and_nothing_else(finished):
+    out, printed = finished
+    lines = printed.splitlines()
+    assert lines[0].startswith("energy distance from held-out data in the plane, 2 seeds")
+    assert [line[:14].strip() for line in lines[3:13]] == list(mixture_study.METHODS)
+    assert "figures mean nothing" in printed and lines[-1] == f"report: {out / 'report.html'}"
+
+
+def test_report_is_self_contained(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert "http" not in page and "<script" not in page and "<link" not in page
+    sources = re.findall(r'src="([^"]{0,22})', page)
+    assert len(sources) == 6 and set(sources) == {"data:image/png;base64,"}
+    assert all(name in page for name in (*mixture.DENOISERS, *mixture_study.METHODS, "signal_t A / B"))
+
+
+def test_one_seed_has_no_verdict_on_differences(tmp_path, capsys):
+    assert mixture.main(["--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert "[" not in capsys.readouterr().out.split("report:")[0]
+    rows = json.loads((tmp_path / "metrics.json").read_text())["claims"]
+    assert {row["verdict"] for row in rows[1:]} == {"not shown"}
+
+
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--threads", "0"], ["--what"]])
+def test_refuses(argv):
+    with pytest.raises(SystemExit):
+        mixture.main(argv)
+
+
+def test_default_is_fair():
+    """Guidance by hand is searched finely, and there are seeds enough for an interval."""
+    config = mixture.Config()
+    assert len(config.constants) >= 10 and mixture.command.parser("mixture", "x", seeds=8).parse_args([]).seeds == 8
+    assert sum(config.even) == pytest.approx(1) and sum(config.uneven) == pytest.approx(1)

@@ -69,7 +69,8 @@ class Mixture(NamedTuple):
     def _terms(self, x: Tensor, signal: Tensor, noise: Tensor, c: Tensor) -> Tensor:
         """log of the components' densities at x, weights included, but for log 2 pi: [N, J]."""
         variance = self._variance(signal, noise)
-        distance = (x[:, None] - signal[:, None, None] * self.means).square().sum(2)  # [N, J]
+        middle = signal[:, None, None] * self.means  # [N, J, 2]
+        distance = (x[:, None, 0] - middle[..., 0]).square() + (x[:, None, 1] - middle[..., 1]).square()
         return self.weights.log()[c] - variance.log() - distance / (2 * variance)
 
 
