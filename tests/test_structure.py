@@ -191,7 +191,7 @@ def test_rooms_look_up_only_when_asked(path):
 
 
 def test_arrows_to_rooms_are_at_the_top():
-    for name in ("rule_passes", "rule_state", "solvers", "sampler", "log_prob"):
+    for name in ("rule_passes", "rule_state", "solvers", "step_rows", "sampler", "log_prob"):
         path = PACKAGE / f"{name}.py"
         assert {
             one for one in imports(path) - imports(path, lazily=False) if one.startswith("lgd_kernels.ops")
