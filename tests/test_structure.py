@@ -127,7 +127,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "bandwidth": ({"checks"}, {"pairs"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
-    "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
+    "op": ({"reference"}, {"arguments", "columns", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
         {"triton_backward", "triton_finish", "triton_particles", "triton_points", "triton_tiles", "triton_values"},

@@ -9,9 +9,9 @@ from lgd_kernels.native import with_contiguous_rows
 
 
 def forward(outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
-            low, high):  # fmt: skip
+            low, high, found=None):  # fmt: skip
     scalars = (None if one is None else one.contiguous() for one in (coefficients, constant, noise_scale))
     impls.extension().combine(
         outputs, [with_contiguous_rows(tensor) for tensor in tensors], *scalars, columns, seed, seed_value,
-        first_sample, None if source is None else source.contiguous(), low, high, torch.get_num_threads(),
+        first_sample, None if source is None else source.contiguous(), low, high, found, torch.get_num_threads(),
     )  # fmt: skip
