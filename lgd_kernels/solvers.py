@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lgd_kernels import step_rows
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.guided_score.api import guided_score
@@ -97,6 +98,9 @@ class StepPlan:
         if rule is not None:
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
         history = () if kept is None else kept if isinstance(kept, tuple) else (kept,)
+        if seed is None and isinstance(index, int) and step_rows.fits(self.table, x, cond, uncond, noise, *history):
+            found = step_rows.step(self, index, x, cond, uncond, omega, history, noise, impl)
+            return self._and_kept(found.unbind(0), history)
         tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]
         wide, batch = arithmetic_dtype(*tensors, noise), x.shape[0]
         table = self.table.to(x.device, wide)
@@ -118,6 +122,10 @@ class StepPlan:
         elif seed is not None:
             drawn = {"noise_scale": row[..., 3], "seed": seed, "first_sample": first_sample}
         found = combine(tensors, torch.stack(factors, -1), columns=columns, impl=impl, **drawn)
+        return self._and_kept(found, history)
+
+    def _and_kept(self, found: tuple[Tensor, ...], history: tuple[Tensor, ...]):
+        """The next sample, and what the next step asks for."""
         if not self.remembers:
             return found[0], None
         return found if not self.deep else (found[0], (found[1], *history[:1]))

@@ -375,3 +375,45 @@ def test_refuses(generator):
         plan_of(True).step(0, x, x, noise=x, seed=1)
     with pytest.raises(ValueError, match="`s` must be nearer the data"):
         solvers.one_step(lgd.RectifiedFlow(), torch.tensor([0.1, 0.5]))
+
+
+@pytest.mark.parametrize("omega", [0.7, OMEGA, "table"], ids=["number", "[B]", "table"])
+def test_the_short_way_is_the_general_one(target, omega, generator):
+    """By an int coefficients are laid out once for the run, whatever omega is next; by a tensor they are worked out."""
+    x, c, u, kept, z = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
+    if isinstance(omega, str):
+        omega = testing.omegas(BATCH, generator)["table"]
+    plan, omega = plan_of(stochastic=True).to(target.device), testing.moved(omega, target.device)
+    for i in (1, 4, 1):
+        for w, uncond, noise in ((omega, u, z), (0.25, u, z), (0.0, None, z)):
+            at = torch.tensor(i, device=target.device)
+            short = plan.step(i, x, c, uncond, w, kept, noise=noise, impl=target.impl)
+            general = plan.step(at, x, c, uncond, w, kept, noise=noise, impl=target.impl)
+            for f, e in zip(short, general, strict=True):
+                assert torch.equal(f, e)
+
+
+def test_the_short_way_lends_itself_to_gradients(generator):
+    """Also after a first step that recorded none, under inference mode; and under vmap and jvp, where there is none."""
+    x, c, u, kept = testing.sample((4, BATCH, 50), torch.float64, generator).unbind(0)
+    plan, omega = plan_of(), OMEGA.double()
+    with torch.inference_mode():
+        expected = plan.step(2, x, c, u, omega, kept)[0].clone()
+    leaves = [one.clone().requires_grad_() for one in (x, c, u, omega, kept)]
+    found = plan.step(2, *leaves)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda *given: plan.step(2, *given), leaves)
+    _, slope = torch.func.jvp(lambda w: plan.step(2, x, c, u, w, kept)[0], (omega,), (torch.ones_like(omega),))
+    torch.testing.assert_close(slope, plan.step(2, x * 0, c - u, None, 0.0, kept * 0)[0])
+    each = torch.vmap(lambda one: plan.step(2, one, c, u, omega, kept)[0])(torch.stack((x, x + 1)))
+    torch.testing.assert_close(each[0], expected)
+
+
+def test_the_short_way_names_what_it_was_given():
+    plan, x = plan_of(), torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"StepPlan.step: `uncond` has shape \[3, 5\], expected \[3, 4\] like `x`"):
+        plan.step(0, x, x, torch.ones(3, 5), 1.0)
+    with pytest.raises(ValueError, match=r"StepPlan.step: `omega` has shape \[2\], expected \[B\] = \[3\]"):
+        plan.step(0, x, x, x, torch.ones(2))
+    with pytest.raises(TypeError, match="StepPlan.step: `kept` has dtype torch.int64"):
+        plan.step(1, x, x, x, 1.0, torch.ones(3, 4, dtype=torch.int64))
