@@ -96,7 +96,7 @@ def sizes(run: dict):
         axis.set_title(f"{key[0]} {key[1]}\n{key[2]}, {rest} {key[3]}", fontsize=8)
         logarithmic(axis, lambda value, _: f"{value:g}", lambda value, _: seconds(value))
         axis.xaxis.set_major_locator(FixedLocator([row["shape"][0] for row in rows]))
-        axis.set_xlabel("n", fontsize=8)
+        axis.set_xlabel("n")
         legend(axis, fontsize=6.5)
     return figure
 
@@ -130,7 +130,8 @@ def memory(run: dict):
         axis.plot([min(h for _, h in held), max(h for _, h in held)], [place, place], color="#dddddd", zorder=1)
         for one, most in sorted(held, key=lambda pair: pair[0]["ours"]):
             color, marker = style(one)
-            axis.scatter(most, place, s=34, color=color, marker=marker, label=label(one), zorder=3, alpha=0.9)
+            size = 90 if one["ours"] and (color, marker) == OURS else 30  # others of ours lie on it
+            axis.scatter(most, place, s=size, color=color, marker=marker, label=label(one), zorder=3, alpha=0.9)
     rows_of(axis, [named(row) for row in rows], [""] * len(rows))
     logarithmic(axis, lambda value, _: bytes_(int(value)))
     axis.set_xlabel("peak memory of a call beyond its inputs")
@@ -185,6 +186,8 @@ def logarithmic(axis, x: Callable[[float, int], str], y: Callable[[float, int], 
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.2)
     axis.tick_params(labelsize=7)
+    axis.xaxis.label.set_size(8)
+    axis.yaxis.label.set_size(8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
