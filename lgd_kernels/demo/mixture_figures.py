@@ -90,7 +90,8 @@ def paired(differences: dict) -> Figure:
         panel.set_xscale("symlog", linthresh=0.02)
         reach = max(0.004, 1.4 * max(abs(end) for label, value in found.items() for end in ends(value)))
         panel.set_xlim(-reach, reach)
-        ticks = [tick for tick in ((0.002, 0.01) if reach < 0.05 else (0.02, 0.1, 1)) if tick <= reach]
+        scale = (0.002, 0.01) if reach < 0.05 else (0.02, 0.1) if reach < 0.5 else (0.1, 1)
+        ticks = [tick for tick in scale if tick <= reach]
         panel.set_xticks([-tick for tick in reversed(ticks)] + [0, *ticks])
         panel.set_xticklabels([f"{tick:g}".replace("-", "−") for tick in panel.get_xticks()], fontsize=8)
         panel.minorticks_off()
@@ -116,7 +117,7 @@ def samples(shown: dict) -> Figure:
             for one, colour in zip(points, OF_CLASS, strict=True):
                 panel.scatter(*one.T.numpy(), s=4, lw=0, color=colour, alpha=0.6)
             panel.set_aspect("equal")
-            panel.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[])
+            panel.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
         row[0].set_ylabel(name)
     for panel, method in zip(grid[0], ("data", *SCATTERED), strict=True):
