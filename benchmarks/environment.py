@@ -15,6 +15,7 @@ import lgd_kernels
 from benchmarks import timing
 from lgd_kernels import impls
 
+PEERS = ("diffusers", "geomloss", "pykeops")
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,7 +35,7 @@ def describe(device: str) -> dict:
         "last_level_cache": timing.cache_bytes("cpu"),
         "lgd_kernels": lgd_kernels.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "numpy")},
+        **{name: version(name) for name in ("torch", "triton", "numpy", *PEERS)},
         "compiler": cpu.compiler if cpu else "",
         "nvcc": cuda.compiler if cuda else "",
     }
@@ -60,9 +61,10 @@ def in_words(environment: dict) -> list[str]:
         machine += f", last cache {e['last_level_cache'] / 1e6:.0f} MB, load {e['load']}"
     built = [f"{name} {e[name]}" for name in ("compiler", "nvcc") if e[name]]
     versions = [f"{name} {e[name]}" for name in ("lgd_kernels", "python", "torch", "triton", "numpy")]
+    others = [f"{name} {e[name]}" for name in PEERS if e.get(name, "not installed") != "not installed"]
     if e["device"] == "cpu" and e["load"] + e["threads"] > e["cores"] + 1:
         machine += "\nothers are at work here: fewer --threads give steadier figures"
-    return [machine, ", ".join(versions + built), f"commit {commit}, {e['date']}"]
+    return [machine, ", ".join(versions + built), ", ".join([f"commit {commit}", e["date"], *others])]
 
 
 def cpu_model() -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers, timing
+from benchmarks.peers import Variant
 from benchmarks.verify import Verifier, with_leaves
 from benchmarks.workload import Kind, Workload, kinds
 from lgd_kernels import testing
@@ -16,31 +19,46 @@ from lgd_kernels import testing
 FAILURES = ("WRONG", "FAILED")
 
 
-def measure(workload: Workload, device: str, names: list[str], rounds: int, compiles: bool) -> Iterator[dict]:
-    """A row for each kind of measurement."""
+def measure(
+    workload: Workload, device: str, names: list[str], rounds: int, compiles: bool, seconds: float = math.inf
+) -> Iterator[dict]:
+    """A row for each kind of measurement; fewer rounds (5 at least) where they would take longer than `seconds`."""
     inputs = workload.arguments(torch.Generator().manual_seed(20251001))
     inputs = {name: testing.moved(value, device) for name, value in inputs.items()}
     variants = peers.ours(workload, device, names) + peers.baselines(workload, inputs, compiles)
+    variants += peers.provided(workload)
     for wanted, group in itertools.groupby(kinds(workload), lambda kind: kind.wanted):
         torch.compiler.reset()  # so that a baseline has guards for this use only
         # the backward alone is timed on a graph that is kept, and then nothing may be donated
         with torch._functorch.config.patch(donated_buffer=False), torch.set_grad_enabled(bool(wanted)):
             arguments, leaves = with_leaves(inputs, wanted)
             here = [one for one in variants if one.same_work or not wanted]  # a bound is of the forward only
-            functions = {one.name: None if one.why_not else one.bind(arguments) for one in here}
+            functions = {one.name: prepared(one, arguments) for one in here}
             for kind in group:
-                yield row(workload, kind, device, inputs, leaves, here, functions, rounds)
+                yield row(workload, kind, device, inputs, leaves, here, functions, rounds, seconds)
 
 
-def row(workload, kind, device, inputs, leaves, variants, functions, rounds) -> dict:
+def prepared(variant: Variant, arguments: dict):
+    """A call; or, where it cannot be made, one that says why."""
+    if variant.why_not:
+        return functools.partial(cannot, NotImplementedError(variant.why_not))
+    try:
+        return variant.bind(arguments)
+    except Exception as error:
+        return functools.partial(cannot, error)
+
+
+def cannot(error: Exception):
+    raise error
+
+
+def row(workload, kind, device, inputs, leaves, variants, functions, rounds, seconds) -> dict:
     """Every variant of one kind of measurement: what is right is timed, what is not says so."""
     verified, found, calls = Verifier(workload, kind, inputs), [], {}
     for one in variants:
         result = {"name": one.name, "ours": one.ours, "same_work": one.same_work, "status": "ok", "message": ""}
         found.append(result)
         try:
-            if one.why_not:
-                raise NotImplementedError(one.why_not)
             call = bound(functions[one.name], leaves, verified.upstream, kind)
             result["error"] = verified(call, one)
             result["memory"] = timing.peak_memory(call, device)
@@ -54,11 +72,19 @@ def row(workload, kind, device, inputs, leaves, variants, functions, rounds) -> 
     about = {"op": workload.op, "case": workload.case, "shape": list(workload.shape),
              "dtype": str(workload.dtype).removeprefix("torch."), "kind": kind.name, "bytes": kind.bytes,
              "flops": workload.flops if kind.part == "forward" else 0, "cold": cold}  # fmt: skip
-    copy = timing.copy(kind.bytes, workload.dtype, device)
-    return about | compared(timed(calls | {"copy": copy}, device, cold, rounds), found)
+    ceilings = {"copy": timing.copy(kind.bytes, workload.dtype, device)}
+    if about["flops"]:
+        ceilings["product"], share = timing.product(about["flops"], workload.dtype, device)
+    samples = timed(calls | ceilings, device, cold, rounds, seconds)
+    if about["flops"]:
+        about["product"] = {
+            timer: [one * share for one in taken] if _taken(taken) else taken
+            for timer, taken in samples.pop("product").items()
+        }
+    return about | compared(samples, found)
 
 
-def timed(calls: dict, device: str, cold: bool, rounds: int) -> dict[str, dict]:
+def timed(calls: dict, device: str, cold: bool, rounds: int, seconds: float) -> dict[str, dict]:
     """{name: {timer: samples, or a reason in words}}"""
     found = {name: {} for name in calls}
     for timer, make in timing.timers(device).items():
@@ -70,7 +96,7 @@ def timed(calls: dict, device: str, cold: bool, rounds: int) -> dict[str, dict]:
                 if timer != "graph":  # not everything can be captured in one
                     raise
                 found[name][timer] = f"{error}".split("\n")[0]
-        for name, samples in timing.alternate(samplers, rounds).items():
+        for name, samples in timing.alternate(samplers, rounds, seconds).items():
             found[name][timer] = samples
     return found
 

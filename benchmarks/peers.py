@@ -24,6 +24,7 @@ class Variant(NamedTuple):
     same_work: bool = True  # may be the best baseline
     noise: str = ""  # whose it is, where a baseline draws: "torch" (randn, seeded) or "compiled" (the compiler's)
     why_not: str = ""
+    tolerance: float | None = None  # its own, where the budget of the tests is too strict
 
 
 def ours(workload: Workload, device: str, names: list[str]) -> list[Variant]:
@@ -53,6 +54,14 @@ def baselines(workload: Workload, arguments: dict, compiles: bool) -> list[Varia
         given = functools.partial(_coefficients_given, compiled)
         found.append(Variant("compiled, coefficients given", given, same_work=False))
     return [one for one in found if compiles or not one.name.startswith("compiled")]
+
+
+def provided(workload: Workload) -> list[Variant]:
+    """Other libraries, and what of ours plugs into them."""
+    return [
+        Variant(name, one.bind, one.ours, why_not=one.why_not(), tolerance=one.tolerance)
+        for name, one in workload.providers.items()
+    ]
 
 
 def _variants(workload, function, named, compiled, draws):

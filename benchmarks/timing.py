@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import random
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ Sampler = Callable[[], float]  # takes one sample
 
 SAMPLE_SECONDS = 1e-2  # a sample lasts at least this long: its first call meets caches and threads as others left them
 MANY = 2000  # calls in one sample at most
+LEAST = 5  # rounds that a spread is worth something of
 GRAPH_CALLS, HOST_CALLS = 200, 30  # the host's calls must not fill the queue of launches, some 1000
 
 
@@ -85,15 +87,18 @@ def host(call: Call, cold: bool) -> Sampler:
     return sample
 
 
-def alternate(samplers: dict[str, Sampler], rounds: int) -> dict[str, list[float]]:
+def alternate(samplers: dict[str, Sampler], rounds: int, seconds: float = math.inf) -> dict[str, list[float]]:
     """One sample of each in every round, so that a noisy machine hits all alike; in an order drawn for each round, so
-    that none always finds the cache as the same other one left it."""
+    that none always finds the cache as the same other one left it. After `seconds` no round begins but the first 5."""
     names, samples = list(samplers), {name: [] for name in samplers}
     order = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
+    start = time.perf_counter()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= LEAST and time.perf_counter() - start > seconds:
+                break
             for name in order.sample(names, len(names)):
                 samples[name].append(samplers[name]())
     finally:
@@ -116,6 +121,14 @@ def copy(moved: int, dtype: torch.dtype, device: str) -> Call:
     """`copy_` between two tensors that are there already and together have as many bytes: the ceiling."""
     source = torch.randn(max(1, moved // 2 // dtype.itemsize), device=device).to(dtype)
     return functools.partial(torch.empty_like(source).copy_, source)
+
+
+def product(flops: int, dtype: torch.dtype, device: str) -> tuple[Call, float]:
+    """A square matrix product of about as many flops, the ceiling of arithmetic, and what to multiply its time by: from
+    2^31 flops on it is one of 2^31."""
+    side = max(1, round((min(flops, 2**31) / 2) ** (1 / 3)))
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return functools.partial(torch.mm, left, right, out=torch.empty_like(left)), flops / (2 * side**3)
 
 
 def is_cold(working_set: int, device: str) -> bool:

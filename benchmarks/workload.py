@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,23 @@ from torch import Tensor
 import lgd_kernels
 from lgd_kernels import impls
 
+COMPARED = ("steps", "energies")  # files of workloads that other libraries have too, beside the rooms' own files
 SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory
+
+
+class Provider(NamedTuple):
+    """Another library that does the same, or (`ours`) a part of this package that needs one."""
+
+    package: str  # that is imported; where it is not installed, the row says so
+    bind: Callable[[dict], Callable[[], Tensor]]  # arguments -> a call; imports the package
+    # What it may be off by, where the budget of the tests is too strict: relative to the largest value, or to the sum
+    # of |terms| of a result that declares its terms.
+    tolerance: float | None = None
+    ours: bool = False
+
+    def why_not(self) -> str:
+        found = importlib.util.find_spec(self.package)
+        return "" if found else f"{self.package} is not installed (pip install {self.package})"
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,9 @@ class Workload:
     terms: Mapping[str, Callable[[dict, Tensor], Tensor]] = field(default_factory=dict)
     # What it is compared with, instead of the reference, by name: functions with the reference's arguments.
     baselines: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    # And with these, by name; `python -m benchmarks --peers`.
+    providers: Mapping[str, Provider] = field(default_factory=dict)
+    parts: tuple[str, ...] = ("forward", "backward", "both")  # what is timed; "recording" is a part of "backward"
     # (what is timed, its specification) instead of the room's public function and reference
     functions: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
@@ -59,7 +79,9 @@ def kinds(workload: Workload) -> list[Kind]:
         found.append(Kind(to, "backward", wanted, moved))
         if number == 0:
             found.append(Kind(f"forward + {to}", "both", wanted, workload.bytes + moved))
-    return found
+    return [
+        kind for kind in found if (kind.part if not kind.name.endswith("recording") else "backward") in workload.parts
+    ]
 
 
 def rooms() -> list[str]:
@@ -67,17 +89,24 @@ def rooms() -> list[str]:
     return [room for room in impls.rooms() if importlib.util.find_spec(f"benchmarks.{room}")]
 
 
-def find(ops: list[str], device: str, dtypes: list[str], quick: bool) -> list[Workload]:
-    """The workloads of some ops (of all, if none is named) that belong on a device."""
-    modules = [importlib.import_module(f"benchmarks.{op}") for op in ops or rooms()]
+def find(names: list[str], device: str, dtypes: list[str], quick: bool, peers: bool = False) -> list[Workload]:
+    """The workloads of some files that belong on a device. If none is named, those of all rooms; beside peers, those of
+    COMPARED, and the short ones of the ops that are not among them."""
+    found = [workload for name in names or (COMPARED if peers else rooms()) for workload in _declared(name)]
+    if peers and not names:
+        known = {workload.op for workload in found}
+        found += [one for room in rooms() for one in _declared(room) if one.quick and one.op not in known]
     return [
         workload
-        for module in modules
-        for workload in module.WORKLOADS
+        for workload in found
         if device in workload.devices
         and (not dtypes or str(workload.dtype).removeprefix("torch.") in dtypes)
         and (workload.quick or not quick)
     ]
+
+
+def _declared(name: str) -> list[Workload]:
+    return importlib.import_module(f"benchmarks.{name}").WORKLOADS
 
 
 def public(workload: Workload) -> Callable[..., Tensor]:

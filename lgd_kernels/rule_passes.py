@@ -139,7 +139,7 @@ def _in_one_call(terms, read, like, w, count, impl, seed) -> Tensor | None:
     out = like.new_empty(like.shape)
     if out.numel():
         impls.extension().guided_by_rule(
-            out, [with_contiguous_rows(one) for one in read.tensors], flat((0, read.u, read.delta), 2), tape.reads,
+            out, [with_contiguous_rows(one) for one in read.tensors], flat((0, read.u, read.delta), 2), tape.wanted,
             tape.code, tape.constants, tape.numbers, [with_contiguous_rows(one) for one in found.tensors],
             flat(found.columns, 0), factors, scale, *split_seed(found.seed), found.first_sample,
             torch.get_num_threads(),

@@ -31,10 +31,10 @@ class Tape:
 
     def __init__(self, batch: int) -> None:
         self.batch, self.code, self.constants, self.numbers = batch, [], [], []
-        self.kept, self.places, self.reads = [], {}, False
+        self.kept, self.places, self.wanted = [], {}, 0  # wanted: a bit for each moment
 
     def moment(self, place: int) -> Noted:
-        self.reads = True
+        self.wanted |= 1 << place
         return Noted(self, place)
 
     def note(self, name: str, a: int, b: int = 0, c: int = 0) -> Noted:

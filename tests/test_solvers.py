@@ -36,11 +36,11 @@ def network(x, signal, noise, condition, prediction):
     return {"x0": x0, "eps": z, "v": signal * z - noise * x0, "flow": z - x0}[prediction]
 
 
-def run(plan, levels, scheduler, prediction, runner=None, scaled=False, order=None, noisy=True):
+def run(plan, levels, scheduler, prediction, runner=None, scaled=False, order=None, noisy=True, dtype=torch.float32):
     """`levels`: (signal, noise) of every call; `scaled`: the network takes scheduler.scale_model_input(x)."""
     generator, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     theirs_noise = torch.Generator().manual_seed(1)
-    condition, start = (torch.randn(SHAPE, generator=generator) for _ in range(2))
+    condition, start = (torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(2))
     device, impl = (runner.device, runner.impl) if runner else ("cpu", None)
     ours = theirs = start * float(scheduler.init_noise_sigma)
     kept, plan = None, plan.to(device)
@@ -60,7 +60,8 @@ def run(plan, levels, scheduler, prediction, runner=None, scaled=False, order=No
         ours, kept = plan.step(i, *there, kept, noise=z.to(device) if noisy else None, impl=impl)
         ours = ours.cpu()
         difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-        assert difference <= 1e-5, f"step {i}: {difference:.3g}"
+        limit = 1e-5 if dtype == torch.float32 else 1e-13
+        assert difference <= limit, f"step {i}: {difference:.3g}"
     return ours
 
 
@@ -89,6 +90,39 @@ def test_dpm_solver_2m(target, prediction, stochastic):
     schedule, times, levels = discrete(scheduler)
     plan = solvers.dpm_solver_2m(schedule, times, prediction=prediction, stochastic=stochastic)
     run(plan, levels, scheduler, prediction, target, noisy=stochastic)
+
+
+@each_prediction
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc(target, prediction, variant):
+    """diffusers' bh1 is NaN in a step to sigma = 0; ours goes there."""
+    end = {"bh1": "sigma_min", "bh2": "zero"}[variant]
+    scheduler = made("UniPCMultistepScheduler", prediction, solver_type=variant, final_sigmas_type=end)
+    schedule, times, levels = discrete(scheduler)
+    to = torch.cat((times[:-1], torch.tensor([0]))) if end == "sigma_min" else times
+    last = torch.arange(20) == 19  # lower_order_final
+    plan = solvers.unipc(schedule, to, prediction=prediction, variant=variant, first_order=last)
+    run(plan, levels, scheduler, prediction, target, noisy=False)
+    if "float64" in str(dtypes_of(target)):
+        scheduler.set_timesteps(20)
+        signal, noise = schedule.signal_noise(to)
+        scheduler.sigmas = noise / signal  # its own are rounded to float32
+        run(plan, levels, scheduler, prediction, target, noisy=False, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc_from_pure_noise_to_the_data(variant, generator):
+    """h is infinite in the first step and in the last: they are first order, and bh1 leaves the first uncorrected."""
+    times = torch.linspace(1, 0, 6, dtype=torch.float64)
+    plan = solvers.unipc(lgd.RectifiedFlow(), times, variant=variant)
+    assert plan.table.isfinite().all() and plan.deep and plan.remembers
+    assert plan.table[0, 0].tolist() == solvers.one_step(lgd.RectifiedFlow(), times).table[0, 0].tolist() + [0.0]
+    assert (plan.table[1, 0, 2] == 0) == (variant == "bh1") and plan.table[1, 0, 4] == 0
+    x, kept = testing.sample((3, 5), torch.float64, generator), None
+    for i in range(5):
+        x, kept = plan.step(i, x, torch.full_like(x, 2.0), kept=kept)
+        assert len(kept) == min(i + 1, 2)
+    torch.testing.assert_close(x, torch.full_like(x, 2.0), rtol=1e-14, atol=0)
 
 
 @each_prediction
@@ -225,10 +259,11 @@ def test_edm_as_in_the_paper(correct, generator):
 
 
 def test_order_of_convergence():
-    """Halving the step divides the error by 2 (Euler) or by 4 (second order)."""
+    """Halving the step divides the error by 2 (Euler), by 4 (second order) or by 8 (with UniPC's corrector)."""
 
-    def error(make, steps):
-        times = torch.linspace(1, 0.2, steps + 1, dtype=torch.float64)
+    def error(make, steps, order):
+        start = 1 if order < 3 else 0.95  # at 1, h is infinite, and the first step first order
+        times = torch.linspace(start, 0.2, steps + 1, dtype=torch.float64)
         x = torch.ones(1, 1, dtype=torch.float64)
         plan, kept = make(times), None
         for i, t in enumerate(plan.times):
@@ -239,9 +274,11 @@ def test_order_of_convergence():
     for make, order in (
         (functools.partial(solvers.one_step, flow), 1),
         (functools.partial(solvers.dpm_solver_2m, flow), 2),
+        (functools.partial(solvers.unipc, flow), 3),
+        (functools.partial(solvers.unipc, flow, variant="bh1"), 3),
         (solvers.adams_bashforth, 2),
     ):
-        ends = [error(make, steps) for steps in (40, 80, 160, 1280)]
+        ends = [error(make, steps, order) for steps in (40, 80, 160, 1280)]
         ratio = (ends[1] - ends[3]) / (ends[2] - ends[3])
         assert 0.8 * 2**order < ratio < 1.35 * 2**order, (make, ratio)
 
@@ -286,6 +323,19 @@ def test_the_index_may_be_a_tensor(target, generator):
             assert torch.equal(f, e)
 
 
+def test_the_index_of_a_deep_plan(target, generator):
+    """A tensor, 0-dim or one for each sample; what was kept before goes through unwritten."""
+    x, c, u, *kept = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
+    plan = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11)).to(target.device)
+    omega, kept = OMEGA.to(target.device), tuple(kept)
+    found, after = plan.step(torch.tensor([4, 1, 9], device=target.device), x, c, u, omega, kept, impl=target.impl)
+    assert after[1] is kept[0]
+    for b, i in enumerate((4, 1, 9)):
+        for at in (i, torch.tensor(i, device=target.device)):
+            alone, newest = plan.step(at, x, c, u, omega, kept, impl=target.impl)
+            assert torch.equal(alone[b], found[b]) and torch.equal(newest[0][b], after[0][b])
+
+
 def test_half_storage(target, generator):
     for dtype in dtypes_of(target):
         x, c, u, kept = testing.sample((4, BATCH, 50), dtype, generator).to(target.device).unbind(0)
@@ -314,9 +364,56 @@ def test_refuses(generator):
     x = testing.sample((BATCH, 5), torch.float32, generator)
     with pytest.raises(ValueError, match="`kept` is None in step 1, expected what the step before returned"):
         plan_of().step(1, x, x)
+    deep = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11))
+    with pytest.raises(ValueError, match="`kept` is what one step returned in step 2"):
+        deep.step(2, x, x, kept=x)
+    with pytest.raises(ValueError, match="`variant` is 'bh3', expected bh1 or bh2"):
+        solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11), variant="bh3")
     with pytest.raises(ValueError, match="step 0 adds noise but there is none; pass seed"):
         plan_of(True).step(0, x, x)
     with pytest.raises(ValueError, match="`noise` and `seed` were both given"):
         plan_of(True).step(0, x, x, noise=x, seed=1)
     with pytest.raises(ValueError, match="`s` must be nearer the data"):
         solvers.one_step(lgd.RectifiedFlow(), torch.tensor([0.1, 0.5]))
+
+
+@pytest.mark.parametrize("omega", [0.7, OMEGA, "table"], ids=["number", "[B]", "table"])
+def test_the_short_way_is_the_general_one(target, omega, generator):
+    """By an int coefficients are laid out once for the run, whatever omega is next; by a tensor they are worked out."""
+    x, c, u, kept, z = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
+    if isinstance(omega, str):
+        omega = testing.omegas(BATCH, generator)["table"]
+    plan, omega = plan_of(stochastic=True).to(target.device), testing.moved(omega, target.device)
+    for i in (1, 4, 1):
+        for w, uncond, noise in ((omega, u, z), (0.25, u, z), (0.0, None, z)):
+            at = torch.tensor(i, device=target.device)
+            short = plan.step(i, x, c, uncond, w, kept, noise=noise, impl=target.impl)
+            general = plan.step(at, x, c, uncond, w, kept, noise=noise, impl=target.impl)
+            for f, e in zip(short, general, strict=True):
+                assert torch.equal(f, e)
+
+
+def test_the_short_way_lends_itself_to_gradients(generator):
+    """Also after a first step that recorded none, under inference mode; and under vmap and jvp, where there is none."""
+    x, c, u, kept = testing.sample((4, BATCH, 50), torch.float64, generator).unbind(0)
+    plan, omega = plan_of(), OMEGA.double()
+    with torch.inference_mode():
+        expected = plan.step(2, x, c, u, omega, kept)[0].clone()
+    leaves = [one.clone().requires_grad_() for one in (x, c, u, omega, kept)]
+    found = plan.step(2, *leaves)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda *given: plan.step(2, *given), leaves)
+    _, slope = torch.func.jvp(lambda w: plan.step(2, x, c, u, w, kept)[0], (omega,), (torch.ones_like(omega),))
+    torch.testing.assert_close(slope, plan.step(2, x * 0, c - u, None, 0.0, kept * 0)[0])
+    each = torch.vmap(lambda one: plan.step(2, one, c, u, omega, kept)[0])(torch.stack((x, x + 1)))
+    torch.testing.assert_close(each[0], expected)
+
+
+def test_the_short_way_names_what_it_was_given():
+    plan, x = plan_of(), torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"StepPlan.step: `uncond` has shape \[3, 5\], expected \[3, 4\] like `x`"):
+        plan.step(0, x, x, torch.ones(3, 5), 1.0)
+    with pytest.raises(ValueError, match=r"StepPlan.step: `omega` has shape \[2\], expected \[B\] = \[3\]"):
+        plan.step(0, x, x, x, torch.ones(2))
+    with pytest.raises(TypeError, match="StepPlan.step: `kept` has dtype torch.int64"):
+        plan.step(1, x, x, x, 1.0, torch.ones(3, 4, dtype=torch.int64))

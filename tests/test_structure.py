@@ -123,10 +123,15 @@ def test_no_room_without_a_name():
 
 ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
     "__init__": (set(), set()),
-    "api": ({"op", "reference", "curve", "checks"}, {"checks", "columns", "impls", "levels", "rule_passes", "rules"}),
-    "bandwidth": ({"checks"}, {"pairs"}),
+    "api": (
+        {"op", "reference", "curve", "checks", "pieces", "sharded"},
+        {"checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
+    ),
+    "bandwidth": ({"checks"}, {"pairs", "progress"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
+    "sharded": ({"checks", "pieces"}, {"impls", "progress"}),  # several calls of the operator, in several processes
+    "pieces": ({"op"}, {"levels", "progress"}),  # several calls of the operator for one of the user's
     "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
@@ -186,7 +191,7 @@ def test_rooms_look_up_only_when_asked(path):
 
 
 def test_arrows_to_rooms_are_at_the_top():
-    for name in ("rule_passes", "rule_state", "solvers", "sampler", "log_prob"):
+    for name in ("rule_passes", "rule_state", "solvers", "step_rows", "sampler", "log_prob"):
         path = PACKAGE / f"{name}.py"
         assert {
             one for one in imports(path) - imports(path, lazily=False) if one.startswith("lgd_kernels.ops")

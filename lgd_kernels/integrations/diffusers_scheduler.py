@@ -101,6 +101,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         if type(self.inner).__name__ not in (plans.EULER, plans.ANCESTRAL):
             return sample
         index = self._place(timestep, sample)
+        index = torch.tensor([index]) if isinstance(index, int) else index
         if self._scales.device != sample.device:
             self._scales = self._scales.to(sample.device)
         scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)
@@ -141,7 +142,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         moved, self._kept = plan.step(
             index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn
         )
-        if index.ndim == 0:
+        if isinstance(index, int) or index.ndim == 0:
             self._index = index + 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
@@ -158,23 +159,29 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     def _on(self, eta: float, begins: bool, sample: Tensor):
         """The plan where it is used, copied there once."""
-        key = eta, begins, sample.device, arithmetic_dtype(sample)
-        if key not in self._made:
+        key = eta, begins, sample.device, sample.dtype
+        plan = self._made.get(key)
+        if plan is None:
             if (eta, begins) not in self._made:
                 self._made[eta, begins] = self._plan(eta, begins)
-            self._made[key] = self._made[eta, begins].to(sample.device, key[-1])
-        return self._made[key]
+            plan = self._made[key] = self._made[eta, begins].to(sample.device, arithmetic_dtype(sample))
+        return plan
 
-    def _place(self, timestep: float | Tensor, sample: Tensor) -> Tensor:
-        """The step of the run: 0-dim, or `[B]` for timesteps `[B]`, on the device of the sample."""
+    def _place(self, timestep: float | Tensor, sample: Tensor) -> int | Tensor:
+        """The step of the run: an int where the host can know it; else, on the device of the sample, 0-dim; `[B]` for
+        timesteps `[B]`."""
         many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
         if many or (self._index is None and self.begin_index is None):
-            return self._found(timestep, sample, many)
-        if self._index is None:
-            self._index = torch.full((), self.begin_index, dtype=torch.int64, device=sample.device)
-        if not isinstance(timestep, Tensor) or (readable(timestep) and readable(self._index)):
+            place = self._found(timestep, sample, many)
+            return int(place) if not many and readable(place) else place
+        on_host = sample.device.type == "cpu" and not torch.compiler.is_compiling()
+        place = self.begin_index if self._index is None else self._index
+        if isinstance(place, int) != on_host:
+            place = int(place) if on_host else torch.full((), place, dtype=torch.int64, device=sample.device)
+        self._index = place
+        if on_host and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
             self._expect(timestep)
-        return self._index
+        return place
 
     def _found(self, timestep: float | Tensor, sample: Tensor, many: bool) -> Tensor:
         """Where it stands; the second place of a timestep that repeats, as diffusers takes it."""
@@ -196,9 +203,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     def _expect(self, timestep: float | Tensor) -> None:
         """That the run goes on with this timestep."""
-        if self._index.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        index = int(self._index)
+        index = self._index
         wanted = self._listed[index] if index < len(self._listed) else None
         if float(timestep) != wanted:
             raise ValueError(

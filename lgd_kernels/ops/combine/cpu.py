@@ -10,8 +10,9 @@ from lgd_kernels.native import with_contiguous_rows
 
 def forward(outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
             low, high):  # fmt: skip
-    scalars = (None if one is None else one.contiguous() for one in (coefficients, constant, noise_scale))
+    tensors = [one if one.is_contiguous() else with_contiguous_rows(one) for one in tensors]
+    scalars = [one if one is None else one.contiguous() for one in (coefficients, constant, noise_scale, source)]
     impls.extension().combine(
-        outputs, [with_contiguous_rows(tensor) for tensor in tensors], *scalars, columns, seed, seed_value,
-        first_sample, None if source is None else source.contiguous(), low, high, torch.get_num_threads(),
+        outputs, tensors, *scalars[:3], columns, seed, seed_value, first_sample, scalars[3], low, high,
+        torch.get_num_threads(),
     )  # fmt: skip

@@ -56,6 +56,14 @@ def combine(
     return forward(tensors, coefficients, *scalars, seed, seed_value, *rest, impl)
 
 
+def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], impl: str | None) -> Tensor:
+    """`combine` of these alone, for a caller who knows that nothing looks on (`impls.direct`) and no transform does."""
+    if impl == "reference" or (torch.is_grad_enabled() and requires_grad(*tensors, coefficients)):
+        return combine(tensors, coefficients, columns, None, None, None, 0, None, -torch.inf, torch.inf, impl)
+    dtype = tensors[0].dtype
+    return _forward(tensors, coefficients, columns, None, None, None, None, 0, None, -torch.inf, torch.inf, dtype, impl)
+
+
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
@@ -143,7 +151,7 @@ def _to_scalars(upstream, tensors, coefficients, columns, noise_scale, seed, fir
 
 def _forward(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
              dtype, impl):  # fmt: skip
-    impl = impls.choose("combine", impl, tensors[0].device, *(tensor.dtype for tensor in tensors), dtype)
+    impl = impls.choose("combine", impl, tensors[0].device, *[tensor.dtype for tensor in tensors], dtype)
     if impl == "reference":
         return reference.combine(
             tensors, coefficients, columns, constant, noise_scale, seed_value if seed is None else seed, first_sample,
