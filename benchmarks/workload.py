@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class Workload:
     baselines: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     # And with these, by name; `python -m benchmarks --peers`.
     providers: Mapping[str, Provider] = field(default_factory=dict)
+    seconds: float = math.inf  # of a row's rounds, where calls are long: then 5 have to do
     parts: tuple[str, ...] = ("forward", "backward", "both")  # what is timed; "recording" is a part of "backward"
     # (what is timed, its specification) instead of the room's public function and reference
     functions: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None

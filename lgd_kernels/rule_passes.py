@@ -160,15 +160,14 @@ class _Noted(Pair):
 
 
 def _x0_moments(x, levels, prediction, cond, uncond, impl):
-    """c and u in x0 space, written in float32, are two reads more; D stays a difference of predictions, scaled."""
+    """Of c and u in x0 space, which are nowhere but in registers; D stays a difference of predictions, scaled."""
     wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond)))
     alpha, beta = x0_coefficients(Levels(*(level.to(wide) for level in levels)), prediction)
     none = torch.zeros_like(alpha)
-    factors = torch.stack((torch.stack((alpha, beta, none), 1), torch.stack((alpha, none, beta), 1)), 1)
-    c, u = combine((x.to(arithmetic_dtype(x, cond, uncond)), cond, uncond), factors, impl=impl)
-    dots, sums = _wide(moments((c, u, cond, uncond), columns=(0, 1, (2, 3)), impl=impl))
-    scale = torch.stack((torch.ones_like(beta), torch.ones_like(beta), beta), 1)
-    return dots * scale[:, :, None] * scale[:, None, :], sums * scale
+    rows = (alpha, beta, none, none), (alpha, none, beta, none), (none, none, none, beta)
+    factors = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    columns = 0, 1, 2, (1, 2)
+    return _wide(combine((x, cond, uncond), factors, columns=columns, moments=True, written=0, impl=impl)[1:])
 
 
 def _wide(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "curve": (set(), {"checks", "impls"}),
     "sharded": ({"checks", "pieces"}, {"impls", "progress"}),  # several calls of the operator, in several processes
     "pieces": ({"op"}, {"levels", "progress"}),  # several calls of the operator for one of the user's
-    "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
+    "op": ({"reference"}, {"arguments", "columns", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
         {"triton_backward", "triton_finish", "triton_particles", "triton_points", "triton_tiles", "triton_values"},
