@@ -93,39 +93,6 @@ def test_dpm_solver_2m(target, prediction, stochastic):
 
 
 @each_prediction
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-def test_unipc(target, prediction, variant):
-    """diffusers' bh1 is NaN in a step to sigma = 0; ours goes there."""
-    end = {"bh1": "sigma_min", "bh2": "zero"}[variant]
-    scheduler = made("UniPCMultistepScheduler", prediction, solver_type=variant, final_sigmas_type=end)
-    schedule, times, levels = discrete(scheduler)
-    to = torch.cat((times[:-1], torch.tensor([0]))) if end == "sigma_min" else times
-    last = torch.arange(20) == 19  # lower_order_final
-    plan = solvers.unipc(schedule, to, prediction=prediction, variant=variant, first_order=last)
-    run(plan, levels, scheduler, prediction, target, noisy=False)
-    if "float64" in str(dtypes_of(target)):
-        scheduler.set_timesteps(20)
-        signal, noise = schedule.signal_noise(to)
-        scheduler.sigmas = noise / signal  # its own are rounded to float32
-        run(plan, levels, scheduler, prediction, target, noisy=False, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-def test_unipc_from_pure_noise_to_the_data(variant, generator):
-    """h is infinite in the first step and in the last: they are first order, and bh1 leaves the first uncorrected."""
-    times = torch.linspace(1, 0, 6, dtype=torch.float64)
-    plan = solvers.unipc(lgd.RectifiedFlow(), times, variant=variant)
-    assert plan.table.isfinite().all() and plan.deep and plan.remembers
-    assert plan.table[0, 0].tolist() == solvers.one_step(lgd.RectifiedFlow(), times).table[0, 0].tolist() + [0.0]
-    assert (plan.table[1, 0, 2] == 0) == (variant == "bh1") and plan.table[1, 0, 4] == 0
-    x, kept = testing.sample((3, 5), torch.float64, generator), None
-    for i in range(5):
-        x, kept = plan.step(i, x, torch.full_like(x, 2.0), kept=kept)
-        assert len(kept) == min(i + 1, 2)
-    torch.testing.assert_close(x, torch.full_like(x, 2.0), rtol=1e-14, atol=0)
-
-
-@each_prediction
 def test_ddim(target, prediction):
     scheduler = made("DDIMScheduler", prediction, clip_sample=False)
     schedule, times, levels = discrete(scheduler)
@@ -323,19 +290,6 @@ def test_the_index_may_be_a_tensor(target, generator):
             assert torch.equal(f, e)
 
 
-def test_the_index_of_a_deep_plan(target, generator):
-    """A tensor, 0-dim or one for each sample; what was kept before goes through unwritten."""
-    x, c, u, *kept = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
-    plan = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11)).to(target.device)
-    omega, kept = OMEGA.to(target.device), tuple(kept)
-    found, after = plan.step(torch.tensor([4, 1, 9], device=target.device), x, c, u, omega, kept, impl=target.impl)
-    assert after[1] is kept[0]
-    for b, i in enumerate((4, 1, 9)):
-        for at in (i, torch.tensor(i, device=target.device)):
-            alone, newest = plan.step(at, x, c, u, omega, kept, impl=target.impl)
-            assert torch.equal(alone[b], found[b]) and torch.equal(newest[0][b], after[0][b])
-
-
 def test_half_storage(target, generator):
     for dtype in dtypes_of(target):
         x, c, u, kept = testing.sample((4, BATCH, 50), dtype, generator).to(target.device).unbind(0)
@@ -364,11 +318,6 @@ def test_refuses(generator):
     x = testing.sample((BATCH, 5), torch.float32, generator)
     with pytest.raises(ValueError, match="`kept` is None in step 1, expected what the step before returned"):
         plan_of().step(1, x, x)
-    deep = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11))
-    with pytest.raises(ValueError, match="`kept` is what one step returned in step 2"):
-        deep.step(2, x, x, kept=x)
-    with pytest.raises(ValueError, match="`variant` is 'bh3', expected bh1 or bh2"):
-        solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11), variant="bh3")
     with pytest.raises(ValueError, match="step 0 adds noise but there is none; pass seed"):
         plan_of(True).step(0, x, x)
     with pytest.raises(ValueError, match="`noise` and `seed` were both given"):
