@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,11 @@ from torch import Tensor
 import lgd_kernels
 from lgd_kernels import impls
 
-COMPARED = ("steps", "energies")  # files of workloads that other libraries have too, beside the rooms' own files
+COMPARED = (
+    "steps",
+    "energies",
+    "rules",
+)  # files of workloads that other libraries have too, beside the rooms' own files
 SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory
 
 
@@ -55,6 +60,7 @@ class Workload:
     baselines: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     # And with these, by name; `python -m benchmarks --peers`.
     providers: Mapping[str, Provider] = field(default_factory=dict)
+    seconds: float = math.inf  # of a row's rounds, where calls are long: then 5 have to do
     parts: tuple[str, ...] = ("forward", "backward", "both")  # what is timed; "recording" is a part of "backward"
     # (what is timed, its specification) instead of the room's public function and reference
     functions: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None

@@ -101,7 +101,8 @@ def _weights(op: str, rule: Rule, m: Pair, omega: Tensor) -> tuple[Number, Numbe
 
 def _run(terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | None, step=None, seed=None) -> Tensor:
     count = math.prod(like.shape[1:])
-    w = omega if isinstance(omega, (int, float)) else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
+    known = isinstance(omega, (int, float)) or type(omega) is Tensor and omega.ndim == 1  # as the kernels take it
+    w = omega if known else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
     if step is None and count and like.device.type == "cpu" and impl in (None, "cpu"):
         found = _in_one_call(terms, read, like, w, count, impl, seed)
         if found is not None:
@@ -133,8 +134,9 @@ def _in_one_call(terms, read, like, w, count, impl, seed) -> Tensor | None:
         scale = -1 if found.scale is None else tape.place(found.scale)
     except Exception:  # whatever it is, a rule that runs on tensors will show it
         return None
-    looked_at = (*found.tensors, *tape.kept, seed if isinstance(seed, Tensor) else None)
-    if not impls.direct(*looked_at) or (torch.is_grad_enabled() and requires_grad(*found.tensors)):
+    before = {id(one) for one in (*read.tensors, like, w)}  # that are looked at
+    others = [one for one in (*found.tensors, *tape.kept, seed) if isinstance(one, Tensor) and id(one) not in before]
+    if (others and not impls.direct(*others)) or (torch.is_grad_enabled() and requires_grad(*found.tensors)):
         return None
     out = like.new_empty(like.shape)
     if out.numel():

@@ -281,6 +281,14 @@ def test_a_workload_file_only_declares(room):
     assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
 
 
+def test_workloads_of_rules_only_declare():
+    """Likewise, beside rooms and other libraries."""
+    imported = imports(ROOT / "benchmarks" / "rules.py")
+    beside = {"benchmarks", "benchmarks.workload", "lgd_kernels", "lgd_kernels.levels", "lgd_kernels.rules"}
+    beside |= {"lgd_kernels.testing"}
+    assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
+
+
 def test_benchmarks_stay_small_and_outside():
     """The package does not know that it is measured."""
     assert [path.name for path in MEASURES if len(path.read_text().splitlines()) > 200] == []

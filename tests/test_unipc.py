@@ -1,9 +1,9 @@
-"""UniPC against diffusers', its ends, and what a plan that remembers two calls hands on."""
+"""UniPC against diffusers', and its ends."""
 
 import pytest
 import torch
 from conftest import dtypes_of
-from test_solvers import BATCH, OMEGA, discrete, each_prediction, made, run
+from test_solvers import discrete, each_prediction, made, run
 
 import lgd_kernels as lgd
 from lgd_kernels import solvers, testing
@@ -45,25 +45,3 @@ def test_unipc_from_pure_noise_to_the_data(variant, generator):
         x, kept = plan.step(i, x, torch.full_like(x, 2.0), kept=kept)
         assert len(kept) == min(i + 1, 2)
     torch.testing.assert_close(x, torch.full_like(x, 2.0), rtol=1e-14, atol=0)
-
-
-def test_the_index_of_a_deep_plan(target, generator):
-    """A tensor, 0-dim or one for each sample; what was kept before goes through unwritten."""
-    x, c, u, *kept = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
-    plan = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11)).to(target.device)
-    omega, kept = OMEGA.to(target.device), tuple(kept)
-    found, after = plan.step(torch.tensor([4, 1, 9], device=target.device), x, c, u, omega, kept, impl=target.impl)
-    assert after[1] is kept[0]
-    for b, i in enumerate((4, 1, 9)):
-        for at in (i, torch.tensor(i, device=target.device)):
-            alone, newest = plan.step(at, x, c, u, omega, kept, impl=target.impl)
-            assert torch.equal(alone[b], found[b]) and torch.equal(newest[0][b], after[0][b])
-
-
-def test_refuses(generator):
-    x = testing.sample((BATCH, 5), torch.float32, generator)
-    deep = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11))
-    with pytest.raises(ValueError, match="`kept` is what one step returned in step 2"):
-        deep.step(2, x, x, kept=x)
-    with pytest.raises(ValueError, match="`variant` is 'bh3', expected bh1 or bh2"):
-        solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11), variant="bh3")

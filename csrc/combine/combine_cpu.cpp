@@ -115,6 +115,16 @@ int group_columns(const Columns& read, const E* const* tensors, const S* coeffic
   return plain_groups > apart ? plain_groups : apart;
 }
 
+// How many elements at a time: more where nothing passes through buffers, neither tensors nor sums of several groups.
+template <class E>
+int64_t together(const Combine& op) {
+  int plain = 0, apart = 0;
+  for (int k = 0; k < op.read.count; ++k) ++(op.read.columns[k].minus < 0 ? plain : apart);
+  bool in_place = !op.noise_scale.data && plain <= kPlain && apart <= 1 && op.read.all(dtype_of<E>());
+  for (int p = 0; p < op.count; ++p) in_place = in_place && op.outputs[p].dtype == dtype_of<E>();
+  return in_place ? kInPlace : kBlock;
+}
+
 template <class S>
 void add_moments(const S* const* outputs, int count, int64_t elements, double* found) {
   for (int p = 0; p < count; ++p)
@@ -135,8 +145,9 @@ void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t la
     constants[p] = read.inside(sample) ? op.constant.at<S>(at) : S(NAN);
     scales[p] = op.noise_scale.at<S>(at);
   }
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  const int64_t block = Moments ? kBlock : together<E>(op);
+  for (int64_t at = first; at < last; at += block) {
+    const int64_t count = last - at < block ? last - at : block;
     const E* tensors[kMostOutputs];
     for (int n = 0; n < read.tensor_count; ++n)
       tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
