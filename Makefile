@@ -5,7 +5,7 @@ GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test bench peers gpu aot aot-matrix lint format install
+.PHONY: demo test bench peers gpu aot aot-matrix docs lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
@@ -29,6 +29,9 @@ aot: install             # what the GPU kernels compile to: registers, spills an
 aot-matrix:              # that table and its tests under the oldest Triton of a torch that we run on, and under this one
 	$(MAKE) aot test ARGS=tests/test_aot.py VENV=.venv-triton-3.6 TRITON=3.6.0
 	$(MAKE) aot test ARGS=tests/test_aot.py
+
+docs: install            # README, docs/ and a page for each op, from its docstrings, as a site: build/site/index.html
+	$(VENV)/bin/mkdocs build --quiet
 
 lint: install
 	$(RUN) -m ruff check .

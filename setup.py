@@ -4,10 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError
 
@@ -16,6 +17,7 @@ NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 # Machine code for Ampere to Blackwell, and PTX that later GPUs compile for themselves.
 ARCHITECTURES = os.environ.get("LGD_CUDA_ARCH", "80;90;100;120").split(";")
 
+ParallelCompile(default=0).install()  # as many files at once as there are cores
 warnings = ["-Wall", "-Wextra"]
 # No -march: each row loop carries its own instruction sets (csrc/common/scalar.h). FMA contraction is said aloud.
 arithmetic = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
@@ -35,10 +37,14 @@ class BuildExtensions(build_ext):
         includes = [f"-I{path}" for path in self.compiler.include_dirs + extension.include_dirs]
         common = [NVCC, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", *includes]
         common.append(f'-DLGD_NVCC="{nvcc_version()}"')
-        objects = []
-        for source in extension.sources:
-            objects.append(str(folder / (source.replace("/", "_") + ".o")))
-            self.run_nvcc([*common, *(targets if source.endswith(".cu") else []), "-c", source, "-o", objects[-1]])
+
+        def compiled(source):
+            made = str(folder / (source.replace("/", "_") + ".o"))
+            self.run_nvcc([*common, *(targets if source.endswith(".cu") else []), "-c", source, "-o", made])
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            objects = list(threads.map(compiled, extension.sources))
         out = Path(self.get_ext_fullpath(extension.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         self.run_nvcc([NVCC, "-shared", "-cudart", "static", *objects, "-o", str(out)])

@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     stream = torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else contextlib.nullcontext()
     with stream:
         for one in workloads:
-            for row in measure(one, options.device, options.impl, rounds, not options.no_compile, limit):
+            for row in measure(
+                one, options.device, options.impl, rounds, not options.no_compile, min(limit, one.seconds)
+            ):
                 run["rows"].append(row)
                 print(report.table(row), flush=True)
             write(options.json, run)  # as far as it got, should something stop it

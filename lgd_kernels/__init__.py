@@ -4,6 +4,7 @@ from lgd_kernels.impls import available_impls, why_not
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.dynamic_threshold.api import dynamic_threshold
 from lgd_kernels.ops.energy_mmd.api import energy_mmd
 from lgd_kernels.ops.energy_mmd.bandwidth import median_bandwidth
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Gaussian, Laplace, Polynomial, RationalQuadratic
@@ -34,6 +35,7 @@ __all__ = [
     "available_impls",
     "churn_from_eta",
     "combine",
+    "dynamic_threshold",
     "energy_mmd",
     "guided_energy",
     "guided_energy_curve",

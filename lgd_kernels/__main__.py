@@ -1,4 +1,4 @@
-"""`python -m lgd_kernels info` and `python -m lgd_kernels demo digits`."""
+"""`python -m lgd_kernels info`, `demo digits`, `demo mixture` and `learn`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import platform
 import sys
 
 USAGE = """usage: python -m lgd_kernels info            what is built and what runs here, and why not what does not
-       python -m lgd_kernels demo digits     learn guidance weights on handwritten digits (--help for options)"""
+       python -m lgd_kernels demo digits     learn guidance weights on handwritten digits (--help for options)
+       python -m lgd_kernels demo mixture    the same where all is known: a mixture of Gaussians in the plane
+       python -m lgd_kernels learn           learn omega for a model and data of your own (--help for options)"""
 
 
 def info() -> int:
@@ -54,6 +56,14 @@ def main(arguments: list[str]) -> int:
             from lgd_kernels.demo import digits
 
             return digits.main(options)
+        case ["demo", "mixture", *options]:
+            from lgd_kernels.demo import mixture
+
+            return mixture.main(options)
+        case ["learn", *options]:
+            from lgd_kernels.learn import command
+
+            return command.main(options)
         case [] | ["-h"] | ["--help"]:
             print(USAGE)
             return 0

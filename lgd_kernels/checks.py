@@ -318,6 +318,14 @@ def count(op: str, name: str, value: int) -> None:
         raise ValueError(f"{op}: `{name}` is {value}, expected 1 or more")
 
 
+def number(op: str, name: str, value: float, low: float, high: float) -> None:
+    """A number of the host in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: `{name}` is {value}, expected a number in [{low}, {high}]")
+
+
 def power(op: str, beta: float, lam: float, unbiased: bool, m: int) -> None:
     """Of an energy: beta in (0, 2], lam in [0, 1], and a partner for each particle where they repel each other."""
     for name, value in (("beta", beta), ("lam", lam)):

@@ -113,6 +113,11 @@ def transforms_active() -> bool:
         return False
 
 
+def transformed() -> bool:
+    """Under compilation, or a transform of functions: where nothing but tensors should be seen."""
+    return torch.compiler.is_compiling() or transforms_active()
+
+
 def batched(upstream: Tensor) -> bool:
     """A batch of gradients that looks like one, as `torch.autograd.grad(..., is_grads_batched=True)` hands it over."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import pairs
+from lgd_kernels import progress as reports
 from lgd_kernels.checks import count
 from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.energy_mmd import checks
@@ -30,6 +31,7 @@ def energy_distance(
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
     batched: bool = False,
+    progress: bool | reports.Report | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """2 E ||x - y||^beta - E ||x - x'||^beta - E ||y - y'||^beta: twice `energy_mmd`, whose arguments these are.
@@ -44,8 +46,9 @@ def energy_distance(
     tensor(2.)
     """
     return 2 * energy_mmd(
-        x, y, beta=beta, unbiased=unbiased, x_weights=x_weights, y_weights=y_weights, batched=batched, impl=impl
-    )
+        x, y, beta=beta, unbiased=unbiased, x_weights=x_weights, y_weights=y_weights, batched=batched,
+        progress=progress, impl=impl,
+    )  # fmt: skip
 
 
 class MMDTest(NamedTuple):
@@ -65,6 +68,7 @@ def mmd_test(
     permutations: int = 1000,
     seed: int = 0,
     unbiased: bool = True,
+    progress: bool | reports.Report | None = None,
 ) -> MMDTest:
     """Do x and y have one law? MMD^2, and how often a random split of the pooled samples gives as much.
 
@@ -83,6 +87,7 @@ def mmd_test(
         permutations: how many, 1 or more.
         seed: of the permutations, which are drawn on the CPU: the same on every device.
         unbiased: means over pairs of different samples.
+        progress: True for a bar, or a function of (done, total), numbers of pairs.
 
     Values within 1e-6 E|k| (1/n + 1/k) of each other count as equal. Sums of blocks go on in float64. No gradient.
 
@@ -94,9 +99,9 @@ def mmd_test(
     (True, True)
     """
     kernel = Energy() if kernel is None else kernel
-    checks.samples(x, y, False)
-    checks.options(1.0, 1.0, unbiased, kernel, True, None, x, y, False)
+    checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
     count("mmd_test", "permutations", permutations)
+    report = reports.report("mmd_test", progress)
     n, k = len(x), len(y)
     points = torch.cat([one.reshape(len(one), -1).to(arithmetic_dtype(x, y)) for one in (x, y)])
     function = join_kernel(*split_kernel(kernel, points.shape[1]))
@@ -105,7 +110,7 @@ def mmd_test(
     signs[:, : permutations + 1] = torch.where(called_x, float(k), float(-n))
     form = torch.zeros(signs.shape[1], dtype=torch.float64, device=points.device)
     sums, itself = points.new_zeros((2, n + k), dtype=torch.float64)
-    for rows, columns, arguments in pairs.upper_blocks(points, function.of_product):
+    for rows, columns, arguments in pairs.upper_blocks(points, function.of_product, report):
         values = function.value(arguments)
         if rows == columns:
             itself[rows] = values.diagonal()
@@ -171,6 +176,7 @@ def kernel_inception_distance(
     subset_size: int = 1000,
     seed: int = 0,
     kernel: Kernel | None = None,
+    progress: bool | reports.Report | None = None,
 ) -> KID:
     """KID: unbiased MMD^2 of the kernel (<x, y> / D + 1)^3, averaged over random subsets of features.
 
@@ -179,6 +185,7 @@ def kernel_inception_distance(
         subsets, subset_size: how many, and of how many samples of x and of y, without replacement.
         seed: of the subsets, which are drawn on the CPU.
         kernel: `Polynomial()` by default.
+        progress: True for a bar, or a function of (done, total), numbers of subsets.
 
     `standard_error` is std sqrt(1 / subsets + m / (min(n, k) - m)), m = subset_size. Subsets overlap, so std /
     sqrt(subsets) says how far the mean is from that over all subsets of these samples only; the second term (ours) is
@@ -203,11 +210,16 @@ def kernel_inception_distance(
             f"kernel_inception_distance: `subset_size` is {subset_size}, expected 2 to {fewest}, the number of samples"
         )
     generator, found = torch.Generator().manual_seed(seed), []
-    for _ in range(subsets):
+    report = reports.report("kernel_inception_distance", progress)
+    for done in range(subsets):
+        if report is not None:
+            report(done, subsets)
         parts = [
             one[torch.randperm(len(one), generator=generator)[:subset_size].to(one.device)].flatten(1) for one in (x, y)
         ]
         found.append(energy_mmd(*parts, kernel=Polynomial() if kernel is None else kernel).double())
+    if report is not None:
+        report(subsets, subsets)
     found = torch.stack(found)
     std = found.std() if subsets > 1 else found[0] * math.nan
     rest = fewest - subset_size

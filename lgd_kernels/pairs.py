@@ -7,17 +7,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lgd_kernels.progress import Report
+
 BLOCK = 1024  # rows and columns: 4 MiB of float32
 SMALL = 16  # dimensions up to which differences are formed at once
 CLOSEST = 1e-2  # of ||x||^2 + ||y||^2: pairs nearer than that are not left to the product form
 GATHERED = 2**24  # elements of differences of close pairs at a time
 
 
-def upper_blocks(points: Tensor, of_product: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+def upper_blocks(
+    points: Tensor, of_product: bool = False, report: Report | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, block) of the symmetric matrix of ||x_i - x_j||^2 (`of_product`: <x_i, x_j>), points [N, D].
 
     Blocks on and above the diagonal, row after row; those on it are whole, and hold zeros on the diagonal itself where
-    they hold distances. A block is yours to overwrite. float32 or float64, as `points` is.
+    they hold distances. A block is yours to overwrite. float32 or float64, as `points` is. `report` hears, when a block
+    is asked for, how many pairs lie behind.
 
     Up to D = 16 squares are taken of differences. Beyond, they are ||x||^2 + ||y||^2 - 2 <x, y> of centred points, and
     pairs that this shows to be close are taken again from differences (docs/numerics.md: the product form is off by
@@ -34,6 +39,9 @@ def upper_blocks(points: Tensor, of_product: bool = False) -> Iterator[tuple[sli
         centred = points - points.mean(0, dtype=torch.float64).to(points.dtype)
         norms = centred.square().sum(1)
     starts = range(0, len(points), BLOCK)
+    done, total = 0, (len(points) ** 2 + sum(len(points[first : first + BLOCK]) ** 2 for first in starts)) // 2
+    if report is not None:
+        report(0, total)
     for rows in (slice(first, first + BLOCK) for first in starts):
         for columns in (slice(first, first + BLOCK) for first in starts if first >= rows.start):
             a, b = points[rows], points[columns]
@@ -45,6 +53,9 @@ def upper_blocks(points: Tensor, of_product: bool = False) -> Iterator[tuple[sli
                 yield rows, columns, _mended(squares, sums, a, b, rows == columns)
             else:
                 yield rows, columns, _differences(a, b)
+            done += len(a) * len(b)
+            if report is not None:
+                report(done, total)
 
 
 def _differences(a: Tensor, b: Tensor) -> Tensor:

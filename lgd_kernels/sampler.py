@@ -31,7 +31,8 @@ def sample(
     Args:
         denoiser: called as `denoiser(x, t, condition)` with t `[B]`; returns what the plan's `prediction` names.
         x: the noise at the first time, `[B, ...]` (for EDM, times its sigma).
-        plan: of `lgd_kernels.solvers`; `plan.to(device)` beforehand spares copies.
+        plan: of `lgd_kernels.solvers`; `plan.to(device)` beforehand spares copies. Made of times `[N + 1, B]` it takes
+            every sample through times of its own.
         cond, uncond: conditions, whatever the denoiser takes; without uncond nothing is guided.
         omega: a float; `[B]`; or the whole table `[N, B]`, one row for each call of the network. omega does not depend
             on x, so a learned one is worked out before the loop. Calls where all of it is 0 leave the unconditional
@@ -59,7 +60,7 @@ def sample(
         )
     rows = omega if isinstance(omega, Tensor) and omega.ndim == 2 else [omega] * steps
     guided = _guided(omega, steps) if uncond is not None else [False] * steps
-    if plan.start:
+    if plan.start.any() if isinstance(plan.start, Tensor) else plan.start:
         if seed is None:
             raise ValueError("sample: the plan adds noise to its first sample; pass seed=...")
         ones = torch.ones(batch, 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

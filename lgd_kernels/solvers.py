@@ -3,7 +3,8 @@
 Every function here takes a schedule and the times of a run, `[N + 1]` from the noise to the data, and returns a
 `StepPlan`: for each call of the network, how the next sample, and what the solver has to remember, follow from the
 sample, the guided prediction and what it remembered. Coefficients are computed in float64 where the times are (integers
-of `Discrete` follow its dtype: `Discrete(..., dtype=torch.float64)`).
+of `Discrete` follow its dtype: `Discrete(..., dtype=torch.float64)`). Times `[N + 1, B]` give every sample of a batch
+a run of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class StepPlan:
         x    <- table[i, 0] . (x, g, kept, z)
         kept <- table[i, 1] . (x, g, kept, z)      only where the solver remembers something: P = 2, else P = 1
 
-    A table of five factors has one more of what was kept a call earlier, which is handed on and not written again.
+    `times [N, B]` with a `table [N, B, P, 4]` are a run of its own for each sample. A table of five factors has one
+    more, of what was kept a call earlier, which is handed on and not written again.
 
     `start` is the noise to add to the first sample, for samplers that add noise before they call the network.
 
@@ -42,25 +44,27 @@ class StepPlan:
     tensor([[1.]])
     """
 
-    times: Tensor  # [N], of each call of the network
-    table: Tensor  # [N, P, 4]: factors of x, g, kept and z; [N, P, 5]: and of what was kept before
-    start: float = 0.0
+    times: Tensor  # [N] or [N, B], of each call of the network
+    table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of what was kept before
+    start: float | Tensor = 0.0  # a number, or [B]
 
     def __len__(self) -> int:
         return self.table.shape[0]
 
     @property
     def remembers(self) -> bool:
-        return self.table.shape[1] == 2
+        return self.table.shape[-2] == 2
 
     @property
     def deep(self) -> bool:
         """Whether what was kept a call earlier is asked for too: `kept` is then a tuple, the newest first."""
-        return self.table.shape[2] == 5
+        return self.table.shape[-1] == 5
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepPlan:
         """Times and table there; the table in `dtype`. Once, before the loop: then a step copies nothing."""
-        return replace(self, times=self.times.to(device), table=self.table.to(device, dtype or self.table.dtype))
+        start = self.start.to(device) if isinstance(self.start, Tensor) else self.start
+        table = self.table.to(device, dtype or self.table.dtype)
+        return replace(self, times=self.times.to(device), table=table, start=start)
 
     def step(
         self,
@@ -100,8 +104,7 @@ class StepPlan:
         tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]
         wide, batch = arithmetic_dtype(*tensors, noise), x.shape[0]
         table = self.table.to(x.device, wide)
-        row = table.index_select(0, index.reshape(-1)) if isinstance(index, Tensor) else table[index].unsqueeze(0)
-        row = row.expand(batch, *row.shape[1:])  # [B, P, 4]
+        row = self._row(table, index, batch)  # [B, P, 4]
         self._check(index, len(history), noise, seed)
         factors, columns = [row[..., 0], row[..., 1]], [0, 1]
         if uncond is not None:
@@ -127,13 +130,23 @@ class StepPlan:
             return found[0], None
         return found if not self.deep else (found[0], (found[1], *history[:1]))
 
+    def _row(self, table: Tensor, index: int | Tensor, batch: int) -> Tensor:
+        if table.ndim == 4 and table.shape[1] != batch:
+            raise ValueError(f"StepPlan.step: `x` has {batch} samples, expected {table.shape[1]}, as the plan's times")
+        if table.ndim == 4 and isinstance(index, Tensor):
+            return table[index, torch.arange(batch, device=table.device)]
+        row = table.index_select(0, index.reshape(-1)) if isinstance(index, Tensor) else table[index]
+        row = row if row.ndim == 3 else row.unsqueeze(0)
+        return row.expand(batch, *row.shape[1:])
+
     def _check(self, index, depth, noise, seed) -> None:
         """Where the table can be looked at for nothing, that this row has what it asks for."""
         if noise is not None and seed is not None:
             raise ValueError("StepPlan.step: `noise` and `seed` were both given, expected one of them")
         if isinstance(index, Tensor) or self.table.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        _, _, remembered, drawn, *before = self.table[index, 0].tolist()
+        asked = self.table[index, ..., 0, :].reshape(-1, self.table.shape[-1]).ne(0).any(0)
+        _, _, remembered, drawn, *before = asked.tolist()
         if (remembered and depth == 0) or (any(before) and depth < 2):
             said = "None" if depth == 0 else "what one step returned"
             raise ValueError(f"StepPlan.step: `kept` is {said} in step {index}, expected what the step before returned")
@@ -150,7 +163,7 @@ def one_step(
     churn: float | Tensor = 0.0,
 ) -> StepPlan:
     """The step of `guided_step`, at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and for EDM,
-    ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, churn being `[N]`.
+    ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, churn being `[N]`, or `[N, B]` as the times.
 
     With `to` `[N]`, step i goes from `times[i]` to `to[i]`, and times are `[N]` too.
 
@@ -184,7 +197,7 @@ def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **c
     a, b, _ = step_coefficients(_levels(EDM(), torch.cat((raised, sigmas[-1:])), sigmas[1:]), prediction, 0.0)
     if not after:
         return StepPlan(sigmas[:-1], _table(a, b, z=a * added))
-    return StepPlan(raised, _table(a, b, z=torch.cat((added[1:], added.new_zeros(1)))), float(added[0]))
+    return StepPlan(raised, _table(a, b, z=_late(added)), _start(added))
 
 
 def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
@@ -197,18 +210,16 @@ def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
     Source: Karras et al., arXiv 2206.00364, Algorithm 2.
     """
     raised, added = _raised(sigmas, **churning)
-    after = torch.cat((added[1:], added.new_zeros(1)))  # noise goes in before a step, so at the end of the one before
-    times, rows = [], []
-    for i, (t, s) in enumerate(zip(raised, sigmas[1:], strict=True)):
-        x, g = _slope(t, prediction)
-        first = [1 + (s - t) * x, (s - t) * g, 0.0, 0.0], [1 + (s - t) / 2 * x, (s - t) / 2 * g, 0.0, 0.0]
-        times.append(t)
-        rows.append(first)
-        if s > 0:
-            x, g = _slope(s, prediction)
-            times.append(s)
-            rows.append(([(s - t) / 2 * x, (s - t) / 2 * g, 1.0, after[i]], [0.0] * 4))
-    return StepPlan(torch.stack(times), torch.tensor(rows, dtype=sigmas.dtype), float(added[0]))
+    t, s, h = raised, sigmas[1:], sigmas[1:] - raised
+    x, g = _slope(t, prediction)
+    first = torch.cat((_table(1 + h * x, h * g), _table(1 + h / 2 * x, h / 2 * g)), -2)
+    ends, none = s == 0, torch.zeros_like(h)
+    x, g = (torch.where(ends, none, h / 2 * one) for one in _slope(torch.where(ends, 1.0, s), prediction))
+    x, kept = torch.where(ends, 1.0, x), torch.where(ends, none, 1.0)  # where it ends, the sample stays
+    second = torch.cat((_table(x, g, kept=kept, z=_late(added)), _table(none, none)), -2)
+    calls = torch.stack((torch.ones_like(ends), ~ends), 1).reshape(2 * len(h), -1).any(-1)
+    times, table = torch.stack((t, s), 1).flatten(0, 1), torch.stack((first, second), 1).flatten(0, 1)
+    return StepPlan(times[calls], table[calls], _start(added))
 
 
 def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
@@ -218,12 +229,12 @@ def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
 
     k-diffusion's and diffusers' LMS with order 2. The integrals of the interpolating line are exact here.
     """
-    h = sigmas.diff()
-    share = torch.cat((h.new_zeros(1), h[1:] / (2 * h[:-1])))
+    h = sigmas.diff(dim=0)
+    share = torch.cat((torch.zeros_like(h[:1]), h[1:] / (2 * h[:-1])))
     x, g = _slope(sigmas[:-1], prediction)
     forward = h * (1 + share)
     table = _table(1 + forward * x, forward * g, kept=-h * share)
-    return StepPlan(sigmas[:-1], torch.cat((table, _table(x, g)), 1))
+    return StepPlan(sigmas[:-1], torch.cat((table, _table(x, g)), -2))
 
 
 def dpm_solver_2m(
@@ -243,14 +254,12 @@ def dpm_solver_2m(
     """
     levels = _levels(schedule, times)
     a, b, v = step_coefficients(levels, "x0", float(stochastic))
-    h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
-    share = torch.cat((h.new_zeros(1), h[1:] / (2 * h[:-1])))
-    second = torch.isfinite(share) if first_order is None else torch.isfinite(share) & ~first_order
-    share = torch.where(second, share, torch.zeros_like(share))
+    _, ratio, _ = _ratios(levels, first_order)
+    share = ratio / 2
     alpha, beta = x0_coefficients(levels, prediction)
     ahead = b * (1 + share)
     table = _table(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
-    return StepPlan(times[:-1], torch.cat((table, _table(alpha, beta)), 1))
+    return StepPlan(times[:-1], torch.cat((table, _table(alpha, beta)), -2))
 
 
 def unipc(
@@ -283,23 +292,30 @@ def unipc(
         raise ValueError(f"unipc: `variant` is {variant!r}, expected bh1 or bh2")
     levels = _levels(schedule, times)
     a, b, _ = step_coefficients(levels, "x0", 0.0)
-    h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
+    h, ratio, second = _ratios(levels, first_order)
     none = torch.zeros_like(h)
-    ratio = torch.cat((h.new_zeros(1), h[1:] / h[:-1]))
-    second = torch.isfinite(ratio) & (torch.arange(len(h), device=h.device) > 0) & (h > 0)
-    second = second if first_order is None else second & ~first_order
     size = -torch.expm1(-h) if variant == "bh2" else h
     new, old = _corrected(h, ratio, second, size)
     size = levels.signal_s * size
     ahead = torch.where(second, size * ratio / 2, none)
     new, old = (torch.where(torch.isfinite(size), size * one, none) for one in (new, old))
-    new, old = (a * torch.cat((one.new_zeros(1), one[:-1])) for one in (new, old))  # at the next call
+    new, old = (a * torch.cat((torch.zeros_like(one[:1]), one[:-1])) for one in (new, old))  # at the next call
     alpha, beta = x0_coefficients(levels, prediction)
     to_x0 = new + b + ahead
     table = _table(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
-    table = torch.cat((table, _table(alpha, beta)), 1)
-    before = torch.stack((-old, none), 1)
-    return StepPlan(times[:-1], torch.cat((table, before.unsqueeze(2)), 2))
+    table = torch.cat((table, _table(alpha, beta)), -2)
+    before = torch.stack((-old, none), -1).unsqueeze(-1)
+    return StepPlan(times[:-1], torch.cat((table, before), -1))
+
+
+def _ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """h of every step; its ratio to the one before, 0 where a step is of first order; and which are of second."""
+    h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
+    ratio = torch.cat((torch.full_like(h[:1], torch.inf), h[1:] / h[:-1]))
+    second = torch.isfinite(ratio) & (h > 0)
+    if first_order is not None:
+        second = second & ~first_order.reshape(first_order.shape + (1,) * (h.ndim - first_order.ndim))
+    return h, torch.where(second, ratio, torch.zeros_like(h)), second
 
 
 def _corrected(h: Tensor, ratio: Tensor, second: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,9 +333,9 @@ def _levels(schedule: Schedule, times: Tensor, to: Tensor | None = None) -> Leve
 
 
 def _table(x: Tensor, g: Tensor, kept: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-    """One output: `[N, 1, 4]`."""
+    """One output: `[N, 1, 4]`, or `[N, B, 1, 4]`."""
     none = torch.zeros_like(x)
-    return torch.stack((x, g, none if kept is None else kept, none if z is None else z), -1).unsqueeze(1)
+    return torch.stack((x, g, none if kept is None else kept, none if z is None else z), -1).unsqueeze(-2)
 
 
 def _slope(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
@@ -329,11 +345,20 @@ def _slope(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     return (1 - alpha) / sigma, -beta / sigma
 
 
+def _late(added: Tensor) -> Tensor:
+    """The noise of a step goes in at the end of the one before."""
+    return torch.cat((added[1:], torch.zeros_like(added[:1])))
+
+
+def _start(added: Tensor) -> float | Tensor:
+    return float(added[0]) if added.ndim == 1 else added[0]
+
+
 def _raised(
     sigmas: Tensor, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """sigma_hat of every step, and how much noise gets there: `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
     at = sigmas[:-1]
-    gamma = min(s_churn / at.numel(), math.sqrt(2) - 1)
+    gamma = min(s_churn / len(at), math.sqrt(2) - 1)
     gamma = torch.where((at >= s_tmin) & (at <= s_tmax), gamma, 0.0).to(at.dtype)
     return at * (1 + gamma), s_noise * at * torch.sqrt(gamma * (2 + gamma))

@@ -5,6 +5,7 @@
 
 namespace lgd {
 void bind_combine(pybind11::module_& module);
+void bind_dynamic_threshold(pybind11::module_& module);
 void bind_energy_mmd(pybind11::module_& module);
 void bind_guided_energy(pybind11::module_& module);
 void bind_guided_score(pybind11::module_& module);
@@ -32,6 +33,7 @@ const char* instruction_set() {
 PYBIND11_MODULE(_C, module) {
   lgd::Python::instance();
   lgd::bind_combine(module);
+  lgd::bind_dynamic_threshold(module);
   lgd::bind_energy_mmd(module);
   lgd::bind_guided_energy(module);
   lgd::bind_guided_score(module);

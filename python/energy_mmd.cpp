@@ -165,6 +165,9 @@ double run_block(const Block& op, const MmdKernel& kernel, int threads) {
       for (int64_t j = row.first; j < op.count; ++j)
         if (close[j] != 0) pairs[i].push_back({i, j, close[j]});
   }
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  if (std::all_of(pairs.begin(), pairs.end(), [](const auto& of_row) { return of_row.empty(); })) return total;
   constexpr int64_t kCoordinates = 256;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t first = 0; first < op.dimension; first += kCoordinates) {
@@ -175,8 +178,6 @@ double run_block(const Block& op, const MmdKernel& kernel, int threads) {
         mmd_close_pair(as(op.x, i), as(op.y, j), pair.weight, count, as(op.d_x, i), as(op.d_y, j));
       }
   }
-  double total = 0;
-  for (const double sum : sums) total += sum;
   return total;
 }
 

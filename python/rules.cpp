@@ -14,7 +14,6 @@ constexpr int64_t kCached = 384 * 1024;  // bytes of a sample's tensors that a s
 
 struct Guided {
   Moments moments;
-  bool reads;  // whether the tape asks for moments
   Tape tape;
   Combine combine;
   int factors[kMostTensors], scale;  // places of values: of each column, and of the noise (-1: none)
@@ -44,14 +43,14 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t sample = 0; sample < batch; ++sample) {
       double values[kMostValues] = {};
-      if (op.reads) reduce_row(sample, row, kGiven, values, sums);
+      if (op.moments.wanted) reduce_row(sample, row, kGiven, values, sums);
       play<S>(op, sample, values, coefficients.data(), scales.data());
       write(sample, 0, row);
     }
     return;
   }
   std::vector<double> totals(batch * kGiven);
-  if (op.reads) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kGiven, totals.data(), sums);
+  if (op.moments.wanted) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kGiven, totals.data(), sums);
   for (int64_t sample = 0; sample < batch; ++sample) {
     double values[kMostValues] = {};
     std::copy_n(totals.data() + sample * kGiven, kGiven, values);
@@ -62,8 +61,8 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
 
 int place(py::handle list, int index) { return int(PyLong_AsLong(item(list, index).ptr())); }
 
-// Columns 0, 1, 2 are c, u and D: every product, and every sum.
-Moments moments_of(Tensors tensors, py::handle columns) {
+// Columns 0, 1, 2 are c, u and D: every product, and every sum; and a bit for each that the rule reads.
+Moments moments_of(Tensors tensors, py::handle columns, unsigned wanted) {
   Moments op{};
   op.read = columns_of(tensors, columns, py::none(), 0);
   for (int i = 0; i < 3; ++i) {
@@ -75,6 +74,7 @@ Moments moments_of(Tensors tensors, py::handle columns) {
     op.same_as[9 + i] = 9 + i;
   }
   op.count = kGiven;
+  op.wanted = wanted;
   return op;
 }
 
@@ -96,12 +96,11 @@ Tape tape_of(py::handle code, py::handle constants, Tensors numbers) {
 
 void bind_rules(py::module_& module) {
   module.def("guided_by_rule",
-             [](Tensor out, Tensors predictions, py::handle moment_columns, bool reads, py::handle code,
+             [](Tensor out, Tensors predictions, py::handle moment_columns, unsigned wanted, py::handle code,
                 py::handle constants, Tensors numbers, Tensors tensors, py::handle columns, py::handle factors,
                 int scale, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
                static thread_local Guided op;
-               op.moments = moments_of(predictions, moment_columns);
-               op.reads = reads;
+               op.moments = moments_of(predictions, moment_columns, wanted);
                op.tape = tape_of(code, constants, numbers);
                op.combine = {};
                op.combine.read = columns_of(tensors, columns, py::none(), 0);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+
+from lgd_kernels.columns import triangle
 
 PACKAGE = Path(__file__).parents[1] / "lgd_kernels"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -82,7 +85,7 @@ def cases(kernel: str) -> list[tuple[str, str]]:
 
 def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
     """The call of a launcher that launches `kernel`."""
-    room, backward = re.fullmatch(r"(\w+?)(_backward|_finish|_points|_pairs|_turn)?_kernel", kernel).groups()
+    room, backward = re.fullmatch(r"(\w+?)(_backward|_finish|_points|_pairs|_turn|_select)?_kernel", kernel).groups()
     batch, data = variant.shape[0], lambda: torch.zeros(variant.shape, dtype=dtype)
     numbers = torch.zeros(batch)
     knots = torch.arange(16.0)
@@ -118,7 +121,12 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         seed = seed if seed != (None, None) or few else (None, 1)
         source = None if few else numbers.long()
         outputs = torch.zeros((count, *variant.shape), dtype=dtype)
-        launcher.forward(outputs, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0)
+        sums = torch.zeros(batch, len(triangle(count)) // 2)
+        for found in (None, sums):  # without moments and with them, of one output that is not written, or of three
+            written = outputs if found is None or not few else outputs[:0]
+            launcher.forward(written, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0, found)
+    elif room == "dynamic_threshold":
+        launcher.forward(data(), torch.zeros(batch, 2), data(), variant.shape[1] // 2, 0.5, math.inf)
     elif room == "energy_mmd":
         x, y = (torch.zeros((1, variant.samples, variant.shape[1]), dtype=dtype) for _ in range(2))
         slopes, loss = (torch.zeros(x.shape) for _ in range(2)), torch.zeros(1, dtype=torch.float64)

@@ -40,9 +40,9 @@ def data(n: int = 40, seed: int = 0):
     return (c - 1)[:, None] + 0.1 * torch.randn(n, 6, generator=generator), c
 
 
-def trainer(folder=None, dropout: float = 0.0, denoiser=denoiser, logs=None, **settings) -> Trainer:
+def trainer(folder=None, dropout: float = 0.0, denoiser=denoiser, logs=None, device="cpu", **settings) -> Trainer:
     torch.manual_seed(5)
-    omega = Omega(dropout)
+    omega = Omega(dropout).to(device)
     settings = Settings(**{"batch": 11, "lr": 3e-3, "seed": 3, **settings})  # 11: no two parts are of one size
     logs = [JsonLines(Path(folder) / "log.jsonl")] if folder and logs is None else logs or []
     frozen = Frozen(denoiser, lgd.RectifiedFlow(), null=0)

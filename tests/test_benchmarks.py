@@ -22,7 +22,7 @@ def run(*arguments):
 @pytest.fixture
 def tiny(monkeypatch):
     """One small workload for each elementwise op."""
-    ops = ("guided_step", "guided_score", "guided_energy", "energy_mmd", "moments", "combine")
+    ops = ("guided_step", "guided_score", "guided_energy", "energy_mmd", "moments", "combine", "dynamic_threshold")
     step, score, *others = (importlib.import_module(f"benchmarks.{op}") for op in ops)
     for other in others:
         monkeypatch.setattr(other, "WORKLOADS", [])

@@ -1,6 +1,7 @@
 """lgd_kernels.metrics, against the formulas in float64 and against SciPy; what is counted over pairs block by block."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,28 @@ def test_energy_distance_is_scipys_squared(generator):
     x, y, p, q = (torch.rand(n, generator=generator, dtype=torch.float64) * n for n in (60, 75, 60, 75))
     found = metrics.energy_distance(x, y, x_weights=p, y_weights=q, unbiased=False)
     assert found.item() == pytest.approx(stats.energy_distance(*(one.numpy() for one in (x, y, p, q))) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call, steps",
+    [
+        (partial(metrics.mmd_test, permutations=20), 1 + 21),
+        (partial(metrics.kernel_inception_distance, subsets=7, subset_size=20), 1 + 7),
+        (lgd.median_bandwidth, 2 * (1 + 21)),
+        (metrics.energy_distance, 1 + 3),
+    ],
+)
+def test_progress_moves_and_changes_no_result(call, steps, generator, monkeypatch):
+    monkeypatch.setattr(pairs, "BLOCK", 16)
+    both, heard = draws(generator, 50, 43), []
+    found, expected = tensors(call(*both, progress=lambda *at: heard.append(at))), tensors(call(*both))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if call is metrics.energy_distance else 0)
+    done, totals = zip(*heard, strict=True)
+    assert len(heard) == steps and list(done) == sorted(done) and done[0] == 0 and {done[-1]} == set(totals)
+
+
+def tensors(found):
+    return [torch.as_tensor(one) for one in (found if isinstance(found, tuple) else (found,))]
 
 
 def test_energy_distance_by_hand_and_its_gradient():

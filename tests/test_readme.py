@@ -22,8 +22,9 @@ def test_python_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
     namespace = {}
     monkeypatch.chdir(tmp_path)  # one writes a file
     for snippet in blocks(page, "python"):
-        if "import diffusers" in snippet:  # optional; last on its page
-            pytest.importorskip("diffusers")
+        for line, needs in {"import diffusers": "diffusers", "omega.files import": "safetensors"}.items():
+            if line in snippet:  # optional; last on its page
+                pytest.importorskip(needs)
         exec(compile(snippet, page.name, "exec"), namespace)
 
 

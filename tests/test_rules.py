@@ -9,7 +9,7 @@ from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import rules, testing
-from lgd_kernels.levels import step_coefficients
+from lgd_kernels.levels import step_coefficients, x0_coefficients
 from lgd_kernels.rule_state import Feedback, Momentum
 from lgd_kernels.rules import Guidance
 
@@ -132,6 +132,25 @@ def test_by_every_implementation(target, name, generator):
                                  impl=target.impl).cpu()  # fmt: skip
         truth = defined(c.double(), u.double(), column(OMEGA))
         testing.assert_elementwise(found, truth.to(dtype), truth, slack=2e-6 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rule_sees_a_small_difference(target, stored, generator):
+    """||D||^2 to 1e-6 where D is 1e-4 of c, by every way that a rule is run: here the rule hands it out."""
+    c = testing.sample((3, 5000), torch.float32, generator).to(stored).float()
+    u = (c.double() + 1e-4 * testing.sample((3, 5000), torch.float64, generator)).to(stored)
+    exact = (c.double() - u.double()).square().sum(1)
+    assert exact.min() > 0
+    c, u = c.to(target.device), u.to(target.device)
+    for omega in (1.0, torch.ones(3, device=target.device, requires_grad=True)):  # in one call, and on tensors
+        found = lgd.guided_score(c, u, omega, rule=lambda m, omega: Guidance(m.dd, 0.0 * omega), impl=target.impl)
+        found = (found / c).detach().cpu().double().median(1).values
+        assert ((found - exact) / exact).abs().max() < 1e-6
+    seen, levels = [], testing.moved(testing.step_levels(3), target.device)
+    rule = lambda m, omega: seen.append(m.dd) or Guidance(1.0, omega)  # noqa: E731
+    lgd.guided_step(c, c, u, 1.0, levels, prediction="flow", rule=rule, rule_space="x0", impl=target.impl)
+    beta = x0_coefficients(testing.promoted(testing.step_levels(3)), "flow")[1]
+    assert ((seen[0].cpu() - beta**2 * exact) / (beta**2 * exact)).abs().max() < 1e-6
 
 
 @each_rule

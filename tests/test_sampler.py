@@ -79,6 +79,47 @@ def test_a_seed_of_its_own_for_each_sample(generator):
         sample(denoiser, x, plan, cond, uncond, OMEGA)
 
 
+FLOW, EDM = lgd.RectifiedFlow(), lgd.EDM()
+SOLVERS = {  # of times in [0, 1]
+    "one_step": functools.partial(solvers.one_step, FLOW, churn=0.6),
+    "consistency": functools.partial(solvers.consistency, FLOW),
+    "edm_euler": lambda times: solvers.edm_euler(EDM.from_unit(times), s_churn=2.0),
+    "edm_heun": lambda times: solvers.edm_heun(EDM.from_unit(times)),
+    "adams_bashforth": functools.partial(solvers.adams_bashforth),
+    "dpm_solver_2m": functools.partial(solvers.dpm_solver_2m, FLOW, first_order=torch.arange(8) == 3),
+    "dpm_solver_2m, sde": functools.partial(solvers.dpm_solver_2m, FLOW, stochastic=True),
+    "unipc": functools.partial(solvers.unipc, FLOW),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_everything_of_its_own_for_each_sample(solver, generator):
+    """Times, omega, the rule's parameter and the seed: a sample ends where it would alone."""
+    x, (cond, uncond) = testing.sample((3, 30), torch.float64, generator), conditions(generator)
+    times = torch.stack((TIMES, TIMES * 0.9 + 0.05, 0.8 * TIMES**2), 1)  # one of them does not end at the data
+    omega, phi = torch.rand(9, 3, generator=generator) * 3, torch.tensor([0.2, 0.5, 0.9])
+    seed = torch.tensor([5, 6, 5])
+    rescale = lambda phi: functools.partial(rules.rescale, phi=phi)  # noqa: E731
+    plan = SOLVERS[solver](times)
+    omega = omega[torch.arange(len(plan)) % 9]
+    whole = sample(denoiser, x, plan, cond, uncond, omega, rule=rescale(phi), seed=seed)
+    for b in range(3):
+        alone = SOLVERS[solver](times[:, b])
+        w = omega[: len(alone), b : b + 1]
+        one = slice(b, b + 1)
+        end = sample(denoiser, x[one], alone, cond[one], uncond[one], w, rule=rescale(phi[b]), seed=seed[one])
+        torch.testing.assert_close(whole[b], end[0], rtol=1e-12, atol=1e-12)
+    kept = torch.zeros_like(x)
+    kept = (kept, kept) if plan.deep else kept if plan.remembers else None
+    at = torch.tensor([4, 0, 2])  # each at a call of its own, of a run of its own
+    found, _ = plan.step(at, x, x + 1, x, 0.7, kept, seed=1)
+    for b, i in enumerate(at.tolist()):
+        expected, _ = plan.step(i, x, x + 1, x, 0.7, kept, seed=1)
+        torch.testing.assert_close(found[b], expected[b], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="`x` has 2 samples, expected 3"):
+        plan.step(0, x[:2], x[:2], seed=1)
+
+
 def test_steps_draw_different_noise():
     plan = solvers.one_step(lgd.EDM(), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), churn=1.0)
     ends = []

@@ -15,7 +15,10 @@ from learning import EVERY, Omega, data, denoiser, trainer
 from lgd_kernels import learn
 from lgd_kernels.learn import NotFinite, Settings, Trainer
 from lgd_kernels.learn.batches import Batches
+from lgd_kernels.learn.fit import fit_constant
 from lgd_kernels.learn.logs import Csv, JsonLines, TensorBoard
+from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
+from lgd_kernels.omega.table import OmegaTable
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,6 +249,66 @@ def test_any_loss():
     run.train(2)
     run.loss = learn.with_reward(lambda x0, c: -x0.square().sum(1), 0.1, learn.l2_loss)
     run.train(4)
+
+
+def knots():
+    return torch.linspace(0, 0.75, 4), torch.linspace(0.25, 1, 4)
+
+
+def test_a_table_is_trained(tmp_path):
+    """Its values go where the loss is least, may come to 0 and leave it again, and never fall below."""
+    like = trainer()
+    frozen, settings = like.batches.frozen, Settings(batch=64, lr=0.05, ema=0.9, seed=3, weight_decay=0.0)
+    values = torch.ones(3, 4, 4)
+    values[2] = 0.0  # where a ReLU would be dead
+    table = OmegaTable(values, *knots())
+    run = Trainer(table, frozen, data(), settings, held_out=data(20, 1), folder=tmp_path)
+    before = run.validate()
+    lowest = 0.0
+    for done in range(1, 121):
+        run.train(done)
+        lowest = min(lowest, float(run.omega.values.detach().min()))
+    assert lowest == 0.0 and bool((table.values == values).all())  # what came in stays
+    learned = run.ema.table()
+    assert type(learned) is OmegaTable and run.validate() < before - 0.01
+    s, t = torch.full((2,), 0.3), torch.full((2,), 0.7)
+    assert (learned(torch.tensor([1, 2]), s, t) - torch.tensor([0.0, 0.5])).abs().max() < 0.1
+    again = Trainer(table, frozen, data(), settings, held_out=data(20, 1), folder=tmp_path)
+    assert again.resume() and torch.equal(again.ema.table().values, learned.values)
+
+
+@pytest.mark.parametrize("start", [Constant(1.0), Interval(1.0, 0.0, 1.0), ClampLinear(1.0, 0.0)])
+def test_formulas_are_trained(start):
+    """All items together: classes that need 0 and 0.5."""
+    like = trainer()
+    settings = Settings(batch=64, lr=0.05, ema=0.9, weight_decay=0.0)
+    run = Trainer(start, like.batches.frozen, data(), settings, held_out=data(20, 1))
+    before = run.validate()
+    run.train(100)
+    s, t = torch.full((20,), 0.3), torch.linspace(0.4, 0.9, 20)
+    assert 0.1 < run.ema(None, s, t).mean() < 0.5 and run.validate() < before
+
+
+def test_implementations_learn_the_same_curve(target):
+    """Updates with a reward, and a fit: with every implementation as with the reference."""
+    steps = 4 if target == ("triton", "cpu") else 20  # the interpreter takes a second for each
+
+    def run(impl, device):
+        found = trainer(device=device, batch=4)
+        found.loss = learn.with_reward(
+            lambda x0, c: x0.square().sum(1), 0.05, partial(learn.self_consistency_loss, impl=impl),
+            estimate=partial(learn.reward_loss, impl=impl),
+        )  # fmt: skip
+        losses = [float(found.update()[0]) for _ in range(steps)]
+        fitted = fit_constant(learn.curve(found.batches.next(), impl=impl)).omega.item()
+        return losses, fitted, [weight.cpu() for weight in found.omega.parameters()]
+
+    losses, fitted, weights = run(target.impl, target.device)
+    expected, constant, others = run("reference", "cpu")
+    assert losses == pytest.approx(expected, rel=1e-4) and fitted == pytest.approx(constant, abs=1e-5)
+    for weight, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-4)
+    assert max(losses) - min(losses) > 0.01  # a curve, not a line
 
 
 def test_refusals(tmp_path):

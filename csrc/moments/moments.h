@@ -11,6 +11,7 @@ struct Moments {
   Column pairs[kMostPairs];  // columns plus and minus are multiplied; minus < 0: the column's own sum
   int same_as[kMostPairs];   // the pair itself, or its mirror image among those before it: not summed again
   int count;
+  unsigned wanted = ~0u;  // a bit for each: the rest may be left at 0
 };
 
 // Adds to sums[m] the part of pair m in elements [first, last) of one sample. S: float, or double where a tensor is.

@@ -15,11 +15,6 @@ LGD_CLONES void subtract(S* out, const S* plus, const S* minus, int64_t count) {
 
 constexpr int kTogether = 3;  // products of one column with others in a loop, which reads that column once
 
-template <class S>
-LGD_CLONES S dot(const S* a, const S* b, int64_t count) {
-  return sum<S>(count, [](S a, S b) LGD_LAMBDA { return a * b; }, a, b);
-}
-
 // The sum of the lanes, and of the last elements, fewer than there are lanes; in the order of `sum` in loops.h.
 LGD_INLINE float finish(float* lanes, const float* a, const float* b, int64_t left) {
   for (int j = 0; j < left; ++j) lanes[j] += a[j] * b[j];
@@ -67,46 +62,80 @@ void dots(int together, const S* shared, const S* const* others, int64_t count, 
   for (int n = 0; n < together; ++n) found[n] = dot(shared, others[n], count);
 }
 
-constexpr int kPairMoments = 9;  // of a, b and d = a - b: aa, ab, ad, bb, bd, dd and the sums
-constexpr int kPairPlaces[] = {0, 1, 2, 4, 5, 8, 9, 10, 11};  // among the twelve, mirror images left out
+// Of a, b and d = a - b, nine moments: these products and the sums, where they are among the twelve of a call, and its
+// mirror images left out.
+constexpr int kPairMoments = 9;
+constexpr int kPairPlaces[] = {0, 1, 2, 4, 5, 8, 9, 10, 11};
+enum Wanted : unsigned {
+  kAA = 1 << 0,
+  kAB = 1 << 1,
+  kAD = 1 << 2,
+  kBB = 1 << 4,
+  kBD = 1 << 5,
+  kDD = 1 << 8,
+  kA = 1 << 9,
+  kB = 1 << 10,
+  kD = 1 << 11,
+};
 
 #ifdef LGD_HAS_CLONES
-// All that guidance rules ask for, in one loop: two loads and a difference for nine sums.
+template <unsigned Of>
+__attribute__((target("avx2,fma"), always_inline)) inline void add_pair(__m256 x, __m256 y,
+                                                                        __m256 (&sums)[kPairMoments]) {
+  const __m256 d = _mm256_sub_ps(x, y);
+  if (Of & kAA) sums[0] = _mm256_fmadd_ps(x, x, sums[0]);
+  if (Of & kAB) sums[1] = _mm256_fmadd_ps(x, y, sums[1]);
+  if (Of & kAD) sums[2] = _mm256_fmadd_ps(x, d, sums[2]);
+  if (Of & kBB) sums[3] = _mm256_fmadd_ps(y, y, sums[3]);
+  if (Of & kBD) sums[4] = _mm256_fmadd_ps(y, d, sums[4]);
+  if (Of & kDD) sums[5] = _mm256_fmadd_ps(d, d, sums[5]);
+  if (Of & kA) sums[6] = _mm256_add_ps(x, sums[6]);
+  if (Of & kB) sums[7] = _mm256_add_ps(y, sums[7]);
+  if (Of & kD) sums[8] = _mm256_add_ps(d, sums[8]);
+}
+
+// All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums. A sum waits four cycles
+// for the one before it, so that where there are few each has several chains.
+template <unsigned Of>
 __attribute__((target("avx2,fma"))) void pair_avx2(const float* a, const float* b, int64_t count, double* out) {
-  constexpr int64_t kPart = 512;  // 64 additions of floats, one after the other, before they go on as doubles
+  constexpr int kWanted = __builtin_popcount(Of), kChains = kWanted <= 3 ? 4 : kWanted <= 5 ? 2 : 1;
+  constexpr int64_t kPart = 512 * kChains;  // 64 additions of floats, one after the other, before they go on as doubles
   for (int64_t first = 0; first < count; first += kPart) {
     const int64_t last = count - first < kPart ? count : first + kPart;
-    __m256 sums[kPairMoments];
-    for (auto& lanes : sums) lanes = _mm256_setzero_ps();
-    for (int64_t i = first; i < last; i += 8) {
-      __m256 x, y;
-      if (last - i >= 8) {
-        x = _mm256_loadu_ps(a + i);
-        y = _mm256_loadu_ps(b + i);
-      } else {
-        alignas(32) float ends[2][8] = {};
-        for (int64_t j = 0; i + j < last; ++j) ends[0][j] = a[i + j], ends[1][j] = b[i + j];
-        x = _mm256_load_ps(ends[0]);
-        y = _mm256_load_ps(ends[1]);
-      }
-      const __m256 d = _mm256_sub_ps(x, y);
-      sums[0] = _mm256_fmadd_ps(x, x, sums[0]);
-      sums[1] = _mm256_fmadd_ps(x, y, sums[1]);
-      sums[2] = _mm256_fmadd_ps(x, d, sums[2]);
-      sums[3] = _mm256_fmadd_ps(y, y, sums[3]);
-      sums[4] = _mm256_fmadd_ps(y, d, sums[4]);
-      sums[5] = _mm256_fmadd_ps(d, d, sums[5]);
-      sums[6] = _mm256_add_ps(x, sums[6]);
-      sums[7] = _mm256_add_ps(y, sums[7]);
-      sums[8] = _mm256_add_ps(d, sums[8]);
+    __m256 sums[kChains][kPairMoments];
+    for (auto& chain : sums)
+      for (auto& lanes : chain) lanes = _mm256_setzero_ps();
+    int64_t i = first;
+    for (; last - i >= 8 * kChains; i += 8 * kChains)
+      for (int chain = 0; chain < kChains; ++chain)
+        add_pair<Of>(_mm256_loadu_ps(a + i + 8 * chain), _mm256_loadu_ps(b + i + 8 * chain), sums[chain]);
+    for (; i < last; i += 8) {
+      alignas(32) float ends[2][8] = {};
+      for (int64_t j = 0; j < 8 && i + j < last; ++j) ends[0][j] = a[i + j], ends[1][j] = b[i + j];
+      add_pair<Of>(_mm256_load_ps(ends[0]), _mm256_load_ps(ends[1]), sums[0]);
     }
     for (int m = 0; m < kPairMoments; ++m) {
+      if (!(Of >> kPairPlaces[m] & 1)) continue;
+      __m256 sum = sums[0][m];
+      for (int chain = 1; chain < kChains; ++chain) sum = _mm256_add_ps(sum, sums[chain][m]);
       alignas(32) float lanes[8];
-      _mm256_store_ps(lanes, sums[m]);
+      _mm256_store_ps(lanes, sum);
       out[kPairPlaces[m]] +=
           double((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + double((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
     }
   }
+}
+
+// The first of these sets that has all that is wanted: fewer sums cost less. The last has all there are.
+template <unsigned Of, unsigned... Others>
+void pair_of(unsigned wanted, const float* a, const float* b, int64_t count, double* out) {
+  if constexpr (sizeof...(Others) > 0)
+    if (wanted & ~Of) return pair_of<Others...>(wanted, a, b, count, out);
+  pair_avx2<Of>(a, b, count, out);
+}
+void pair(unsigned wanted, const float* a, const float* b, int64_t count, double* out) {
+  pair_of<kDD, kAB | kBB, kAA | kAD | kDD, kAB | kAD | kBD, kBB | kDD, kAA | kAD | kDD | kA | kD,
+          kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD>(wanted, a, b, count, out);
 }
 #endif
 
@@ -141,7 +170,7 @@ template <class S>
 void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, double* sums) {
   alignas(64) S buffers[2 * kMostTensors][kBlock];
   static const Ones<S> ones;
-  [[maybe_unused]] const bool pair = is_pair(op);
+  [[maybe_unused]] const bool of_a_pair = is_pair(op);
   const Columns& read = op.read;
   for (int64_t at = first; at < last; at += kBlock) {
     const int64_t count = last - at < kBlock ? last - at : kBlock;
@@ -150,8 +179,8 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
       tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
 #ifdef LGD_HAS_CLONES
     if constexpr (std::is_same<S, float>::value)
-      if (pair) {
-        pair_avx2(tensors[0], tensors[1], count, sums);
+      if (of_a_pair) {
+        pair(op.wanted, tensors[0], tensors[1], count, sums);
         continue;
       }
 #endif
@@ -165,17 +194,17 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
     }
     for (int m = 0; m < op.count;) {
       // Neighbours that share a column: (i, j), (i, k), ..., or sums, which share a column of ones.
-      const Column pair = op.pairs[m];
+      const Column own = op.pairs[m];
       const S* others[kTogether];
       S found[kTogether];
       int together = 0;
       for (; m + together < op.count && together < kTogether; ++together) {
         const Column next = op.pairs[m + together];
-        const bool shares = pair.minus < 0 ? next.minus < 0 : next.minus >= 0 && next.plus == pair.plus;
+        const bool shares = own.minus < 0 ? next.minus < 0 : next.minus >= 0 && next.plus == own.plus;
         if (!shares || op.same_as[m + together] != m + together) break;
-        others[together] = columns[pair.minus < 0 ? next.plus : next.minus];
+        others[together] = columns[own.minus < 0 ? next.plus : next.minus];
       }
-      if (together) dots(together, pair.minus < 0 ? ones.values : columns[pair.plus], others, count, found);
+      if (together) dots(together, own.minus < 0 ? ones.values : columns[own.plus], others, count, found);
       for (int n = 0; n < together; ++n) sums[m + n] += found[n];
       m += together ? together : 1;  // none: the mirror image of one before
     }

@@ -8,17 +8,15 @@ methods on the test split. docs/digits.md has the choices and the figures of eig
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import torch
+
+from lgd_kernels.demo import command
 
 METHODS = ("unguided", "constant", "interval", "per class", "learned", "baked", "fitted", "L2")
 
@@ -124,7 +122,7 @@ def run_seed(seed: int, config: Config, track) -> dict:
     network_seconds = learning_seconds / len(config.learning)
 
     own = Settings(s_min=0.02, ema=0.99, seed=1000 * seed + 6)
-    table, fit = variants.fitted(frozen, clean, replace(own, delta=0.02), config.fit_items)
+    table, fit, _ = variants.fitted(frozen, clean, replace(own, delta=0.02), config.fit_items)
     baked, bake_error = variants.baked(candidates[learned])
     squared = guidance.learn_omega(
         frozen, clean, own, loss=l2_loss, steps=config.l2_steps, every=max(1, config.l2_steps // 3), track=track,
@@ -225,9 +223,7 @@ def summarise(seeds: list[dict]) -> dict:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lgd_kernels demo digits", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for report and metrics")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 (default 3)")
+    parser = command.parser("digits", __doc__, seeds=3)
     parser.add_argument(
         "--noise", choices=("rising", "uniform"), default="rising",
         help="labels replaced: 0 to 75 %% over the classes, or 40 %% in each",
@@ -237,20 +233,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a replaced label is any of the ten, or the chosen images pass their labels around",
     )  # fmt: skip
     parser.add_argument("--ablate", action="store_true", help="also vary beta, lam, m and delta, one at a time")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures mean nothing")
-    args = parser.parse_args(argv)
-    if args.seeds < 1 or (args.threads is not None and args.threads < 1):
-        parser.error("--seeds and --threads are at least 1")
-    return args
+    return command.parsed(parser, argv)
 
 
 def main(argv: list[str]) -> int:
     """Run the demo; write report.html and metrics.json; print the table. Returns the exit status."""
     args = parse(argv)
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"the demo needs {' and '.join(missing)}: pip install 'lgd_kernels[demo]'", file=sys.stderr)
+    if command.lacks("sklearn", "matplotlib"):
         return 1
     from lgd_kernels.demo.report import text_table, write_report
     from lgd_kernels.progress import bars
@@ -268,7 +257,7 @@ def main(argv: list[str]) -> int:
     shown = [seed.pop("show") for seed in seeds]
     metrics = {
         "config": asdict(config),
-        "versions": versions(),
+        "versions": command.versions(),
         "quick": args.quick,
         "seeds": seeds,
         "summary": summarise(seeds),
@@ -278,16 +267,3 @@ def main(argv: list[str]) -> int:
     print(text_table(metrics))
     print(f"report: {args.out / 'report.html'}")
     return 0
-
-
-def versions() -> dict:
-    import matplotlib
-    import sklearn
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "scikit-learn": sklearn.__version__,
-        "matplotlib": matplotlib.__version__,
-        "threads": torch.get_num_threads(),
-    }

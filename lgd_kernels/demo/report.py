@@ -176,9 +176,10 @@ def plus_minus(value: dict) -> str:
     return f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if value["std"] is not None else "")
 
 
-def signed(value: dict) -> str:
+def signed(value: dict, digits: int = 3) -> str:
     interval = value["interval95"]
-    return f"{value['mean']:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+    mean = f"{value['mean']:+.{digits}f}"
+    return mean + (f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]" if interval else "")
 
 
 def percent(values: list[float]) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lgd_kernels.demo import guidance, measures
 from lgd_kernels.demo.data import CLASSES, PIXELS, Labelled
-from lgd_kernels.learn import Frozen, Settings, curve, self_consistency_loss, with_reward
+from lgd_kernels.learn import Frozen, Particles, Settings, curve, self_consistency_loss, with_reward
 from lgd_kernels.learn.batches import Batches
 from lgd_kernels.learn.fit import fit_table
 from lgd_kernels.learn.reward import Reward
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.progress import Track, silent
 
 SMOOTH = (3.0, 10.0, 30.0, 100.0)
@@ -35,19 +36,26 @@ def baked(omega: OmegaNetwork, count: int = 21) -> tuple[OmegaTable, float]:
 
 
 def fitted(
-    frozen: Frozen, data: tuple[Tensor, Tensor], settings: Settings, items: int = 8192, count: int = 11
-) -> tuple[OmegaTable, dict[str, float]]:
+    frozen: Frozen,
+    data: tuple[Tensor, Tensor],
+    settings: Settings,
+    items: int = 8192,
+    count: int = 11,
+    classes: int = CLASSES,
+) -> tuple[OmegaTable, dict[str, float], tuple[Particles, EnergyCurve]]:
     """The table with the least loss over many items, no network: one pass over the denoiser, then Newton's method.
 
-    Also says what it took, in seconds: "predicted" for the pass, "fitted" for the loss curves and the table.
+    Also says what it took, in seconds: "predicted" for the pass, "fitted" for the loss curves and the table. And the
+    items with their loss curves.
     """
     started = time.perf_counter()
     particles = Batches(frozen, data, settings, torch.device("cpu")).of(data, items, settings.seed)
     predicted = time.perf_counter()
-    table = fit_table(curve(particles), particles.c, particles.s, particles.t, *knots(count), conditions=CLASSES,
+    curves = curve(particles)
+    table = fit_table(curves, particles.c, particles.s, particles.t, *knots(count), conditions=classes,
                       smooth=SMOOTH)  # fmt: skip
     ended = time.perf_counter()
-    return table, {"predicted": predicted - started, "fitted": ended - predicted}
+    return table, {"predicted": predicted - started, "fitted": ended - predicted}, (particles, curves)
 
 
 def train_classifier(train: Labelled, generator: torch.Generator, steps: int = 400) -> nn.Module:

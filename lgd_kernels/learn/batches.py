@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,16 @@ class Batches:
 
     def of(self, data: Data, count: int, seed: int) -> Particles:
         """Many items at random, predicted a batch at a time; the same in every process, whatever was drawn before."""
-        generator = torch.Generator().manual_seed(seed)
-        sizes = [len(part) for part in torch.arange(count).split(self.settings.batch)]
-        parts = [self._draw(data, generator, size, slice(0, size)) for size in sizes]
+        parts = list(self.parts(data, count, seed))
         joined = [torch.cat(same) if isinstance(same[0], Tensor) else same[0] for same in zip(*parts, strict=True)]
         levels = Levels(*map(torch.cat, zip(*(part.levels for part in parts), strict=True)))
         return Particles(*joined)._replace(levels=levels)
+
+    def parts(self, data: Data, count: int, seed: int) -> Iterator[Particles]:
+        """The items of `of` one batch after the other, for what needs no more than one at a time."""
+        generator = torch.Generator().manual_seed(seed)
+        for part in torch.arange(count).split(self.settings.batch):
+            yield self._draw(data, generator, len(part), slice(0, len(part)))
 
     def _draw(self, data: Data, generator: torch.Generator, batch: int, part: slice) -> Particles:
         own, schedule = self.settings, self.frozen.schedule

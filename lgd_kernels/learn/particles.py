@@ -44,12 +44,12 @@ class Particles(NamedTuple):
 
     def take(self, items: Tensor, seed: int | Tensor, first_sample: int = 0) -> Particles:
         """Some of the items, int64 `[B']`, for a loss that draws fresh noise from a seed of its own."""
-        tensors = (self.c, self.s, self.t, Levels(*(level[items] for level in self.levels)))
-        return Particles(
-            *(part[items] if isinstance(part, Tensor) else part for part in tensors),
-            *(part[items] for part in (self.x0, self.x_t, self.cond, self.uncond)),
-            self.prediction, seed, first_sample,
-        )  # fmt: skip
+        c, s, t, x0, x_t, cond, uncond = (
+            part.index_select(0, items)  # copies rows whole, several times as fast as indexing
+            for part in (self.c, self.s, self.t, self.x0, self.x_t, self.cond, self.uncond)
+        )
+        levels = Levels(*(level.index_select(0, items) for level in self.levels))
+        return Particles(c, s, t, levels, x0, x_t, cond, uncond, self.prediction, seed, first_sample)
 
     def to(self, device: torch.device | str) -> Particles:
         """All tensors on a device."""

@@ -21,6 +21,7 @@ from lgd_kernels.learn.logs import Row
 from lgd_kernels.learn.losses import self_consistency_loss
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.learn.reward import Loss
+from lgd_kernels.omega.table import OmegaTable, TableModule
 from lgd_kernels.progress import Track, silent
 
 
@@ -32,8 +33,10 @@ class Trainer:
     """Learns omega for a frozen denoiser.
 
     Args:
-        omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`. It is trained in place; `trainer.ema` is its
-            average.
+        omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`: a network, or one of `lgd_kernels.omega.forms`.
+            It is trained in place; `trainer.ema` is its average. An `OmegaTable` is copied into a `TableModule`:
+            `trainer.ema.table()` is the table again. A module's own `project()`, where it has one, is called after
+            each update.
         frozen: the denoiser, on the same device.
         data: `(x0 [N, ...], c [N, ...])`, or a dataset of pairs (x0, c).
         settings: see `Settings`.
@@ -66,7 +69,7 @@ class Trainer:
 
     def __init__(
         self,
-        omega: nn.Module,
+        omega: nn.Module | OmegaTable,
         frozen: Frozen,
         data: Data,
         settings: Settings | None = None,
@@ -77,6 +80,7 @@ class Trainer:
         every: int = 500,
         logs: Sequence[Callable[[Row], None]] = (),
     ) -> None:
+        omega = TableModule(omega) if isinstance(omega, OmegaTable) else omega
         if not isinstance(omega, nn.Module) or not any(weight.requires_grad for weight in omega.parameters()):
             raise TypeError(
                 f"Trainer: `omega` is a {type(omega).__name__}, expected a torch.nn.Module with parameters to learn"
@@ -93,9 +97,8 @@ class Trainer:
         self.batches = Batches(frozen, data, settings, self.device)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            omega.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        self.weights, self.means = (list(one.parameters()) for one in (omega, self.ema))
+        self.optimizer = torch.optim.AdamW(self.weights, settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.validation: list[Particles] | None = None
 
     def train(self, steps: int, track: Track = silent) -> None:
@@ -123,11 +126,13 @@ class Trainer:
         share = distributed.rank_and_size()[1] / self.settings.batch  # gradients are averaged over the processes
         self.optimizer.zero_grad()
         (each.sum() * share).backward()
-        norm = nn.utils.clip_grad_norm_(self.omega.parameters(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
         loss = distributed.total(each.detach().sum()) / self.settings.batch
         if not math.isfinite(float(loss) + float(norm)):
             raise NotFinite(self._seen(particles, omega, each, norm))
         self.optimizer.step()
+        if hasattr(self.omega, "project"):
+            self.omega.project()
         self._average()
         self.step += 1
         return loss, norm
@@ -202,7 +207,7 @@ class Trainer:
     def _average(self) -> None:
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.omega.parameters()), 1 - decay)
+            torch._foreach_lerp_(self.means, self.weights, 1 - decay)
             for mean, value in zip(self.ema.buffers(), self.omega.buffers(), strict=True):
                 mean.copy_(value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lgd_kernels.checks import DATA_DTYPES, readable
 from lgd_kernels.levels import OmegaLookup, omega_at
@@ -99,6 +99,44 @@ class OmegaTable:
         """omega `[B]` itself, for a look at it; differentiable in `values`."""
         lookup = self.at(c, s, t)
         return omega_at(lookup, torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32)))
+
+
+class TableModule(nn.Module):
+    """An `OmegaTable` whose values are learned by gradient descent, as `Trainer` does with a table.
+
+    Values have to stay at 0 or above, and a value that a ReLU had cut off there would never come back. So nothing is
+    cut off in the forward; `project` puts values below 0 back to 0, after each update.
+
+    Args:
+        table: where it starts; its values are copied.
+
+    `table()` gives the values of now as an `OmegaTable`, for the kernels and for files.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> knots = torch.linspace(0, 1, 5)
+    >>> module = TableModule(lgd.OmegaTable(torch.ones(10, 4, 4), knots[:-1], knots[1:]))
+    >>> module(torch.tensor([3]), torch.tensor([0.2]), torch.tensor([0.7])).tolist(), len(list(module.parameters()))
+    ([1.0], 1)
+    """
+
+    def __init__(self, table: OmegaTable) -> None:
+        super().__init__()
+        self.values = nn.Parameter(table.values.detach().clone())
+        self.register_buffer("s_knots", table.s_knots.clone())
+        self.register_buffer("t_knots", table.t_knots.clone())
+
+    def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """As the table: omega `[B]`."""
+        return OmegaTable(self.values, self.s_knots, self.t_knots)(c, s, t)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put values below 0 back to 0."""
+        self.values.clamp_(min=0)
+
+    def table(self) -> OmegaTable:
+        """A copy of it as it is now."""
+        return OmegaTable(self.values.detach().clone(), self.s_knots, self.t_knots)
 
 
 def _tensors(where: str, **arguments: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, distributed
 
-from lgd_kernels.ops.energy_mmd import checks, op
+from lgd_kernels import impls
+from lgd_kernels import progress as reports
+from lgd_kernels.ops.energy_mmd import checks, op, pieces, sharded
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Kernel, split_kernel
 
 
@@ -21,6 +23,8 @@ def energy_mmd(
     target_term: bool = True,
     batched: bool = False,
     precision: str | None = None,
+    group: distributed.ProcessGroup | None = None,
+    progress: bool | reports.Report | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """How far apart two laws are, seen from samples x and y of them; the matrix of distances is never stored.
@@ -50,6 +54,14 @@ def energy_mmd(
         precision: how squared distances are formed on the CPU. "direct": from differences. "product": of centred
             samples, ||x||^2 + ||y||^2 - 2 <x, y>, by a matrix product. None takes "direct" for D <= 64; beyond,
             products, but for pairs closer than a tenth of their norms, which get differences.
+        group: a `torch.distributed.ProcessGroup` (`torch.distributed.group.WORLD`) whose processes each hold a part of
+            the samples, of any size, even none. Each calls with its part of x and y and gets the value for all samples
+            together, the same bits everywhere, and `backward` gives its part of that value's gradient: nothing is
+            averaged, summed or multiplied by the number of processes. All must call, with the same options.
+        progress: for calls of minutes: True draws a bar on stderr, or a function is called with (done, total), numbers
+            of pairs, from (0, total) to (total, total); with a group, of this process's share. The pairs are then
+            taken some rows at a time, and the result may differ by the rounding of a sum. What the function raises
+            ends the call. Not heard of under torch.compile, vmap, jvp and func.grad.
         impl: "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns a number, 0-dim (`[B]` if batched), float32 (float64 where a tensor is). Sums of blocks go on in float64.
@@ -57,9 +69,11 @@ def energy_mmd(
     A call that records a gradient computes it in the same pass.
 
     Differentiable in x and y, any number of times; also under vmap, jvp and func.grad, where the reference runs, which
-    stores distances. Samples that coincide have slope 0. `torch.ops.lgd.energy_mmd`, the raw operator, is not.
+    stores distances; with `group` or `progress` once, by `backward` alone. Samples that coincide have slope 0.
+    `torch.ops.lgd.energy_mmd`, the raw operator, is not differentiable.
 
-    Raises TypeError or ValueError, naming the argument, for a wrong shape, dtype, device, kernel or option.
+    Raises TypeError or ValueError, naming the argument, for a wrong shape, dtype, device, kernel or option; with a
+    group in every process, where one is wrong or two differ.
 
     Source: Gretton et al., JMLR 13 (2012); Szekely and Rizzo (2013); beta and lam: arXiv 2510.00815, Eq. 9.
 
@@ -67,15 +81,21 @@ def energy_mmd(
     >>> lgd.energy_mmd(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [4.0]]))  # (3 + 4 + 1 + 2) / 4 - (2 + 1) / 2
     tensor(1.)
     """
-    checks.samples(x, y, batched)
-    checks.weights("x_weights", x_weights, "x", x, batched)
-    checks.weights("y_weights", y_weights, "y", y, batched)
-    checks.options(beta, lam, unbiased, kernel, target_term, precision, x, y, batched)
+    options = beta, lam, unbiased, kernel, target_term, precision, batched
+    report = reports.report(checks.OP, progress)
+    if group is None:
+        checks.call(x, y, x_weights, y_weights, *options)
+    else:
+        parts = sharded.agreed(group, x, y, x_weights, y_weights, *options, impl)
     if not batched:
         x, y, x_weights, y_weights = (one if one is None else one.unsqueeze(0) for one in (x, y, x_weights, y_weights))
     x, y = (one.flatten(2) if one.ndim > 2 else one.unsqueeze(2) for one in (x, y))
     name, parameters = split_kernel(Energy(beta) if kernel is None else kernel, x.shape[2])
-    loss = op.energy_mmd(
-        x, y, x_weights, y_weights, name, parameters, float(lam), unbiased, target_term, precision, impl
-    )
+    definition = x, y, x_weights, y_weights, name, parameters, float(lam), unbiased, target_term, precision, impl
+    if group is not None:
+        loss = sharded.energy_mmd(*definition, parts, report)
+    elif report is None or impls.transformed():
+        loss = op.energy_mmd(*definition)
+    else:
+        loss = pieces.energy_mmd(*definition, report)
     return loss if batched else loss.squeeze(0)

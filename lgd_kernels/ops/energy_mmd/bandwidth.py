@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lgd_kernels import pairs
+from lgd_kernels import progress as reports
 from lgd_kernels.ops.energy_mmd import checks
 
 LOW = 15  # bits of a float32 that the second pass tells apart; the 16 above them are the first's
 
 
 @torch.no_grad()
-def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
+def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | reports.Report | None = None) -> float:
     """The median distance between two of all samples, a usual bandwidth: `Gaussian(median_bandwidth(x, y))`.
 
     Over the pairs i < j of x and y pooled (of x alone, if y is None); of an even number of them, the lower of the two
@@ -21,6 +24,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
 
     Args:
         x, y: `[n, ...]` and `[k, ...]`, float32, bfloat16, float16 or float64.
+        progress: True for a bar, or a function of (done, total), numbers of pairs: all of them twice.
 
     Returns a float: what sorting all squared distances, rounded to float32, would give. They are computed twice, in
     blocks (`lgd_kernels.pairs`), and counted: by their upper bits, and then, where the median must be, by the lower
@@ -44,16 +48,23 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
     if points.dtype.itemsize == 2:
         points = points.float()
     rank = (count - 1) // 2
-    upper, below = _at(rank, (keys >> LOW for keys in _keys(points)), 2 ** (31 - LOW), points.device)
+    report = reports.report("median_bandwidth", progress)
+    first, second = (report and partial(_half, report, turn) for turn in (0, 1))
+    upper, below = _at(rank, (keys >> LOW for keys in _keys(points, first)), 2 ** (31 - LOW), points.device)
     lower, _ = _at(
-        rank - below, (keys[keys >> LOW == upper] & (2**LOW - 1) for keys in _keys(points)), 2**LOW, points.device
-    )
+        rank - below, (keys[keys >> LOW == upper] & (2**LOW - 1) for keys in _keys(points, second)), 2**LOW,
+        points.device,
+    )  # fmt: skip
     return torch.tensor((upper << LOW) + lower, dtype=torch.int32).view(torch.float32).item() ** 0.5
 
 
-def _keys(points: Tensor):
+def _half(report: reports.Report, turn: int, done: int, total: int) -> None:
+    report(done + turn * total, 2 * total)
+
+
+def _keys(points: Tensor, report: reports.Report | None):
     """Squares as integers in the same order, in blocks: a float32 that is not negative is its own bits."""
-    for rows, columns, squares in pairs.upper_blocks(points):
+    for rows, columns, squares in pairs.upper_blocks(points, report=report):
         if rows == columns:
             i = torch.arange(len(squares), device=squares.device)
             squares = squares[i[:, None] < i]

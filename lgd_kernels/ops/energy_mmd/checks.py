@@ -13,7 +13,18 @@ OP = "energy_mmd"
 PRECISIONS = ("direct", "product")
 
 
-def samples(x: Tensor, y: Tensor, batched: bool) -> None:
+def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, part=False) -> None:
+    """Everything; `part`: of one process of several, which may hold no sample; their number is looked at later."""
+    samples(x, y, batched, part)
+    weights("x_weights", x_weights, "x", x, batched)
+    weights("y_weights", y_weights, "y", y, batched)
+    options(beta, lam, unbiased, kernel, target_term, precision)
+    if not part:
+        dimension = 1 if batched else 0
+        partners(x.shape[dimension], y.shape[dimension], lam, unbiased, target_term)
+
+
+def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
     leading = 2 if batched else 1
     said = "[B, n, ...]" if batched else "[n, ...]"
     for name, tensor in (("x", x), ("y", y)):
@@ -21,7 +32,7 @@ def samples(x: Tensor, y: Tensor, batched: bool) -> None:
             raise TypeError(f"{OP}: `{name}` is a {type(tensor).__name__}, expected a tensor {said}")
         if tensor.dtype not in DATA_DTYPES:
             raise TypeError(f"{OP}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-        if tensor.ndim < leading or tensor.shape[leading - 1] == 0:
+        if tensor.ndim < leading or (tensor.shape[leading - 1] == 0 and not part):
             raise ValueError(
                 f"{OP}: `{name}` has shape {list(tensor.shape)}, expected {said} with one sample or more; "
                 f"batched={not batched} if the samples are along the {'first' if batched else 'second'} dimension"
@@ -56,26 +67,27 @@ def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batch
         raise ValueError(f"{OP}: `{name}` has the value {smallest(value.flatten()):g}, expected weights of 0 or more")
 
 
-def options(beta, lam, unbiased, kernel, target_term, precision, x, y, batched) -> None:
+def options(beta, lam, unbiased, kernel, target_term, precision) -> None:
     for name, value in (("unbiased", unbiased), ("target_term", target_term)):
         if not isinstance(value, bool):
             raise TypeError(f"{OP}: `{name}` is a {type(value).__name__}, expected True or False")
-    dimension = 1 if batched else 0
-    counts = [x.shape[dimension], *([y.shape[dimension]] if target_term else [])]
     if kernel is not None and beta != 1.0:
         raise ValueError(
             f"{OP}: `beta` is {beta} beside a `kernel`; pass kernel=Energy({beta}) or leave out one of them"
         )
     power(OP, kernel.beta if isinstance(kernel, Energy) else beta, lam, False, 2)
-    if lam > 0 and unbiased and min(counts) < 2:
-        raise ValueError(
-            f"{OP}: `{'x' if counts[0] < 2 else 'y'}` holds one sample, which has no other to be compared with; pass "
-            "two or more, lam=0, unbiased=False or, for y, target_term=False"
-        )
     if kernel is not None:
         _kernel(kernel)
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"{OP}: `precision` is {precision!r}, expected None, 'direct' or 'product'")
+
+
+def partners(n: int, k: int, lam: float, unbiased: bool, target_term: bool) -> None:
+    if lam > 0 and unbiased and min(n, k if target_term else n) < 2:
+        raise ValueError(
+            f"{OP}: `{'x' if n < 2 else 'y'}` holds one sample, which has no other to be compared with; pass "
+            "two or more, lam=0, unbiased=False or, for y, target_term=False"
+        )
 
 
 def _kernel(kernel) -> None:

@@ -80,17 +80,23 @@ def _run(x, y, x_weights, y_weights, *options):
 
 
 def _forward(x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, target_term, precision, wanted, impl):
+    options = kernel, parameters, lam, unbiased, target_term, precision, wanted, impl
+    loss, *grads = unrounded(x, y, x_weights, y_weights, *options)
+    return loss.to(widest(x.dtype, y.dtype), copy=True), *(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def unrounded(x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, target_term, precision, wanted, impl):
+    """(loss in float64, d_x, d_y), a gradient that is not wanted None: the operator, for sums that go on."""
     impl, dtype = impls.choose("energy_mmd", impl, x.device, x.dtype, y.dtype), widest(x.dtype, y.dtype)
     definition = x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, target_term
-    nothing = x.new_empty(0)
     if impl == "reference" or not x.numel():
-        grads = reference.energy_mmd_gradients(*definition) if any(wanted) else (nothing, nothing)
-        kept = (grad.contiguous() if want else nothing.clone() for grad, want in zip(grads, wanted, strict=True))
-        return reference.energy_mmd(*definition), *kept
+        grads = reference.energy_mmd_gradients(*definition) if any(wanted) else (None, None)
+        kept = (grad.contiguous() if want else None for grad, want in zip(grads, wanted, strict=True))
+        return reference.energy_mmd(*definition).double(), *kept
     loss = x.new_empty(x.shape[0], dtype=torch.float64)
     grads = [one.new_empty(one.shape, dtype=dtype) if want else None for one, want in zip((x, y), wanted, strict=True)]
     impls.launcher("energy_mmd", impl).forward(loss, *grads, *definition, precision)
-    return loss.to(dtype, copy=True), *(nothing.clone() if grad is None else grad for grad in grads)
+    return loss, *grads
 
 
 def _fake(x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, target_term, precision, wanted, impl):

@@ -1,0 +1,258 @@
+"""`python -m lgd_kernels learn`: learn omega for a model and data of your own, and say what it gained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lgd_kernels import impls
+from lgd_kernels.learn import command_fits, sources
+from lgd_kernels.learn.batches import Batches, Settings
+from lgd_kernels.learn.data import Data, size_of
+from lgd_kernels.learn.distributed import process_group, rank_and_size
+from lgd_kernels.learn.frozen import Frozen
+from lgd_kernels.learn.logs import Csv, JsonLines
+from lgd_kernels.learn.losses import self_consistency_loss
+from lgd_kernels.learn.particles import Particles
+from lgd_kernels.learn.reward import Loss, black_box_reward_loss, reward_loss, with_reward
+from lgd_kernels.learn.trainer import NotFinite, Trainer
+from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.progress import bars
+from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
+
+SCHEDULES = {
+    "flow": RectifiedFlow,
+    "cosine": VPCosine,
+    "linear": VPLinear.ddpm,
+    "edm": EDM,
+    "ddpm": Discrete.ddpm,
+    "stable-diffusion": Discrete.stable_diffusion,
+}
+ROUNDS = 8  # draws of each held-out item
+KINDS = ("network", "table", "constant", "interval")
+OURS = Settings()
+FREE = ("steps", "resume", "threads", "device", "out", "impl", "every")  # what may differ when a run is resumed
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; argparse says what is wrong with one, and ends with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lgd_kernels learn", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Learn the guidance weight omega(c, s, t) of a frozen model from clean data. docs/learning.md is "
+        "the guide. MODULE:NAME is a Python object; MODULE:NAME() calls it, MODULE:NAME(TEXT) calls it with a text.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--data", required=True, help="a folder of images in folders of their class (Pillow; [3, H, W] in [-1, 1]); "
+        "a .npz or .pt file with x0 [N, ...] and c, labels [N] or embeddings [N, E]; or MODULE:NAME, such a pair of "
+        "tensors or a dataset of pairs (x0, c)")  # fmt: skip
+    add("--size", type=int, help="of the images of a folder: cut to the middle square and scaled to this")
+    add("--classes", type=int, help="how many labels there are; by default as many as the data show")
+    add("--held-out", default="0.1", help="what to judge by: a share of the data, or other data named as --data is; of "
+        "either 4096 items at most")  # fmt: skip
+    add("--model", required=True, help="MODULE:NAME, a callable (x [N, ...], t [N], c [N, ...]) -> prediction")
+    add("--prediction", choices=PREDICTIONS, default="x0", help="what the model returns")
+    add("--schedule", default="flow", help=f"of the model's times: {', '.join(SCHEDULES)}, or MODULE:NAME, a Schedule")
+    add("--null", help="the condition that means none: the index of a class (by default the first after the labels), "
+        "zeros (an embedding of them), or MODULE:NAME, an embedding or a function of c")  # fmt: skip
+    add("--omega", choices=KINDS, default="network", help="what to learn: a network by gradient descent, or a table, a "
+        "constant or an interval fitted to the loss curves of --items items, exactly and without training")  # fmt: skip
+    add("--hidden", type=int, default=64, help="width of the network")
+    add("--knots", type=int, default=11, help="of the table, in s and in t")
+    add("--items", type=int, default=8192, help="that are predicted for the fits; the best constant and interval, "
+        "which the network is compared with, come from these too")  # fmt: skip
+    add("--beta", type=float, default=1.75, help="power of the distance in the loss")
+    add("--lam", type=float, default=1.0, help="weight of the repulsion between particles")
+    add("--churn", type=float, default=1.0, help="of the step in the loss: 1 adds DDPM's noise, 0 none")
+    add("--m", type=int, default=OURS.particles, help="particles of each item")
+    add("--delta", type=float, default=OURS.delta, help="the shortest step, in unit time")
+    add("--s-min", type=float, default=OURS.s_min, help="the smallest s, in unit time")
+    add("--zeta", type=float, default=OURS.zeta, help="how far t stays below 1, in unit time")
+    add("--steps", type=int, default=2000, help="updates of the network, those before a resume included")
+    add("--batch", type=int, default=OURS.batch, help="items of an update, over all processes")
+    add("--lr", type=float, default=OURS.lr, help="learning rate of AdamW")
+    add("--ema", type=float, default=0.99, help="decay of the average of the network's weights")
+    add("--cache", type=int, default=0, help="predict this many items once and learn from these; 0 predicts each batch")
+    add("--reward", help="MODULE:NAME, R(x0 [N, ...], c [N, ...]) -> [N], to add to the network's loss")
+    add("--gamma", type=float, default=0.0, help="weight of the reward")
+    add("--black-box", action="store_true", help="the reward has no gradient")
+    add("--out", type=Path, default=Path("runs/omega"), help="folder for omega, its picture, the log, the checkpoint")
+    add("--every", type=int, default=200, help="so many updates make a row of the log and a checkpoint")
+    add("--log", choices=("csv", "jsonl"), default="csv")
+    add("--resume", action="store_true", help="go on from the checkpoint in the folder, to the bit")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda"), help="by default a GPU, where there is one")
+    add("--threads", type=int, help="threads of PyTorch and of the kernels")
+    add("--impl", choices=impls.NAMES, help="which implementation computes the loss; by default the first that can")
+    args = parser.parse_args(arguments)
+    for name in ("m", "steps", "batch", "every", "items", "hidden", "threads", "size", "classes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, expected 1 or more")
+    if args.knots < 2:
+        parser.error(f"--knots is {args.knots}, expected 2 or more")
+    if args.omega != "network" and (args.reward or args.resume):
+        parser.error("--reward and --resume are for --omega network; the fits are exact, and take seconds")
+    if args.black_box and not args.reward:
+        parser.error("--black-box says something of a reward: pass --reward")
+    return args
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command. Returns the exit status: 0, 2 for what was asked wrongly, 1 for a run that met NaN."""
+    args = parse(arguments)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # where the user's modules lie
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        with process_group("gloo" if args.device == "cpu" else None) as device:
+            if args.device == "cuda" and device.type != "cuda":
+                raise ValueError("--device cuda: PyTorch sees no GPU here")
+            return run(args, device)
+    except NotFinite as error:
+        print(f"learn: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, ImportError) as error:
+        print(f"learn: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Prepare, learn, compare, save. Only the first process writes and prints."""
+    first, track = rank_and_size()[0] == 0, bars("learn")
+    if first:
+        _keep_settings(args)
+    data = sources.load(args.data, args.size)
+    x0, c = sources.first(data)
+    classes = None if c.is_floating_point() else _classes(args, data)
+    if args.omega == "table" and classes is None:
+        raise ValueError("--omega table: a table's conditions are labels, but c are embeddings; --omega network")
+    frozen = _frozen(args, c, classes, device)
+    _try(frozen, x0.to(device), c.to(device))
+    learning, held = sources.parted(data, args.held_out, args.seed, args.size)
+    settings = Settings(
+        args.batch, args.m, args.delta, args.zeta, args.s_min, args.lr, ema=args.ema, seed=args.seed, cache=args.cache
+    )
+    loss = partial(self_consistency_loss, beta=args.beta, lam=args.lam, churn=args.churn, impl=args.impl)
+    batches = Batches(frozen, learning, settings, device)
+    if args.omega == "network":
+        torch.manual_seed(args.seed)
+        network = OmegaNetwork(frozen.schedule, classes, None if classes else c.shape[1], args.hidden).to(device)
+        log = Csv(args.out / "log.csv") if args.log == "csv" else JsonLines(args.out / "log.jsonl")
+        trainer = Trainer(
+            network, frozen, learning, settings, loss=_rewarded(args, loss), held_out=held, folder=args.out,
+            every=args.every, logs=[log],
+        )  # fmt: skip
+        if args.resume and not trainer.resume():
+            raise ValueError(f"--resume: there is no checkpoint in {args.out}")
+        if trainer.step > args.steps:
+            raise ValueError(f"--steps is {args.steps}, but {trainer.step} updates are done in {args.out}")
+        trainer.train(args.steps, track)
+        batches, omega = trainer.batches, trainer.ema
+    if not first:
+        return 0
+    found = command_fits.fit(args, batches, classes, track)
+    omega = omega if args.omega == "network" else found[args.omega]
+    found = {"unguided": _unguided, **{name: found[name] for name in ("constant", "interval")}, args.omega: omega}
+    losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, found)
+    command_fits.save(args, found, frozen.schedule, losses, c.to(device), classes)
+    print(command_fits.told(args, found, losses))
+    return 0
+
+
+def _keep_settings(args: argparse.Namespace) -> None:
+    """Write down what was asked for; refuse to resume, or to overwrite, a run that was asked for otherwise."""
+    path, asked = args.out / "settings.json", {k: v for k, v in vars(args).items() if k not in FREE}
+    if args.resume and path.exists():
+        before = json.loads(path.read_text())
+        for name, value in asked.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"--resume: the run in {args.out} had {name} = {before.get(name)}, here it is {value}; pass the "
+                    "same, or another --out"
+                )
+    if not args.resume and (args.out / "trainer.ckpt").exists():
+        raise ValueError(f"{args.out} holds a checkpoint: go on from it with --resume, or pass another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked, indent=1) + "\n")
+
+
+def _classes(args: argparse.Namespace, data: Data) -> int:
+    """How many labels there are."""
+    if isinstance(data, tuple):
+        low, high = int(data[1].min()), int(data[1].max())
+        if low < 0 or (args.classes is not None and high >= args.classes):
+            raise ValueError(f"--data: labels reach from {low} to {high}, expected 0 to --classes - 1")
+        return args.classes or high + 1
+    found = args.classes or (len(data.classes) if isinstance(data, sources.Images) else None)
+    if found is None:
+        raise ValueError("--classes is missing: a dataset does not say how many labels there are")
+    return found
+
+
+def _frozen(args: argparse.Namespace, c: Tensor, classes: int | None, device: torch.device) -> Frozen:
+    denoiser = sources.named(args.model, "--model")
+    if isinstance(denoiser, nn.Module):
+        denoiser = denoiser.to(device).eval()
+    if args.schedule in SCHEDULES:
+        schedule = SCHEDULES[args.schedule]()
+    elif ":" in args.schedule:
+        schedule = sources.named(args.schedule, "--schedule")
+    else:
+        raise ValueError(f"--schedule is {args.schedule!r}, expected one of {', '.join(SCHEDULES)}, or MODULE:NAME")
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"--schedule: {args.schedule} is a {type(schedule).__name__}, expected a Schedule")
+    null = classes if args.null is None else args.null
+    if null is None:
+        raise ValueError("--null is missing: c are embeddings; pass zeros, or MODULE:NAME")
+    if null == "zeros":
+        null = torch.zeros(c.shape[1:])
+    elif isinstance(null, str):
+        null = int(null) if null.lstrip("-").isdigit() else sources.named(null, "--null")
+    return Frozen(denoiser, schedule, args.prediction, null)
+
+
+def _try(frozen: Frozen, x0: Tensor, c: Tensor) -> None:
+    """Ask the model once, so that a wrong one is named before anything else is."""
+    t = frozen.schedule.from_unit(torch.full((len(x0),), 0.5, device=x0.device))
+    null = frozen.null_like(c)
+    try:
+        with torch.no_grad():
+            frozen.denoiser(torch.cat((x0, x0)), torch.cat((t, t)), torch.cat((c, null)))
+    except Exception as error:
+        raise ValueError(
+            f"--model: it failed for x {[2 * len(x0), *x0.shape[1:]]}, t [{2 * len(t)}] and c "
+            f"{[2 * len(c), *c.shape[1:]]}: {type(error).__name__}: {error}"
+        ) from error
+    frozen.predict(x0, t, c)
+
+
+def _rewarded(args: argparse.Namespace, loss: Loss) -> Loss:
+    if not args.reward:
+        return loss
+    reward = sources.named(args.reward, "--reward")
+    if not callable(reward):
+        raise ValueError(f"--reward: {args.reward} is a {type(reward).__name__}, expected a callable (x0, c) -> [N]")
+    estimate = partial(black_box_reward_loss if args.black_box else reward_loss, impl=args.impl)
+    return with_reward(reward, args.gamma, loss, estimate=estimate)
+
+
+def _unguided(c: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    return torch.zeros(len(s), device=s.device)
+
+
+@torch.no_grad()
+def _losses(parts: Iterable[Particles], loss: Loss, omegas: dict[str, command_fits.Omega]) -> dict[str, Tensor]:
+    """The loss of each held-out draw, `[N]`, for every omega: all see the same draws."""
+    found: dict[str, list[Tensor]] = {name: [] for name in omegas}
+    for part in parts:
+        for name, omega in omegas.items():
+            found[name].append(loss(part, omega(part.c, part.s, part.t).float()).double().cpu())
+    return {name: torch.cat(losses) for name, losses in found.items()}

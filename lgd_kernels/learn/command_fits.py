@@ -1,0 +1,141 @@
+"""The parts of the command after learning: the fits to compare with, the file, the picture, what is said."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lgd_kernels.learn.batches import Batches
+from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
+from lgd_kernels.learn.particles import curve
+from lgd_kernels.omega.files import save as save_omega
+from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.progress import Track
+from lgd_kernels.schedules import Schedule
+
+SMOOTH = (3.0, 10.0, 30.0, 100.0)
+EDGES = 21  # what the ends of an interval may be, in even steps of unit time
+SHOWN = 6  # conditions in a picture
+Omega = nn.Module | OmegaTable
+
+
+def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: Track) -> dict[str, Omega]:
+    """The best constant, the best interval and, where it was asked for, the best table: from one pass over the model.
+
+    A trainer's cache is that pass already.
+    """
+    parts = [batches.cached] if batches.cached is not None else batches.parts(batches.data, args.items, args.seed)
+    total = 1 if batches.cached is not None else math.ceil(args.items / args.batch)
+    curves, at, source = [], [], iter(parts)
+    for _ in track(range(total), "loss curves"):
+        part = next(source)
+        curves.append(curve(part, churn=args.churn, impl=args.impl))
+        at.append((part.c, part.s, part.t))
+    c, s, t = (torch.cat(one).cpu() for one in zip(*at, strict=True))
+    schedule, of_loss = batches.frozen.schedule, {"beta": args.beta, "lam": args.lam}
+    device = batches.device
+    edges = schedule.from_unit(torch.linspace(0, 1, EDGES))
+    found: dict[str, Omega] = {
+        "constant": fit_constant(curves, **of_loss).to(device),
+        "interval": fit_interval(curves, t, edges, **of_loss).to(device),
+    }
+    if args.omega == "table":
+        s_knots, t_knots = knots(schedule, args.knots)
+        table = fit_table(curves, c, s, t, s_knots, t_knots, conditions=classes, smooth=SMOOTH, **of_loss)
+        found["table"] = OmegaTable(*(one.to(device) for one in (table.values, table.s_knots, table.t_knots)))
+    return found
+
+
+def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
+    """Of a table: even in unit time, s up to the last knot but one, t from the first but one."""
+    times = schedule.from_unit(torch.linspace(0, 1, count + 1))
+    times = times if times.is_floating_point() else times.float()
+    return times[:-1], times[1:]
+
+
+def save(
+    args: argparse.Namespace,
+    found: dict[str, Omega],
+    schedule: Schedule,
+    losses: dict[str, Tensor],
+    c: Tensor,
+    classes: int | None,
+) -> None:
+    """omega.safetensors and what it is compared with, result.json and, where matplotlib is installed, omega.png."""
+    for name in ("constant", "interval"):
+        save_omega(args.out / f"{name}.safetensors", found[name], schedule)
+    save_omega(args.out / "omega.safetensors", found[args.omega], schedule)
+    result = {name: {"held_out": float(loss.mean()), "draws": len(loss)} for name, loss in losses.items()}
+    for name, loss in losses.items():
+        if name != args.omega:
+            mean, half = paired(losses[args.omega], loss)
+            result[name]["learned_minus_this"] = {"mean": mean, "half_width": half}
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        conditions = c if classes is None else torch.arange(classes, device=c.device)
+        draw(args.out / "omega.png", found[args.omega], schedule, conditions)
+
+
+def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The mean of a - b over items, and half the width of its 95 % interval (1.96 standard errors)."""
+    difference = a - b
+    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
+    return float(difference.mean()), 1.96 * error
+
+
+def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Tensor]) -> str:
+    """The table of held-out losses, and how the file is used."""
+    learned = losses[args.omega]
+    lines = [
+        f"held-out loss, {len(learned)} draws, the same for all (95 % intervals over these draws):",
+        "",
+        f"{'':10} {'loss':>12}   {args.omega} minus this",
+    ]
+    for name, loss in losses.items():
+        mean, half = paired(learned, loss)
+        difference = "" if name == args.omega else f"{mean:+.6g} [{mean - half:+.6g}, {mean + half:+.6g}]"
+        lines.append(f"{name:10} {float(loss.mean()):12.6g}   {difference}".rstrip())
+    constant = found["constant"].omega.item()
+    weight, low, high = (getattr(found["interval"], name).item() for name in ("omega", "low", "high"))
+    lines += [
+        "",
+        f"best constant {constant:.4g}; best interval {weight:.4g} on ({low:.4g}, {high:.4g}], times of the schedule",
+    ]
+    path = args.out / "omega.safetensors"
+    drawn = args.out / "omega.png"
+    lines += [f"omega: {path}", *([f"picture: {drawn}"] if drawn.exists() else []), ""]
+    lines += ["from lgd_kernels.omega.files import load", f'omega = load("{path}")']
+    if args.omega == "table":
+        lines += ["x_s = lgd_kernels.guided_step(x, cond, uncond, omega.at(c, s, t), schedule.levels(t, s))"]
+    else:
+        lines += ["x_s = lgd_kernels.guided_step(x, cond, uncond, omega(c, s, t), schedule.levels(t, s))"]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def draw(path: Path, omega: Omega, schedule: Schedule, conditions: Tensor, points: int = 41) -> None:
+    """omega over s and t, in unit time, for the first few conditions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    u = torch.linspace(0, 1, points, device=conditions.device)
+    i, j = torch.triu_indices(points, points, 1, device=conditions.device)  # s < t
+    s, t = schedule.from_unit(u[i]), schedule.from_unit(u[j])
+    shown = conditions[:SHOWN]
+    maps = torch.full((len(shown), points, points), math.nan)
+    for k, c in enumerate(shown):
+        maps[k, j.cpu(), i.cpu()] = omega(c[None].expand(len(s), *c.shape), s, t).float().cpu()
+    figure = Figure(figsize=(2.4 * len(shown) + 1, 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    top = float(maps.nan_to_num(0).max()) or 1.0
+    for k, panel in enumerate(figure.subplots(1, len(shown), squeeze=False)[0]):
+        image = panel.imshow(maps[k].numpy(), origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=top, cmap="viridis")
+        panel.set(title=f"condition {k}", xlabel="s", ylabel="t" if k == 0 else "")
+    figure.colorbar(image, ax=figure.axes, label="omega")
+    figure.savefig(path, dpi=120)

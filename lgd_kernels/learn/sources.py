@@ -1,0 +1,238 @@
+"""What a user points the command at: images in folders, arrays in a file, or Python objects by name."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lgd_kernels.learn.data import Data, items_of, size_of
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def named(text: str, option: str) -> Any:
+    """The object that "module:name" names; "module:name()" calls it, "module:name(text)" with that text.
+
+    Raises ValueError, naming the option, where there is no such module or name, or where either fails.
+
+    >>> named("math:tau", "--number") > 6
+    True
+    >>> named("pathlib:Path(runs/a b)", "--path").name
+    'a b'
+    """
+    found = re.fullmatch(r"([\w.]+):([\w.]+)(?:\((.*)\))?", text, re.DOTALL)
+    if not found:
+        raise ValueError(
+            f"{option} is {text!r}, expected module:name, module:name() to call it, or module:name(text) to call it "
+            "with a text"
+        )
+    module, name, argument = found.groups()
+    try:
+        value = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise ValueError(
+                f"{option}: there is no module {module!r} here or on PYTHONPATH; run the command where {module}.py lies"
+            ) from error
+        raise ValueError(f"{option}: {module} cannot be imported: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{option}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"{option}: {module} has no {name}")
+        value = getattr(value, part)
+    if argument is None:
+        return value
+    if not callable(value):
+        raise ValueError(f"{option}: {module}:{name} is a {type(value).__name__}, expected a function to call")
+    try:
+        return value(argument) if argument else value()
+    except Exception as error:
+        raise ValueError(f"{option}: {module}:{name} failed: {type(error).__name__}: {error}") from error
+
+
+def load(text: str, size: int | None = None) -> Data:
+    """Clean pairs (x0, c): of a folder, a .npz or .pt file, or module:name. See `python -m lgd_kernels learn --help`.
+
+    Raises ValueError, naming --data, for what is not there or not such pairs.
+
+    >>> import tempfile, torch
+    >>> path = tempfile.mkdtemp() + "/data.pt"
+    >>> torch.save({"x0": torch.zeros(5, 3), "c": torch.arange(5)}, path)
+    >>> size_of(load(path))
+    5
+    """
+    path = Path(text)
+    if path.is_dir():
+        return Images(path, size)
+    if path.suffix in (".npz", ".pt", ".pth"):
+        if not path.is_file():
+            raise ValueError(f"--data: there is no file {path}")
+        return _pair(_npz(path) if path.suffix == ".npz" else _pt(path), str(path))
+    if ":" not in text:
+        raise ValueError(f"--data: {text} is no folder, no .npz or .pt file and no module:name")
+    data = named(text, "--data")
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(one, Tensor) for one in data):
+        return _pair({"x0": data[0], "c": data[1]}, text)
+    try:
+        size_of(data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--data: {text}: {error}") from error
+    return data
+
+
+class Images(Dataset):
+    """Images in one folder for each class, read when asked for: (x0 [3, size, size] in [-1, 1], index of the class).
+
+    Args:
+        folder: its folders are the classes, in the order of their names.
+        size: each image is cut to its middle square and scaled to this; None takes images that have one size.
+
+    Pillow reads them (`pip install pillow`).
+    """
+
+    def __init__(self, folder: Path, size: int | None = None) -> None:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ValueError(f"--data: images are read with Pillow: pip install pillow ({error})") from error
+        self.open, self.size = Image.open, size
+        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        found = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            for path in sorted((folder / name).iterdir())
+            if path.suffix.lower() in IMAGES
+        ]
+        if not found:
+            raise ValueError(
+                f"--data: {folder} holds no images in folders of their class ({folder}/cat/1.png, ...; "
+                f"{', '.join(IMAGES)})"
+            )
+        self.paths, self.labels = [path for path, _ in found], [label for _, label in found]
+        if size is None:
+            first = self._opened(0).size
+            other = next((path for i, path in enumerate(self.paths) if self._opened(i).size != first), None)
+            if other is not None:
+                raise ValueError(f"--data: {self.paths[0]} and {other} have different sizes; pass --size N")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = self._opened(i).convert("RGB")
+        if self.size is not None:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).resize((self.size, self.size))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1, self.labels[i]
+
+    def _opened(self, i: int):
+        try:
+            return self.open(self.paths[i])
+        except Exception as error:
+            raise ValueError(f"--data: {self.paths[i]} cannot be read: {error}") from error
+
+
+def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
+    """The first few pairs, to look at. Raises ValueError where they are not (x0, c) of floats and conditions."""
+    items = torch.arange(min(count, size_of(data)))
+    try:
+        x0, c = items_of(data, items)
+    except Exception as error:
+        raise ValueError(f"--data: its items are not pairs of tensors (x0, c): {error}") from error
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.ndim < 2:
+        raise ValueError(f"--data: x0 is {_brief(x0)}, expected floats [N, ...], scaled as the model was trained")
+    if not isinstance(c, Tensor) or (c.ndim != 1 if not c.is_floating_point() else c.ndim < 2):
+        raise ValueError(f"--data: c is {_brief(c)}, expected labels [N] or embeddings [N, E]")
+    return x0, c
+
+
+def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: int = 4096) -> tuple[Data, Data]:
+    """(to learn from, held out), `most` held out at most: a share of the items at random, or data of their own.
+
+    Args:
+        held_out: a number between 0 and 1, or what `load` takes.
+
+    >>> import torch
+    >>> [size_of(part) for part in parted((torch.zeros(50, 2), torch.zeros(50)), "0.1", seed=0)]
+    [45, 5]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        share = float(held_out)
+    except ValueError:
+        try:
+            other = load(held_out, size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data", "--held-out", 1)) from error
+        found, expected = (tuple(one.shape[1:] for one in first(source)) for source in (other, data))
+        if found != expected:
+            raise ValueError(f"--held-out: items have shapes {found}, expected {expected}, those of --data") from None
+        return data, _part(other, torch.randperm(size_of(other), generator=generator)[:most])
+    order = torch.randperm(size_of(data), generator=generator)
+    cut = min(most, max(1, round(share * len(order))))
+    if not 0 < share < 1 or cut >= len(order):
+        raise ValueError(
+            f"--held-out is {held_out} of {len(order)} items, expected a share that leaves some on each side"
+        )
+    return _part(data, order[cut:]), _part(data, order[:cut])
+
+
+def _part(data: Data, items: Tensor) -> Data:
+    return items_of(data, items) if isinstance(data, tuple) else _Some(data, items.tolist())
+
+
+class _Some(Dataset):
+    """Some items of a dataset."""
+
+    def __init__(self, data: Sequence, items: list[int]) -> None:
+        self.data, self.items = data, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        return self.data[self.items[i]]
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    import numpy
+
+    try:
+        with numpy.load(path) as file:
+            return {name: torch.from_numpy(file[name]) for name in ("x0", "c") if name in file.files}
+    except Exception as error:
+        raise ValueError(f"--data: {path} cannot be read as .npz: {error}") from error
+
+
+def _pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"--data: {path} cannot be read as tensors: {type(error).__name__}") from error
+
+
+def _pair(found: Any, where: str) -> tuple[Tensor, Tensor]:
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        found = dict(zip(("x0", "c"), found, strict=True))
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), Tensor) for name in ("x0", "c")):
+        raise ValueError(f"--data: {where} does not hold the arrays x0 [N, ...] and c [N] or [N, E]")
+    x0, c = found["x0"], found["c"]
+    if x0.ndim < 2 or not x0.is_floating_point():
+        raise ValueError(f"--data: x0 is {_brief(x0)}, expected floats [N, ...], scaled as the model was trained")
+    if len(x0) != len(c) or not len(x0):
+        raise ValueError(f"--data: x0 holds {len(x0)} items and c {len(c)}, expected the same number, 1 or more")
+    return x0, c if c.is_floating_point() else c.long()
+
+
+def _brief(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,123 @@
+"""energy_mmd of samples in several processes: `torchrun tests/sharding.py FOLDER` saves what each one found."""
+
+import sys
+from pathlib import Path
+
+import torch
+from mmd import KERNELS
+from torch import distributed
+
+import lgd_kernels as lgd
+from lgd_kernels.learn.distributed import process_group
+
+CASES = {  # name: (samples of x and y, dimensions, dtype, options)
+    "energy": (301, 200, 3, torch.float32, {}),
+    "energy, many dimensions": (301, 200, 130, torch.float32, {}),
+    "biased": (301, 200, 3, torch.float32, {"unbiased": False}),
+    "products": (301, 200, 130, torch.float32, {"precision": "product"}),
+    "half": (301, 200, 3, torch.bfloat16, {}),
+    "without the target's": (301, 200, 3, torch.float32, {"target_term": False, "beta": 1.75}),
+    "few": (5, 3, 2, torch.float64, {}),
+    "as many as processes": (4, 4, 2, torch.float64, {"unbiased": False}),
+    "lam 0": (70, 90, 5, torch.float64, {"lam": 0.0}),
+    "lam 0.5, weights": (70, 90, 5, torch.float64, {"lam": 0.5, "weights": True}),
+    "batch, weights": (70, 90, 5, torch.float64, {"weights": True, "batched": True}),
+    "batch": (70, 90, 5, torch.float64, {"batched": True, "kernel": lgd.Gaussian((0.5, 2.0))}),
+    "reference": (70, 90, 5, torch.float64, {"impl": "reference"}),
+    "narrow": (301, 200, 3, torch.float32, {"kernel": lgd.Gaussian(1e-3)}),  # all is in the pairs with itself
+    **{name: (301, 200, 3, torch.float64, {"kernel": kernel}) for name, kernel in KERNELS.items()},
+}
+WANTED = {"both": (True, True), "x": (True, False), "neither": (False, False)}
+BATCH = 3
+
+
+def inputs(name):
+    """(x, y, options) of all processes together."""
+    n, k, dimension, dtype, options = CASES[name]
+    options, generator = dict(options), torch.Generator().manual_seed(n)
+    weighted, batch = options.pop("weights", False), (BATCH,) if options.get("batched") else ()
+    x, y = (torch.randn(*batch, count, dimension, generator=generator, dtype=torch.float64) for count in (n, k))
+    x, y = x.to(dtype), (y + 0.5).to(dtype)
+    if weighted:
+        options["x_weights"], options["y_weights"] = (
+            torch.rand(*batch, count, generator=generator, dtype=torch.float64) for count in (n, k)
+        )
+        options["x_weights"][..., : n // 4] = 0  # of the first of four processes, all
+        options["y_weights"][..., 1 - k // 4 :] = 0  # of the last, all but one
+    return x, y, options
+
+
+def part(count, rank, size, even):
+    """Samples of a process; uneven: the first has half of them, and with four the second none."""
+    ends = [count * one // size for one in range(size + 1)]
+    if not even:
+        ends = [0, count // 2, count] if size == 2 else [0, count // 2, count // 2, count - count // 8, count]
+    return slice(ends[rank], ends[rank + 1])
+
+
+def own(tensor, rank, size, even, batched):
+    dimension = 1 if batched else 0
+    rows = part(tensor.shape[dimension], rank, size, even)
+    return tensor[:, rows] if batched else tensor[rows]
+
+
+def measured(x, y, wanted, **options):
+    """[loss, d_x, d_y], for an upstream gradient of 2."""
+    x, y = (one.clone().requires_grad_(want) for one, want in zip((x, y), wanted, strict=True))
+    loss = lgd.energy_mmd(x, y, **options)
+    if any(wanted):
+        (2 * loss).sum().backward()
+    return [loss.detach(), x.grad, y.grad]
+
+
+def sharded(name, wanted, even, rank, size, **more):
+    x, y, options = inputs(name)
+    batched = options.get("batched", False)
+    for weights in ("x_weights", "y_weights"):
+        if weights in options:
+            options[weights] = own(options[weights], rank, size, even, batched)
+    x, y = (own(one, rank, size, even, batched) for one in (x, y))
+    return measured(x, y, WANTED[wanted], group=distributed.group.WORLD, **options, **more)
+
+
+def refused(call):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusals(rank, size):
+    x, group = torch.zeros(3, 2), distributed.group.WORLD
+    first = rank == 0
+    return {
+        "shape": refused(lambda: lgd.energy_mmd(x[:, : 2 - first], x[:, : 2 - first], group=group)),
+        "dtype": refused(lambda: lgd.energy_mmd(x.double() if first else x, x, group=group)),
+        "lam": refused(lambda: lgd.energy_mmd(x, x, lam=0.5 if first else 1.0, group=group)),
+        "kernel": refused(lambda: lgd.energy_mmd(x, x, kernel=lgd.Gaussian(2.0 - first), group=group)),
+        "one is wrong": refused(lambda: lgd.energy_mmd(x, x, beta=3.0 if first else 1.0, group=group)),
+        "empty": refused(lambda: lgd.energy_mmd(x[:0], x, group=group)),
+        "one": refused(lambda: lgd.energy_mmd(x[: int(first)], x, group=group)),
+        "weights": refused(lambda: lgd.energy_mmd(x, x, x_weights=x[:, 0] + 1 if first else None, group=group)),
+        "transform": refused(lambda: torch.func.grad(lambda x: lgd.energy_mmd(x, x, group=group))(x)),
+    }
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    with process_group("gloo"):
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        found = {
+            (name, wanted, even): sharded(name, wanted, even, rank, size)
+            for name in CASES for wanted in WANTED for even in (True, False)
+        }  # fmt: skip
+        heard = []
+        found["progress"] = sharded("energy", "x", False, rank, size, progress=lambda *at: heard.append(at))
+        only = "x" if rank == 0 else "neither"
+        found["one wants"] = sharded("energy", only, False, rank, size)
+        torch.save((found, heard, refusals(rank, size)), folder / f"{size}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
