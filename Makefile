@@ -5,7 +5,7 @@ GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test bench gpu aot aot-matrix docs lint format install
+.PHONY: demo test bench peers gpu aot aot-matrix docs lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
@@ -15,6 +15,10 @@ test: install            # every test; a missing extension is a failure here, no
 
 bench: install           # verify, then time, against eager and compiled PyTorch (ARGS="guided_step --quick"; --help lists all)
 	$(RUN) -m benchmarks $(ARGS)
+
+peers: install           # every op beside diffusers, geomloss and KeOps: table, pictures and JSON in runs/peers
+	$(RUN) -m pip install --quiet -c constraints.txt diffusers geomloss pykeops matplotlib
+	$(RUN) -m benchmarks --peers --json runs/peers/run.json --plot runs/peers --markdown $(ARGS)
 
 gpu:                     # on a machine with a GPU, in the Python that is there: build, GPU tests, benchmarks, one JSON
 	$(GPU_PYTHON) -m benchmarks.gpu

@@ -46,16 +46,16 @@ def levels(case, batch):
     return type(found)(*(one.float() for one in found))
 
 
-def two_m(x, cond, uncond, kept, omega, table, impl=None):
+def two_m(x, cond, uncond, kept, omega, plan, impl=None):
     """The next sample, and the x0 to remember."""
-    return solvers.StepPlan(table[:, 0, 0], table).step(0, x, cond, uncond, omega, kept, impl=impl)
+    return plan.step(1, x, cond, uncond, omega, kept, impl=impl)
 
 
-def two_m_formula(x, cond, uncond, kept, omega, table):
+def two_m_formula(x, cond, uncond, kept, omega, plan):
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, cond, uncond, kept = (one.to(wide) for one in (x, cond, uncond, kept))
     guided = cond + omega * (cond - uncond)
-    return tuple((row[0] * x + row[1] * guided + row[2] * kept).to(dtype) for row in table[0].to(wide))
+    return tuple((row[0] * x + row[1] * guided + row[2] * kept).to(dtype) for row in plan.table[1].to(x.device, wide))
 
 
 def step(case, shape, dtype=torch.float32, **options):
@@ -66,7 +66,7 @@ def step(case, shape, dtype=torch.float32, **options):
         found = dict(x=x, cond=cond, uncond=uncond, omega=OMEGA)
         if remembers:
             plan = solvers.dpm_solver_2m(VPSigma(), sigmas(517, 470, 423), prediction="eps")
-            return found | {"kept": kept, "table": plan.table[1:].float()}
+            return found | {"kept": kept, "plan": plan.to("cpu", torch.float32)}
         return found | {"levels": levels(case, shape[0]), "prediction": "flow" if case == "FlowMatchEuler" else "eps"}
 
     one = torch.Size(shape).numel() * dtype.itemsize

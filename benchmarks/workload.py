@@ -16,11 +16,7 @@ from torch import Tensor
 import lgd_kernels
 from lgd_kernels import impls
 
-COMPARED = (
-    "steps",
-    "energies",
-    "rules",
-)  # files of workloads that other libraries have too, beside the rooms' own files
+COMPARED = ("steps", "energies", "rules")  # files with workloads that other libraries have too, beside the rooms' own
 SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory
 
 
@@ -96,11 +92,12 @@ def rooms() -> list[str]:
 
 
 def find(names: list[str], device: str, dtypes: list[str], quick: bool, peers: bool = False) -> list[Workload]:
-    """The workloads of some files that belong on a device. If none is named, those of all rooms; beside peers, those of
-    COMPARED, and the short ones of the ops that are not among them."""
+    """The workloads of some files that belong on a device. If none is named, those of all rooms; beside peers, those
+    that other libraries have too, and the short ones of the ops that are not among them."""
     found = [workload for name in names or (COMPARED if peers else rooms()) for workload in _declared(name)]
     if peers and not names:
-        known = {workload.op for workload in found}
+        found = [one for one in found if one.providers]
+        known = {one.op for one in found}
         found += [one for room in rooms() for one in _declared(room) if one.quick and one.op not in known]
     return [
         workload
