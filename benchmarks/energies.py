@@ -11,7 +11,7 @@ from benchmarks.guided_energy import guided, statistics_of
 from benchmarks.workload import Provider, Workload
 from lgd_kernels import testing
 
-SLACK = 1e-4  # geomloss forms ||x||^2 + ||y||^2 - 2 <x, y>, and KeOps adds up in float32
+SLACK = 1e-3  # of the sum of |terms|: geomloss forms ||x||^2 + ||y||^2 - 2 <x, y>, and KeOps adds up in float32
 TIMED = ("forward", "both")
 
 

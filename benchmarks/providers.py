@@ -78,6 +78,19 @@ def diffusers_guidance(arguments: dict) -> Call:
     return lambda: guider.forward(cond, uncond).pred
 
 
+def diffusers_rule(kind: str, options: dict) -> Callable[[dict], Call]:
+    """A guider of its own for a rule, in the sixth step of a run: CFG-Zero* gives nothing in the first."""
+
+    def bind(arguments):
+        from diffusers import guiders
+
+        guider, cond, uncond = getattr(guiders, kind)(**options), arguments["cond"], arguments["uncond"]
+        guider.set_state(step=5, num_inference_steps=STEPS, timestep=torch.tensor(500))
+        return lambda: guider.forward(cond, uncond).pred
+
+    return bind
+
+
 def learned_guidance(arguments: dict) -> Call:
     from lgd_kernels.integrations.diffusers import LearnedGuidance
 

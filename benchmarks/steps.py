@@ -52,10 +52,10 @@ def two_m(x, cond, uncond, kept, omega, table, impl=None):
 
 
 def two_m_formula(x, cond, uncond, kept, omega, table):
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, cond, uncond, kept = (one.to(wide) for one in (x, cond, uncond, kept))
     guided = cond + omega * (cond - uncond)
-    return tuple((row[0] * x + row[1] * guided + row[2] * kept).to(x.dtype) for row in table[0].to(wide))
+    return tuple((row[0] * x + row[1] * guided + row[2] * kept).to(dtype) for row in table[0].to(wide))
 
 
 def step(case, shape, dtype=torch.float32, **options):

@@ -16,7 +16,11 @@ from torch import Tensor
 import lgd_kernels
 from lgd_kernels import impls
 
-COMPARED = ("steps", "energies")  # files of workloads that other libraries have too, beside the rooms' own files
+COMPARED = (
+    "steps",
+    "energies",
+    "rules",
+)  # files of workloads that other libraries have too, beside the rooms' own files
 SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory
 
 

@@ -15,7 +15,8 @@ INSIDE = {"api", "kernels", "bandwidth", "targets", "curve"}  # of a room: what 
 BESIDE = (
     "schedules levels philox rules rule_state solvers sampler log_prob metrics impls "
     "omega.table omega.network omega.forms omega.files "
-    "learn.frozen learn.particles learn.losses learn.objective learn.reward learn.fit learn.trainer learn.distributed "
+    "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward "
+    "learn.fit learn.trainer learn.distributed "
     "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion integrations.comfyui"
 ).split()
 

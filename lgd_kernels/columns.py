@@ -34,6 +34,12 @@ def formed(tensors: Sequence[Tensor], columns: list[int], dtype: torch.dtype) ->
     return [wide[plus] if minus < 0 else wide[plus] - wide[minus] for plus, minus in pairs]
 
 
+def triangle(size: int) -> list[int]:
+    """Pairs of `size` columns, each once: (i, j) for i <= j, then (i, -1), a column's own sum."""
+    pairs = [index for i in range(size) for j in range(i, size) for index in (i, j)]
+    return pairs + [index for i in range(size) for index in (i, -1)]
+
+
 def same_as(pairs: list[int]) -> list[int]:
     """For each pair of columns the place of its first mirror image: what is summed once and written twice."""
     first, found = {}, []

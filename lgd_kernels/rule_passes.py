@@ -101,7 +101,8 @@ def _weights(op: str, rule: Rule, m: Pair, omega: Tensor) -> tuple[Number, Numbe
 
 def _run(terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | None, step=None, seed=None) -> Tensor:
     count = math.prod(like.shape[1:])
-    w = omega if isinstance(omega, (int, float)) else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
+    known = isinstance(omega, (int, float)) or type(omega) is Tensor and omega.ndim == 1  # as the kernels take it
+    w = omega if known else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
     if step is None and count and like.device.type == "cpu" and impl in (None, "cpu"):
         found = _in_one_call(terms, read, like, w, count, impl, seed)
         if found is not None:
@@ -133,8 +134,9 @@ def _in_one_call(terms, read, like, w, count, impl, seed) -> Tensor | None:
         scale = -1 if found.scale is None else tape.place(found.scale)
     except Exception:  # whatever it is, a rule that runs on tensors will show it
         return None
-    looked_at = (*found.tensors, *tape.kept, seed if isinstance(seed, Tensor) else None)
-    if not impls.direct(*looked_at) or (torch.is_grad_enabled() and requires_grad(*found.tensors)):
+    before = {id(one) for one in (*read.tensors, like, w)}  # that are looked at
+    others = [one for one in (*found.tensors, *tape.kept, seed) if isinstance(one, Tensor) and id(one) not in before]
+    if (others and not impls.direct(*others)) or (torch.is_grad_enabled() and requires_grad(*found.tensors)):
         return None
     out = like.new_empty(like.shape)
     if out.numel():
@@ -158,15 +160,14 @@ class _Noted(Pair):
 
 
 def _x0_moments(x, levels, prediction, cond, uncond, impl):
-    """c and u in x0 space, written in float32, are two reads more; D stays a difference of predictions, scaled."""
+    """Of c and u in x0 space, which are nowhere but in registers; D stays a difference of predictions, scaled."""
     wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond)))
     alpha, beta = x0_coefficients(Levels(*(level.to(wide) for level in levels)), prediction)
     none = torch.zeros_like(alpha)
-    factors = torch.stack((torch.stack((alpha, beta, none), 1), torch.stack((alpha, none, beta), 1)), 1)
-    c, u = combine((x.to(arithmetic_dtype(x, cond, uncond)), cond, uncond), factors, impl=impl)
-    dots, sums = _wide(moments((c, u, cond, uncond), columns=(0, 1, (2, 3)), impl=impl))
-    scale = torch.stack((torch.ones_like(beta), torch.ones_like(beta), beta), 1)
-    return dots * scale[:, :, None] * scale[:, None, :], sums * scale
+    rows = (alpha, beta, none, none), (alpha, none, beta, none), (none, none, none, beta)
+    factors = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    columns = 0, 1, 2, (1, 2)
+    return _wide(combine((x, cond, uncond), factors, columns=columns, moments=True, written=0, impl=impl)[1:])
 
 
 def _wide(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

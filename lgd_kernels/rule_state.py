@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lgd_kernels.levels import Levels, step_coefficients
 from lgd_kernels.ops.combine.api import combine
-from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.rules import Guidance, Number, Pair, Rule
 
 
@@ -109,8 +108,12 @@ class Feedback:
         """After a step from x at t to x_s at s."""
 
         a, b, v = step_coefficients(Levels(*(level.double() for level in levels)), prediction, 1.0)
-        off = combine((x_s, x, cond), torch.stack((torch.ones_like(a), -a, -b), 1), impl=impl)  # x' - mu_c
-        dots = moments((off, cond, uncond), columns=(0, (1, 2)), impl=impl).dots.double()
+        one, none = torch.ones_like(a), torch.zeros_like(a)
+        rows = (one, -a, -b, none), (none, none, none, one)  # x' - mu_c, and D
+        factors = torch.stack([torch.stack(row, 1) for row in rows], 1)
+        columns = 0, 1, 2, (2, 3)
+        dots = combine((x_s, x, cond, uncond), factors, columns=columns, moments=True, written=0, impl=impl).dots
+        dots = dots.double()
         moved = (2 * b * dots[:, 0, 1] + b * b * dots[:, 1, 1]) / (2 * torch.where(v > 0, v * v, 1.0))
         after = (self.log_ratio + self.tau * moved + self.delta).clamp(*self.bounds)
         self.log_ratio = torch.where(v > 0, after, self.log_ratio)

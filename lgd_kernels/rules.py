@@ -80,7 +80,7 @@ def rescale(m: Pair, omega: Tensor, *, phi: Number, rule: Rule = cfg) -> Guidanc
     """
     cond, delta, x = rule(m, omega)
     g_sum, gg = cond * m.c + delta * m.d, cond * cond * m.cc + 2 * cond * delta * m.cd + delta * delta * m.dd
-    ratio = torch.sqrt((m.cc - m.c * m.c / m.count) / (gg - g_sum * g_sum / m.count))
+    ratio = ((m.cc - m.c * m.c / m.count) / (gg - g_sum * g_sum / m.count)).sqrt()
     factor = phi * ratio + (1 - phi)
     return Guidance(factor * cond, factor * delta, x)
 
@@ -106,7 +106,7 @@ def cfg_zero_star(m: Pair, omega: Tensor, *, zero: bool | Tensor = False, floor:
     velocity space g = 0 stays at x. diffusers' guidance_scale is 1 + omega.
     """
     q = m.cu / (m.uu + floor)
-    keep = 1.0 - torch.as_tensor(zero, dtype=q.dtype, device=q.device)
+    keep = 1.0 - (zero.to(q) if isinstance(zero, Tensor) else float(zero))
     return Guidance(keep * (1 + omega * (1 - q)), keep * omega * q)
 
 
@@ -118,7 +118,7 @@ def tcfg(m: Pair, omega: Tensor) -> Guidance:
     """
     apart = -(m.cd + m.ud)  # ||u||^2 - ||c||^2, without its cancellation
     square = apart * apart + 4 * m.cu * m.cu
-    safe = torch.sqrt(torch.where(square > 0, square, 1.0))
+    safe = torch.where(square > 0, square, 1.0).sqrt()
     to_u, to_c = (1 + apart / safe) / 2, m.cu / safe
     return Guidance(1 + omega * (1 - to_u - to_c), omega * to_u)
 

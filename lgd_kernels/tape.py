@@ -38,8 +38,9 @@ class Tape:
         return Noted(self, place)
 
     def note(self, name: str, a: int, b: int = 0, c: int = 0) -> Noted:
-        self.code += CODES[name], a, b, c
-        place = GIVEN - 1 + len(self.code) // 4
+        code = self.code
+        code += CODES[name], a, b, c
+        place = GIVEN - 1 + (len(code) >> 2)
         if place >= MOST:
             raise NotNoted("a rule of more steps than are noted")
         return Noted(self, place)
@@ -51,6 +52,9 @@ class Tape:
         """Where a value is among those of the tape, which takes it in if it is new."""
         if type(value) is Noted:
             return value.at
+        if type(value) is float:  # most often
+            self.constants.append(value)
+            return self.note("constant", len(self.constants) - 1).at
         if isinstance(value, Tensor) and value.ndim == 0:
             value = value.item()
         if isinstance(value, (int, float)):
@@ -71,8 +75,8 @@ class Tape:
 def _binary(name: str, turned: bool = False):
     def method(self, other):
         tape = self.tape
-        found = self.at, other.at if type(other) is Noted else tape.place(other)
-        return tape.note(name, *(found[::-1] if turned else found))
+        place = other.at if type(other) is Noted else tape.place(other)
+        return tape.note(name, place, self.at) if turned else tape.note(name, self.at, place)
 
     return method
 

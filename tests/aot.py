@@ -21,6 +21,8 @@ from unittest import mock
 
 import torch
 
+from lgd_kernels.columns import triangle
+
 PACKAGE = Path(__file__).parents[1] / "lgd_kernels"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,7 +121,10 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         seed = seed if seed != (None, None) or few else (None, 1)
         source = None if few else numbers.long()
         outputs = torch.zeros((count, *variant.shape), dtype=dtype)
-        launcher.forward(outputs, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0)
+        sums = torch.zeros(batch, len(triangle(count)) // 2)
+        for found in (None, sums):  # without moments and with them, of one output that is not written, or of three
+            written = outputs if found is None or not few else outputs[:0]
+            launcher.forward(written, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0, found)
     elif room == "dynamic_threshold":
         launcher.forward(data(), torch.zeros(batch, 2), data(), variant.shape[1] // 2, 0.5, math.inf)
     elif room == "energy_mmd":

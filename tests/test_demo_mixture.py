@@ -104,6 +104,8 @@ def test_guidance_undoes_wrong_labels():
     truth = pinwheel(torch.float64)
     wrong = truth.mislabelled(0.4, FALLS)
     chance = mislabelled_shares(0.4, FALLS)
+    # of three classes, each a third of the data: 0.4 falls_k carry k by chance, 0.6 / 3 by right
+    torch.testing.assert_close(undoing(0.4, FALLS), 0.4 * FALLS / 0.2)
     for u in (1.0, 0.9, 0.4):
         x, signal, noise, c = points(truth, u)
         x, signal, noise, c = (part[c != NULL] for part in (x, signal, noise, c))

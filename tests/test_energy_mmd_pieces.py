@@ -140,7 +140,7 @@ def test_each_two_ranks_meet_once():
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "ROWS", 20)
-    monkeypatch.setattr(pieces, "PAIRS", 1)
+    monkeypatch.setattr(pieces, "WORK", 1)
 
 
 @each_kernel

@@ -30,7 +30,8 @@ def test_is_the_density(prediction, churn, generator):
     x, c, u, levels = problem(generator)
     options = dict(prediction=prediction, churn=churn)
     x_s, found = step_with_log_prob(x, c, u, OMEGA, levels, seed=3, **options)
-    assert torch.equal(x_s, lgd.guided_step(x, c, u, OMEGA, levels, seed=3, **options))
+    step = lgd.guided_step(x, c, u, OMEGA, levels, seed=3, **options)
+    torch.testing.assert_close(x_s, step, rtol=1e-13, atol=1e-13)
     expected = density(x_s, x, c, u, OMEGA, levels, prediction, churn)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-9)
     _, mean = step_with_log_prob(x, c, u, OMEGA, levels, x_s=x_s, reduction="mean", **options)
@@ -46,6 +47,50 @@ def test_by_every_implementation(target, generator):
         wide = [one.double().cpu() for one in (x_s, x, c, u)]
         expected = density(*wide, OMEGA, levels, "x0", 1.0)
         torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["noise", "seed"])
+def test_a_score_of_ones_own_step(target, given, generator):
+    """What a step says is what scoring its x_s says: to the bit where x is half, where both score what was stored."""
+    for dtype in dtypes_of(target):
+        x, c, u, levels = problem(generator, dtype)
+        there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
+        noise = testing.sample(x.shape, dtype, generator).to(target.device)
+        drawn = {"noise": noise} if given else {"seed": 4}
+        x_s, said = step_with_log_prob(*there, churn=0.8, **drawn, impl=target.impl)
+        _, scored = step_with_log_prob(*there, churn=0.8, x_s=x_s, impl=target.impl)
+        if dtype.itemsize == 2:
+            assert torch.equal(said, scored)
+        torch.testing.assert_close(said, scored, rtol=1e-5, atol=1e-4)
+
+
+def test_passes(generator, monkeypatch):
+    """One to draw with the score, one to score; two to draw where a gradient is asked for, or where x is half."""
+    passes = []
+
+    def counted(*arguments, **options):
+        passes.append(options["written"])
+        return lgd.combine(*arguments, **options)
+
+    monkeypatch.setattr("lgd_kernels.log_prob.combine", counted)
+    x, c, u, levels = problem(generator, torch.float32)
+    omega = OMEGA.clone().requires_grad_()
+    for call, expected in (
+        (lambda: step_with_log_prob(x, c, u, OMEGA, levels, seed=1), [1]),
+        (lambda: step_with_log_prob(x, c, u, omega, levels, x_s=x), [0]),
+        (lambda: step_with_log_prob(x, c, u, omega, levels, seed=1), [1, 0]),
+        (lambda: step_with_log_prob(x.bfloat16(), c, u, OMEGA, levels, seed=1), [1, 0]),
+    ):
+        passes.clear()
+        call()
+        assert passes == expected
+
+
+def test_gradcheck_twice(generator):
+    x, c, u, levels = problem(generator, shape=(3, 4))
+    inputs = [one.clone().requires_grad_() for one in (x + 0.1, x, c, u, OMEGA)]
+    call = lambda x_s, x, c, u, w: step_with_log_prob(x, c, u, w, levels, x_s=x_s)[1]  # noqa: E731
+    assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
 
 
 def test_gradients_go_through_the_mean(generator):

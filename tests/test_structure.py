@@ -132,7 +132,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "curve": (set(), {"checks", "impls"}),
     "sharded": ({"checks", "pieces"}, {"impls", "progress"}),  # several calls of the operator, in several processes
     "pieces": ({"op"}, {"levels", "progress"}),  # several calls of the operator for one of the user's
-    "op": ({"reference"}, {"arguments", "impls", "levels", "philox"}),
+    "op": ({"reference"}, {"arguments", "columns", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
         {"triton_backward", "triton_finish", "triton_particles", "triton_points", "triton_tiles", "triton_values"},
@@ -278,6 +278,14 @@ def test_a_workload_file_only_declares(room):
     beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.testing", "__future__"}
     imported = imports(ROOT / "benchmarks" / f"{room}.py")
     assert "benchmarks.workload" in imported
+    assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
+
+
+def test_workloads_of_rules_only_declare():
+    """Likewise, beside rooms and other libraries."""
+    imported = imports(ROOT / "benchmarks" / "rules.py")
+    beside = {"benchmarks", "benchmarks.workload", "lgd_kernels", "lgd_kernels.levels", "lgd_kernels.rules"}
+    beside |= {"lgd_kernels.testing"}
     assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
 
 

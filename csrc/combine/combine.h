@@ -1,5 +1,6 @@
 // Several linear combinations of columns from one read, each of them
 //   out = sum_k coefficient[k] column_k + constant + noise_scale z,    clamped to [low, high], z drawn
+// and, where asked for, the inner products and sums of what comes out.
 #pragma once
 #include "../common/columns.h"
 #include "../common/philox.h"
@@ -20,6 +21,7 @@ struct PerOutput {
 struct Combine {
   Rows outputs[kMostOutputs];  // out
   int count;
+  int unwritten;  // of them, at the end: only their moments are asked for
   Columns read;
   PerOutput coefficients;  // [B, P, K]
   PerOutput constant;      // [B, P]
@@ -28,8 +30,12 @@ struct Combine {
   double low, high;
 };
 
-// Elements [first, last) of one sample of the outputs. S: float, or double where any tensor is.
+// <out_p, out_q> for q >= p, row by row, then the sums
+constexpr int moments_of(int outputs) { return outputs * (outputs + 3) / 2; }
+
+// Elements [first, last) of one sample of the outputs. S: float, or double where any tensor is. `found`: the moments of
+// these elements are added to it; of the outputs as they are before they are rounded.
 template <class S>
-void combine(const Combine& op, int64_t sample, int64_t first, int64_t last);
+void combine(const Combine& op, int64_t sample, int64_t first, int64_t last, double* found = nullptr);
 
 }  // namespace lgd

@@ -115,9 +115,26 @@ int group_columns(const Columns& read, const E* const* tensors, const S* coeffic
   return plain_groups > apart ? plain_groups : apart;
 }
 
-template <class E, class S>
-void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t last) {
-  alignas(64) E buffers[kMostOutputs + 1][kBlock];
+// How many elements at a time: more where nothing passes through buffers, neither tensors nor sums of several groups.
+template <class E>
+int64_t together(const Combine& op) {
+  int plain = 0, apart = 0;
+  for (int k = 0; k < op.read.count; ++k) ++(op.read.columns[k].minus < 0 ? plain : apart);
+  bool in_place = !op.noise_scale.data && plain <= kPlain && apart <= 1 && op.read.all(dtype_of<E>());
+  for (int p = 0; p < op.count; ++p) in_place = in_place && op.outputs[p].dtype == dtype_of<E>();
+  return in_place ? kInPlace : kBlock;
+}
+
+template <class S>
+void add_moments(const S* const* outputs, int count, int64_t elements, double* found) {
+  for (int p = 0; p < count; ++p)
+    for (int q = p; q < count; ++q) *found++ += dot(outputs[p], outputs[q], elements);
+  for (int p = 0; p < count; ++p) *found++ += total(outputs[p], elements);
+}
+
+template <bool Moments, class E, class S>
+void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t last, double* found) {
+  alignas(64) E buffers[kMostOutputs + (Moments ? kMostOutputs : 1)][kBlock];
   alignas(64) S sums[kBlock];
   alignas(64) float drawn[kBlock];
   const Columns& read = op.read;
@@ -128,11 +145,13 @@ void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t la
     constants[p] = read.inside(sample) ? op.constant.at<S>(at) : S(NAN);
     scales[p] = op.noise_scale.at<S>(at);
   }
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  const int64_t block = Moments ? kBlock : together<E>(op);
+  for (int64_t at = first; at < last; at += block) {
+    const int64_t count = last - at < block ? last - at : block;
     const E* tensors[kMostOutputs];
     for (int n = 0; n < read.tensor_count; ++n)
       tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
+    const E* outputs[kMostOutputs];
     if (op.noise_scale.data) philox_fill(drawn, count, at, op.seed.key(sample), op.seed.index(sample), kStreamStep);
     for (int p = 0; p < op.count; ++p) {
       Group<E, S> groups[kMostTensors] = {};
@@ -146,28 +165,33 @@ void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t la
         with_group(groups[g].plain, groups[g].apart, [&](auto plain, auto apart) {
           add<decltype(plain)::value, decltype(apart)::value>(sums, groups[g], count);
         });
-      E* out = open_block(op.outputs[p], sample, at, buffers[kMostOutputs]);
+      E* buffer = buffers[kMostOutputs + (Moments ? p : 0)];
+      const bool written = !Moments || p < op.count - op.unwritten;
+      E* out = written ? open_block(op.outputs[p], sample, at, buffer) : buffer;
+      outputs[p] = out;
       const auto& end = groups[last_group];
       with_group(end.plain, end.apart, [&](auto plain, auto apart) {
         finish<decltype(plain)::value, decltype(apart)::value>(out, more ? sums : nullptr, end, constants[p], S(op.low),
                                                                S(op.high), count);
       });
-      write_block(op.outputs[p], sample, at, count, out);
+      if (written) write_block(op.outputs[p], sample, at, count, out);
     }
+    if constexpr (Moments) add_moments(outputs, op.count, count, found);
   }
 }
 
 }  // namespace
 
 template <class S>
-void combine(const Combine& op, int64_t sample, int64_t first, int64_t last) {
+void combine(const Combine& op, int64_t sample, int64_t first, int64_t last, double* found) {
+  if (found) return combine_blocks<true, S, S>(op, sample, first, last, found);
   if constexpr (std::is_same<S, float>::value)
     if (op.read.all(DType::bf16) && op.outputs[0].dtype == DType::bf16)
-      return combine_blocks<bf16, float>(op, sample, first, last);
-  combine_blocks<S, S>(op, sample, first, last);
+      return combine_blocks<false, bf16, float>(op, sample, first, last, nullptr);
+  combine_blocks<false, S, S>(op, sample, first, last, nullptr);
 }
 
-template void combine<float>(const Combine&, int64_t, int64_t, int64_t);
-template void combine<double>(const Combine&, int64_t, int64_t, int64_t);
+template void combine<float>(const Combine&, int64_t, int64_t, int64_t, double*);
+template void combine<double>(const Combine&, int64_t, int64_t, int64_t, double*);
 
 }  // namespace lgd

@@ -62,6 +62,14 @@ LGD_INLINE S sum(int64_t count, const Term& term, const E* first, const In*... i
   return sums[0];
 }
 
+// <a, b>
+template <class S>
+S dot(const S* a, const S* b, int64_t count);
+
+// <a, 1>
+template <class S>
+S total(const S* a, int64_t count);
+
 // out = factor * in
 template <class E, class S>
 void scale(E* out, const E* in, S factor, int64_t count);

@@ -15,11 +15,6 @@ LGD_CLONES void subtract(S* out, const S* plus, const S* minus, int64_t count) {
 
 constexpr int kTogether = 3;  // products of one column with others in a loop, which reads that column once
 
-template <class S>
-LGD_CLONES S dot(const S* a, const S* b, int64_t count) {
-  return sum<S>(count, [](S a, S b) LGD_LAMBDA { return a * b; }, a, b);
-}
-
 // The sum of the lanes, and of the last elements, fewer than there are lanes; in the order of `sum` in loops.h.
 LGD_INLINE float finish(float* lanes, const float* a, const float* b, int64_t left) {
   for (int j = 0; j < left; ++j) lanes[j] += a[j] * b[j];

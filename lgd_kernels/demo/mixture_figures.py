@@ -90,8 +90,10 @@ def paired(differences: dict) -> Figure:
         panel.set_xscale("symlog", linthresh=0.02)
         reach = max(0.004, 1.4 * max(abs(end) for label, value in found.items() for end in ends(value)))
         panel.set_xlim(-reach, reach)
-        panel.set_xticks([tick for tick in (-1, -0.1, -0.01, 0, 0.01, 0.1, 1) if abs(tick) <= reach])
-        panel.set_xticklabels([f"{tick:g}".replace("-", "−") for tick in panel.get_xticks()])
+        scale = (0.002, 0.01) if reach < 0.05 else (0.02, 0.1) if reach < 0.5 else (0.1, 1)
+        ticks = [tick for tick in scale if tick <= reach]
+        panel.set_xticks([-tick for tick in reversed(ticks)] + [0, *ticks])
+        panel.set_xticklabels([f"{tick:g}".replace("-", "−") for tick in panel.get_xticks()], fontsize=8)
         panel.minorticks_off()
         panel.grid(axis="x", color="#e3e5e8", lw=0.6)
     panels[0].set_yticks(range(len(others)), others)
@@ -107,15 +109,15 @@ def ends(value: dict) -> list[float]:
 def samples(shown: dict) -> Figure:
     """Data, and samples of some methods: a row for each denoiser."""
     names = [name for name in shown if name != "real"]
-    figure = Figure(figsize=(11.5, 1.95 * len(names)))
+    figure = Figure(figsize=(11.5, 1.9 * len(names)))
     grid = figure.subplots(len(names), 1 + len(SCATTERED), sharex=True, sharey=True, squeeze=False)
     for row, name in zip(grid, names, strict=True):
         sets = [shown["real"], *(shown[name]["samples"][method] for method in SCATTERED)]
         for panel, points in zip(row, sets, strict=True):
             for one, colour in zip(points, OF_CLASS, strict=True):
-                panel.scatter(*one.T.numpy(), s=3, lw=0, color=colour, alpha=0.55)
+                panel.scatter(*one.T.numpy(), s=4, lw=0, color=colour, alpha=0.6)
             panel.set_aspect("equal")
-            panel.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
+            panel.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
         row[0].set_ylabel(name)
     for panel, method in zip(grid[0], ("data", *SCATTERED), strict=True):
@@ -131,7 +133,7 @@ def paths(seeds: list[dict], config: dict) -> Figure:
     for panel, name in zip(panels, names, strict=True):
         found = {
             method: np.array([seed["denoisers"][name]["omega_path"][method] for seed in seeds])
-            for method in ("learned", "fitted")
+            for method in ("learned", "fitted", "L2")
         }  # [seeds, steps, C]
         t = 1 - np.arange(found["learned"].shape[1]) / found["learned"].shape[1]
         for c, colour in enumerate(OF_CLASS):
@@ -139,7 +141,9 @@ def paths(seeds: list[dict], config: dict) -> Figure:
             panel.fill_between(t, mean - std, mean + std, color=colour, alpha=0.15, lw=0)
             panel.plot(t, mean, color=colour, lw=1.8, label=f"class {c}")
             panel.plot(t, found["fitted"][..., c].mean(0), color=colour, lw=1, ls="--")
-        panel.axhline(seeds[0]["denoisers"][name]["chosen"]["constant"], color=INK, lw=0.8, label="best constant")
+        panel.plot(t, found["L2"].mean((0, 2)), color=GREY, lw=1.2, ls=":", label="L2, fitted")
+        best = np.mean([seed["denoisers"][name]["chosen"]["constant"] for seed in seeds])
+        panel.axhline(best, color=INK, lw=0.8, label="best constant")
         if name.endswith("labels"):
             ideal = undoing(config["wrong"], torch.tensor(config[name.split()[0]]))
             for c, colour in enumerate(OF_CLASS):
@@ -147,7 +151,7 @@ def paths(seeds: list[dict], config: dict) -> Figure:
         panel.set(title=name, xlabel="t: noise → data", xlim=(1, 0))
         panel.set_ylim(-0.03, max(0.5, 1.05 * max(panel.get_ylim()[1], 0)))
     panels[0].set_ylabel("omega(c, s = t − step, t)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=5)
     return figure
 
 
@@ -157,7 +161,7 @@ def heat(shown: list[dict], steps: int) -> Figure:
     mean = {name: torch.stack([show[name]["omega"] for show in shown]).mean(0).numpy() for name in names}
     sheets = {name: mean[name].mean(2) for name in names[:-1]}
     sheets |= {f"uneven, class {c}": mean[names[-1]][..., c] for c in range(mean[names[-1]].shape[2])}
-    figure = Figure(figsize=(13.5, 2.6))
+    figure = Figure(figsize=(13.5, 2.2))
     panels = figure.subplots(1, len(sheets), sharey=True)
     for panel, (title, sheet) in zip(panels, sheets.items(), strict=True):
         held = np.triu(np.ones_like(sheet, bool), 1)
@@ -167,7 +171,7 @@ def heat(shown: list[dict], steps: int) -> Figure:
         )  # fmt: skip
         panel.plot([1 / steps, 1], [0, 1 - 1 / steps], color="#3a7ca5", lw=1)
         panel.set(title=title, xlabel="t", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        figure.colorbar(image, ax=panel, shrink=0.7)
+        figure.colorbar(image, ax=panel, shrink=0.55)
     panels[0].set_ylabel("s")
     return figure
 

@@ -28,7 +28,8 @@ CAPTIONS = {
     "learned is better. Each panel has a scale of its own.",
     "samples": "Seed 0, one colour for each class, all methods from the same noise.",
     "path": "omega along the sampling path, mean over the seeds; the band is the standard deviation. Dashed: the "
-    "fitted table. Black: the constant with the best runs, seed 0. Diamonds: what undoes wrong labels at pure noise.",
+    "fitted table. Grey: the table fitted to the L2 loss, mean over the classes. Black: the constant with the best "
+    "runs. Diamonds: what undoes wrong labels at pure noise.",
     "heat": "Learned omega for a step from t to s, mean over the seeds and, but for the uneven labels, over the "
     "classes. The blue line is the sampling path.",
     "bias": "The omega with the least L2 loss of an exact denoiser, found and by the formula, each at one (s, t): mean "
@@ -87,15 +88,15 @@ whole runs on validation data, "loss constant" and "loss interval" those with th
 seeds.
 Chosen on validation data with this figure: constant among {len(config["constants"])}, interval among {grid}, per class
 from both, for each class alone. Not chosen by it: loss constant, loss interval, learned, baked (21 x 21 knots), fitted
-(a table, without a network), L2.</p>
+(a table of 9 x 9 knots, without a network), L2 (the same with beta 2, lam 0).</p>
 {shown["curves"]}{shown["paired"]}
 <h2>Samples</h2>{shown["samples"]}
 <h2>What was learned</h2>{shown["path"]}{shown["heat"]}
 <h2>The bias of the L2 loss</h2>{shown["bias"]}
 <h2>Settings</h2>
 <p class="note">{config["sampling_steps"]} sampling steps, churn 0; learned with churn 1, 4 particles, beta 1.75, lam 1,
-{config["omega_steps"]} steps of batch {config["batch"]} from {config["fit_items"]} cached items (L2:
-{config["l2_steps"]} steps), delta {1 / config["sampling_steps"]:g}. {config["validation_samples"]} samples per class
+{config["omega_steps"]} steps of batch {config["batch"]} from {config["fit_items"]} cached items,
+delta {1 / config["sampling_steps"]:g}. {config["validation_samples"]} samples per class
 and setting for validation, {config["test_samples"]} for test. {100 * config["wrong"]:.0f} % of the labels are drawn
 anew. {versions}. {sum(seed["seconds"] for seed in seeds):.0f} s in total, whatever else was running.</p>
 </body></html>

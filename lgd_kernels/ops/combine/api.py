@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgd_kernels import checks
-from lgd_kernels.columns import Column, flat
+from lgd_kernels.columns import Column, flat, triangle
 from lgd_kernels.ops.combine import op
+
+
+class Combined(NamedTuple):
+    """Outputs and their moments, for each sample: what `combine(..., moments=True)` returns."""
+
+    outputs: Tensor | tuple[Tensor, ...] | None  # None where the only one is not written
+    dots: Tensor  # [B', P, P], symmetric
+    sums: Tensor  # [B', P]
 
 
 def combine(
@@ -23,8 +32,10 @@ def combine(
     first_sample: int = 0,
     source: Tensor | None = None,
     clamp: tuple[float | None, float | None] | None = None,
+    moments: bool = False,
+    written: int | None = None,
     impl: str | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...] | Combined:
     """A linear combination for each sample, with noise drawn on the way; or several of them from one read.
 
         out[b] = clamp(sum_k coefficients[b, k] column_k[source[b]] + constant[b] + noise_scale[b] z[b])
@@ -48,9 +59,14 @@ def combine(
             seeds.
         source: int64 `[B']`, the sample that each output is made of: resampling and repeats at no cost.
         clamp: `(low, high)`, either of them None.
+        moments: also the inner products and sums of the outputs over each sample, from the same pass: of what comes out
+            of the clamp, before it is rounded to its dtype.
+        written: with `moments`, how many of the outputs are written, from the first; the others are in registers only.
+            0 writes none: the moments of a combination, without a tensor of its size. None writes all.
         impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
-    Returns `[B', ...]`, contiguous, in the dtype of the first tensor; for P outputs a tuple of P. Arithmetic is float32
+    Returns `[B', ...]`, contiguous, in the dtype of the first tensor; for P outputs a tuple of P. With `moments`
+    `Combined(outputs, dots [B', P, P], sums [B', P])`, float32 (float64 where a tensor is). Arithmetic is float32
     (float64 where a tensor is), rounded once. A source that there is not, where it cannot be seen without a device
     sync, gives NaN.
 
@@ -68,7 +84,11 @@ def combine(
     >>> c, u = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 4.0]])
     >>> lgd.combine((c, u), torch.tensor([[1.0, 0.5]]), columns=(0, (0, 1)))
     tensor([[4., 4.]])
+    >>> lgd.combine((c, u), torch.tensor([[1.0, 0.5]]), columns=(0, (0, 1)), moments=True, written=0)
+    Combined(outputs=None, dots=tensor([[[32.]]]), sums=tensor([[8.]]))
     """
+    if written is not None and not moments:
+        raise ValueError(f"combine: `written` is {written} without moments, expected None, or moments=True")
     checks.several("combine", tensors)
     checks.columns("combine", columns, len(tensors))
     like, columns = tensors[0], flat(columns, len(tensors))
@@ -96,7 +116,29 @@ def combine(
         coefficients = coefficients.unsqueeze(1)
         constant = None if constant is None else constant.unsqueeze(1)
         noise_scale = None if noise_scale is None else noise_scale.unsqueeze(1)
-    outputs = op.combine(
-        list(tensors), coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, impl
-    )
-    return outputs.unbind(0) if many else outputs.squeeze(0)
+    count = coefficients.shape[1]
+    if moments:
+        written = count if written is None else written
+        if isinstance(written, bool) or not isinstance(written, int) or not 0 <= written <= count:
+            raise ValueError(
+                f"combine: `written` is {written!r}, expected how many of the {count} outputs, 0 to {count}"
+            )
+    found = op.combine(
+        list(tensors), coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, written,
+        impl,
+    )  # fmt: skip
+    if not moments:
+        return found.unbind(0) if many else found.squeeze(0)
+    outputs, packed = found
+    outputs = outputs.unbind(0) if many else outputs.squeeze(0) if written else None
+    return Combined(outputs, *_unpacked(packed, count))
+
+
+def _unpacked(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Dots `[B, P, P]` and sums `[B, P]` of what `columns.triangle` lists."""
+    if count == 1:
+        return packed[:, :1].unsqueeze(1), packed[:, 1:]
+    pairs = triangle(count)[: count * (count + 1)]
+    dots = dict(zip(zip(pairs[::2], pairs[1::2], strict=True), packed.unbind(1), strict=False))
+    rows = [torch.stack([dots[min(i, j), max(i, j)] for j in range(count)], 1) for i in range(count)]
+    return torch.stack(rows, 1), packed[:, -count:]

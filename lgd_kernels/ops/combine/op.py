@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lgd_kernels import impls
 from lgd_kernels.arguments import requires_grad, split_seed
+from lgd_kernels.columns import triangle
 from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.combine import reference
 from lgd_kernels.philox import STREAM_STEP, philox_normal
@@ -28,6 +29,12 @@ _library.define(
     "str? impl) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+_library.define(
+    "combine_moments(Tensor[] tensors, Tensor coefficients, int[] columns, Tensor? constant, Tensor? noise_scale, "
+    "Tensor? seed, SymInt? seed_value, SymInt first_sample, Tensor? source, float low, float high, int written, "
+    "ScalarType dtype, str? impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
 
 
 def combine(
@@ -41,19 +48,23 @@ def combine(
     source: Tensor | None,
     low: float,
     high: float,
+    written: int | None,
     impl: str | None,
-) -> Tensor:
-    """The differentiable op: `[P, B', ...]` from coefficients `[B', P, K]`."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The differentiable op: `[P, B', ...]` from coefficients `[B', P, K]`; with a number of outputs to be `written`
+    those alone, and the moments `[B', M]` of all."""
     scalars = columns, constant, noise_scale
-    rest = first_sample, source, low, high, tensors[0].dtype
+    rest = first_sample, source, low, high, *(() if written is None else (written,)), tensors[0].dtype
     if impls.through_reference("combine", impl):
-        return reference.combine(tensors, coefficients, *scalars, seed, *rest)
+        function = reference.combine if written is None else reference.combine_moments
+        return function(tensors, coefficients, *scalars, seed, *rest)
     seed, seed_value = split_seed(seed)
     if torch.is_grad_enabled() and requires_grad(*tensors, coefficients, constant, noise_scale):
-        return _Combine.apply(coefficients, *scalars, seed, seed_value, first_sample, source, low, high, impl, *tensors)
+        return _Combine.apply(
+            coefficients, *scalars, seed, seed_value, first_sample, source, low, high, written, impl, *tensors
+        )
     plain = impls.direct(*tensors, coefficients, constant, noise_scale, seed, source)
-    forward = _forward if plain else torch.ops.lgd.combine
-    return forward(tensors, coefficients, *scalars, seed, seed_value, *rest, impl)
+    return _raw(plain, written)(tensors, coefficients, *scalars, seed, seed_value, *rest, impl)
 
 
 def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], impl: str | None) -> Tensor:
@@ -67,28 +78,30 @@ def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], im
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
-                impl, *tensors):  # fmt: skip
+                written, impl, *tensors):  # fmt: skip
         plain = impls.direct(*tensors, coefficients, constant, noise_scale, seed, source)
-        forward = _forward if plain else torch.ops.lgd.combine
         ctx.save_for_backward(coefficients, constant, noise_scale, seed, source, *tensors)
         ctx.options = columns, seed_value, first_sample, low, high, impl
-        return forward(
+        ctx.written = written
+        return _raw(plain, written)(
             list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-            high, tensors[0].dtype, impl,
+            high, *(() if written is None else (written,)), tensors[0].dtype, impl,
         )  # fmt: skip
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, to_moments=None):
         coefficients, constant, noise_scale, seed, source, *tensors = ctx.saved_tensors
         columns, seed_value, first_sample, low, high, impl = ctx.options
-        if low > -torch.inf or high < torch.inf:  # what the clamp saw, before it and before rounding
+        if to_moments is not None:
+            upstream = _to_outputs(ctx, upstream, to_moments)
+        elif low > -torch.inf or high < torch.inf:  # what the clamp saw, before it and before rounding
             with torch.no_grad():
                 seen = torch.ops.lgd.combine(
                     list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
                     -torch.inf, torch.inf, arithmetic_dtype(*tensors), impl,
                 )  # fmt: skip
             upstream = torch.where((seen >= low) & (seen <= high), upstream, torch.zeros_like(upstream))
-        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *ctx.needs_input_grad[11:]
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *ctx.needs_input_grad[12:]
         seeds = seed_value if seed is None else seed, first_sample
         arguments = upstream, tensors, coefficients, columns, noise_scale, *seeds, source
         if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream):
@@ -98,7 +111,34 @@ class _Combine(torch.autograd.Function):
             to_scalars = _to_scalars(*arguments, wanted[:3], impl)
         found = zip((*to_scalars, *to_data), (coefficients, constant, noise_scale, *tensors), wanted, strict=True)
         grads = [grad.to(like.dtype) if want else None for grad, like, want in found]
-        return grads[0], None, *grads[1:3], *(None,) * 7, *grads[3:]
+        return grads[0], None, *grads[1:3], *(None,) * 8, *grads[3:]
+
+
+def _raw(plain, written):
+    """The function, past dispatch where nothing looks on, or the operator."""
+    if written is None:
+        return _forward if plain else torch.ops.lgd.combine
+    return _forward_moments if plain else torch.ops.lgd.combine_moments
+
+
+def _to_outputs(ctx, upstream, to_moments):
+    """What reaches the outputs before clamp and rounding: of the written ones their own upstream, of all that of the
+    moments, for which they are formed again."""
+    coefficients, constant, noise_scale, seed, source, *tensors = ctx.saved_tensors
+    columns, seed_value, first_sample, low, high, impl = ctx.options
+    if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(to_moments):
+        seed = seed_value if seed is None else seed
+        seen = reference.combined(
+            tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, -torch.inf, torch.inf
+        )
+    else:
+        seen = torch.ops.lgd.combine(
+            list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
+            -torch.inf, torch.inf, arithmetic_dtype(*tensors), impl,
+        )  # fmt: skip
+    total = reference.moments_backward(seen.clamp(low, high), to_moments)
+    total = torch.cat((total[: ctx.written] + upstream, total[ctx.written :]))
+    return torch.where((seen >= low) & (seen <= high), total, torch.zeros_like(total))
 
 
 def _to_tensors(upstream, tensors, coefficients, columns, source, wanted, impl):
@@ -166,6 +206,30 @@ def _forward(tensors, coefficients, columns, constant, noise_scale, seed, seed_v
     return outputs
 
 
+def _forward_moments(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
+                     high, written, dtype, impl):  # fmt: skip
+    impl = impls.choose("combine", impl, tensors[0].device, *(tensor.dtype for tensor in tensors), dtype)
+    if impl == "reference":
+        return reference.combine_moments(
+            tensors, coefficients, columns, constant, noise_scale, seed_value if seed is None else seed, first_sample,
+            source, low, high, written, dtype,
+        )  # fmt: skip
+    outputs, found = _allocate_moments(tensors, coefficients, written, dtype)
+    if not found.numel() or not tensors[0].shape[1:].numel():
+        return outputs, found.zero_()
+    impls.launcher("combine", impl).forward(
+        outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
+        high, found,
+    )  # fmt: skip
+    return outputs, found
+
+
+def _allocate_moments(tensors, coefficients, written, dtype):
+    batch, count = coefficients.shape[:2]
+    outputs = tensors[0].new_empty((written, batch, *tensors[0].shape[1:]), dtype=dtype)
+    return outputs, tensors[0].new_empty((batch, len(triangle(count)) // 2), dtype=arithmetic_dtype(*tensors))
+
+
 def _allocate(tensors, coefficients, dtype):
     batch, outputs = coefficients.shape[:2]
     return tensors[0].new_empty((outputs, batch, *tensors[0].shape[1:]), dtype=dtype)
@@ -176,6 +240,13 @@ def _fake(tensors, coefficients, columns, constant, noise_scale, seed, seed_valu
     return _allocate(tensors, coefficients, dtype)
 
 
+def _fake_moments(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
+                  high, written, dtype, impl):  # fmt: skip
+    return _allocate_moments(tensors, coefficients, written, dtype)
+
+
 for _device in ("CPU", "CUDA", "MPS", "XPU"):
     _library.impl("combine", _forward, _device)
+    _library.impl("combine_moments", _forward_moments, _device)
 torch.library.register_fake("lgd::combine", _fake, lib=_library)
+torch.library.register_fake("lgd::combine_moments", _fake_moments, lib=_library)

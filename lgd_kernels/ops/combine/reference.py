@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lgd_kernels.columns import formed
+from lgd_kernels.columns import formed, triangle
 from lgd_kernels.levels import arithmetic_dtype, per_sample, sum_samples
 from lgd_kernels.philox import STREAM_STEP, normal
 
@@ -27,6 +27,57 @@ def combine(
 ) -> Tensor:
     """`[P, B', ...]`: output p is `sum_k coefficients[b, p, k] column_k[source[b]] + constant[b, p] +
     noise_scale[b, p] z[b]`, clamped, in float32 (float64 where a tensor is), rounded once to `dtype`."""
+    return combined(tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high).to(
+        dtype
+    )
+
+
+def combine_moments(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    columns: list[int],
+    constant: Tensor | None,
+    noise_scale: Tensor | None,
+    seed: int | Tensor | None,
+    first_sample: int,
+    source: Tensor | None,
+    low: float,
+    high: float,
+    written: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The first `written` outputs, and the moments of all of them, `[B', M]`, one for each of `columns.triangle`."""
+    outputs = combined(tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high)
+    pairs = triangle(len(outputs))
+    terms = (outputs[i] if j < 0 else outputs[i] * outputs[j] for i, j in zip(pairs[::2], pairs[1::2], strict=True))
+    return outputs[:written].to(dtype), torch.stack([sum_samples(term) for term in terms], 1)
+
+
+def moments_backward(outputs: Tensor, to_found: Tensor) -> Tensor:
+    """`[P, B', ...]`: the gradient to the outputs from that of their moments: a combine of them, and a constant."""
+    grads = [torch.zeros_like(one) for one in outputs]
+    pairs = triangle(len(outputs))
+    for value, i, j in zip(to_found.to(outputs.dtype).unbind(1), pairs[::2], pairs[1::2], strict=True):
+        value = per_sample(value, grads[i])
+        grads[i] = grads[i] + (value if j < 0 else value * outputs[j])
+        if j >= 0:
+            grads[j] = grads[j] + value * outputs[i]
+    return torch.stack(grads)
+
+
+def combined(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    columns: list[int],
+    constant: Tensor | None,
+    noise_scale: Tensor | None,
+    seed: int | Tensor | None,
+    first_sample: int,
+    source: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
+    """The outputs before they are rounded."""
     wide = arithmetic_dtype(*tensors)
     read = gathered(formed(tensors, columns, wide), source)
     z = None if noise_scale is None else drawn(read[0].shape, seed, first_sample, read[0])
@@ -38,7 +89,7 @@ def combine(
         if z is not None:
             terms.append(per_sample(noise_scale[:, p].to(wide), z) * z)
         outputs.append(sum(terms[1:], terms[0]).clamp(low, high))
-    return torch.stack(outputs).to(dtype)
+    return torch.stack(outputs)
 
 
 def combine_backward(

@@ -20,7 +20,7 @@ from lgd_kernels.ops.energy_mmd import op
 from lgd_kernels.progress import Report
 
 ALONE = 2.0**60  # of lam: beside it the term between two sets is no longer seen
-ROWS, PAIRS = 960, 2**28  # of a piece between two reports: a multiple of so many rows, the least that has these pairs
+ROWS, WORK = 960, 2**31  # of a piece between two reports: rows, or a multiple, as far as pairs times D + 8 stay below
 
 
 class Side(NamedTuple):
@@ -143,7 +143,7 @@ def _cut(piece: Piece) -> Iterator[Piece]:
     """The same in fewer rows at a time. Pairs of a set come as those within some rows, and of these with the rest."""
     rows, columns, value, slope = piece
     across = (rows if columns is None else columns).count * len(value)
-    length = ROWS * max(1, PAIRS // max(1, ROWS * across))
+    length = ROWS * max(1, WORK // max(1, ROWS * across * (rows.points.shape[2] + 8)))
     for first in range(0, rows.count, length):
         some, rest = rows[first : first + length], rows[first + length :]
         yield Piece(some, columns, value, slope)

@@ -59,7 +59,7 @@ def guided_step(
             cond - uncond with coefficients made of omega and, in a pass of their own, of moments. It runs on "triton",
             "cpu" and "reference".
         rule_space: where the rule takes its moments: "prediction", as predicted, or "x0", which for other predictions
-            costs two passes more. (Linear rules, such as the one above, are the same in both.)
+            is a pass of its own. (Linear rules, such as the one above, are the same in both.)
         impl: "triton", "cuda", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns x_s `[B, ...]`, contiguous, in the dtype of x. Arithmetic is float32 (float64 where a tensor is), rounded
