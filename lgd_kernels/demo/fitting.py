@@ -50,7 +50,7 @@ def one_seed(seed: int, args: argparse.Namespace, track: Track) -> dict[str, dic
         (omegas[name],) = guidance.learn_omega(frozen, clean, own, steps=args.steps, every=args.steps, track=track)
         seconds[name] = time.perf_counter() - started
     started = time.perf_counter()
-    omegas["table"], _ = variants.fitted(frozen, clean, own, args.items)
+    omegas["table"], *_ = variants.fitted(frozen, clean, own, args.items)
     seconds["table"] = time.perf_counter() - started
 
     batches = Batches(frozen, clean, own, torch.device("cpu"))

@@ -25,7 +25,7 @@ CAPTIONS = {
     "thick their mean, the ring its least. Dots with bars: mean and 95 % interval of the other methods (of the seeds, "
     "not paired). Below: the self-consistency loss of the same constants on held-out data, less its value at 0.",
     "paired": "Learned − other in energy distance on test data, paired by seed: mean and 95 % interval. Left of 0 "
-    "learned is better. Each panel has a scale of its own.",
+    "learned is better. Each panel has a scale of its own, linear up to 0.02 and logarithmic beyond.",
     "samples": "Seed 0, one colour for each class, all methods from the same noise.",
     "path": "omega along the sampling path, mean over the seeds; the band is the standard deviation. Dashed: the "
     "fitted table. Grey: the table fitted to the L2 loss, mean over the classes. Black: the constant with the best "
