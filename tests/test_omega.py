@@ -13,6 +13,7 @@ import lgd_kernels as lgd
 from lgd_kernels import rules
 from lgd_kernels.omega import files
 from lgd_kernels.omega.files import described, load, save, schedule_of
+from lgd_kernels.omega.floor import above_zero
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 
@@ -51,6 +52,36 @@ def test_network_is_non_negative_finite_and_alive(network):
     assert torch.equal(net(c, s, t), torch.zeros(12))
 
 
+def test_the_floor_lets_nothing_further_down_and_all_come_up():
+    value = torch.tensor([-1.0, -1.0, 0.0, 0.0, 2.0, 2.0], requires_grad=True)
+    upstream = torch.tensor([3.0, -3.0, 3.0, -3.0, 3.0, -3.0])
+    assert above_zero(value).tolist() == [0, 0, 0, 0, 2, 2]
+    (slope,) = torch.autograd.grad(above_zero(value), value, upstream)
+    assert slope.tolist() == [0, -3, 0, -3, 3, -3]
+    each = torch.vmap(torch.func.grad(lambda one, weight: above_zero(one) * weight))(value.detach(), upstream)
+    assert each.tolist() == slope.tolist()
+    _, tangent = torch.func.jvp(above_zero, (value.detach(),), (upstream,))
+    assert tangent.tolist() == [0, 0, 0, 0, 3, -3]
+
+
+@pytest.mark.parametrize("make", [lambda: OmegaNetwork(FLOW), lambda: Constant(1.0), lambda: ClampLinear(1.0, 0.0)])
+def test_a_weight_that_was_pushed_to_0_comes_back(make):
+    torch.manual_seed(0)
+    module = make()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in ("head.10.bias", "omega", "intercept"):
+                parameter -= 3
+    s, t = torch.rand(2, 32).sort(0).values
+    assert not module(None, s, t).any()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (module(None, s, t) - 1).square().mean().backward()
+        optimizer.step()
+    assert (module(None, s, t) - 1).abs().max() < 0.2
+
+
 @pytest.mark.parametrize("initial", [0.01, 1.0, 7.5])
 def test_network_starts_alive_however_small_omega_is(initial):
     s, t = times(200)
@@ -84,7 +115,7 @@ def test_network_takes_the_times_of_its_schedule(schedule):
         (lambda: OmegaNetwork(FLOW, 3, 4), "classes = 3 and embedding = 4, expected one"),
         (lambda: OmegaNetwork(FLOW, 0), "classes is 0, expected a number of 1 or more"),
         (lambda: OmegaNetwork(FLOW, hidden=2.5), "hidden is 2.5"),
-        (lambda: OmegaNetwork(FLOW, 3, initial=0.0), "stays dead"),
+        (lambda: OmegaNetwork(FLOW, 3, initial=0.0), "the last weights are scaled by it"),
         (lambda: OmegaNetwork(FLOW, 3)(None, *times(2)), "`c` is None, expected int64 labels"),
         (lambda: OmegaNetwork(FLOW, 3)(torch.zeros(2), *times(2)), "`c` is torch.float32 .*, expected int64 labels"),
         (lambda: OmegaNetwork(FLOW, None, 4)(torch.zeros(2, 3), *times(2)), r"expected embeddings \[B, E\] = \[2, 4\]"),

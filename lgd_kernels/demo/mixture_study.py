@@ -75,7 +75,7 @@ def study(frozen: Frozen, data: Plane, seed: int, config, track: Track) -> tuple
     )[0]
     took["network"] = time.perf_counter() - started
     baked, bake_error = variants.baked(learned)
-    squared = fit_table(  # not a network: where the loss asks for little on average, its head dies
+    squared = fit_table(  # the least of its loss, exactly: the bias is that of the loss, not of a training
         curves, particles.c, particles.s, particles.t, *variants.knots(KNOTS), conditions=CLASSES,
         smooth=variants.SMOOTH, beta=2.0, lam=0.0,
     )  # fmt: skip

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.omega.floor import above_zero
+
 
 class Constant(nn.Module):
     """One weight for every condition and step: plain classifier-free guidance, `w = 1 + omega`.
@@ -25,7 +27,7 @@ class Constant(nn.Module):
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """c is not looked at; s and t `[B]` -> omega `[B]`."""
-        return self.omega.relu().expand(t.shape)
+        return above_zero(self.omega).expand(t.shape)
 
 
 class Interval(nn.Module):
@@ -57,7 +59,7 @@ class Interval(nn.Module):
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """c and s are not looked at; t `[B]` -> omega `[B]`."""
         inside = (t > self.low.to(t.dtype)) & (t <= self.high.to(t.dtype))
-        return torch.where(inside, self.omega.relu(), torch.zeros_like(self.omega))
+        return torch.where(inside, above_zero(self.omega), torch.zeros_like(self.omega))
 
 
 class ClampLinear(nn.Module):
@@ -68,7 +70,7 @@ class ClampLinear(nn.Module):
     it is `ClampLinear(2 w - 1, -2 w)`. Two free numbers, so that it may fall instead, are ours.
 
     Args:
-        intercept, slope: learned as parameters. Where the clamp holds there is no gradient: start above 0 somewhere.
+        intercept, slope: learned as parameters. Where the clamp holds, what would raise the weight has a gradient.
 
     >>> import torch
     >>> ClampLinear(1.0, -2.0)(None, torch.zeros(3), torch.tensor([0.0, 0.25, 1.0])).detach()
@@ -82,7 +84,7 @@ class ClampLinear(nn.Module):
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """c and s are not looked at; t `[B]` -> omega `[B]`."""
-        return (self.intercept + self.slope * t.to(self.slope.dtype)).relu()
+        return above_zero(self.intercept + self.slope * t.to(self.slope.dtype))
 
 
 def _number(form: str, name: str, value: float) -> nn.Parameter:

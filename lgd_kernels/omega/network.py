@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.omega.floor import above_zero
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.schedules import Schedule
 
@@ -15,14 +16,15 @@ class OmegaNetwork(nn.Module):
     """A guidance weight per condition and step: `omega(c, s, t) >= 0`, s and t times of the schedule.
 
     The log-SNRs at s and t go through a 2-layer MLP, what is known of the condition is added, and a 6-layer MLP with a
-    ReLU at its end gives the weight. It sees no x_t, so a sampling run can compute its whole table of weights before
-    the loop, and `bake` can put them where a kernel looks them up.
+    floor of 0 at its end gives the weight. It sees no x_t, so a sampling run can compute its whole table of weights
+    before the loop, and `bake` can put them where a kernel looks them up.
 
     log-SNR is infinite at the ends of some schedules (rectified flow at t = 0 and 1): it is clamped to
     [-10, 10], that is a signal-to-noise ratio between 4.5e-5 and 2.2e4, and divided by 10.
 
-    A ReLU head that starts negative never learns: the last bias starts at `initial`, and the last weights are scaled by
-    it, so that omega starts near `initial`, within the same share of it however small that is.
+    The last bias starts at `initial`, and the last weights are scaled by it, so that omega starts near `initial`,
+    within the same share of it however small that is. Where training has pushed it to 0, it comes back if the loss asks
+    for it (`lgd_kernels/omega/floor.py`): a plain ReLU would not let it.
 
     Args:
         schedule: whose times s and t are. It is kept, and saved with the weights.
@@ -65,9 +67,7 @@ class OmegaNetwork(nn.Module):
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"OmegaNetwork: {name} is {size!r}, expected a number of 1 or more")
         if not initial > 0:
-            raise ValueError(
-                f"OmegaNetwork: initial is {initial}, expected above 0: a ReLU that starts dead stays dead"
-            )
+            raise ValueError(f"OmegaNetwork: initial is {initial}, expected above 0: the last weights are scaled by it")
         self.schedule, self.classes, self.embedding = schedule, classes, embedding
         self.hidden, self.initial = hidden, initial
         self.time = nn.Sequential(nn.Linear(2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
@@ -92,7 +92,7 @@ class OmegaNetwork(nn.Module):
             hidden = hidden + self.condition(c)
         elif self.embedding is not None:
             hidden = hidden + self.condition(c.to(weight.dtype))
-        return self.head(hidden).squeeze(-1).relu()
+        return above_zero(self.head(hidden).squeeze(-1))
 
     @torch.no_grad()
     def bake(self, s_knots: Tensor, t_knots: Tensor, conditions: Tensor | None = None) -> tuple[OmegaTable, float]:
