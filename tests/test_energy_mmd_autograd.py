@@ -6,6 +6,7 @@ from mmd import OPTIONS, definition, each_kernel
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
+from benchmarks import timing
 from lgd_kernels import impls
 from lgd_kernels.ops.energy_mmd import reference
 from lgd_kernels.ops.energy_mmd.kernels import KINDS
@@ -121,6 +122,20 @@ def test_writes_only_its_output_and_reads_no_stale_memory(D, generator, monkeypa
     for found, true in zip(torch.autograd.grad(loss, (x, y)), slopes, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-6)
     assert torch.equal(held.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_memory_of_products_is_a_block(offset):
+    """Beside the gradients; where samples are centred, two blocks of them."""
+    rows, D = impls.launcher("energy_mmd", "cpu").BLOCK, 400
+    x, y = (torch.randn(2 * rows, D) + offset for _ in range(2))
+    block = 4 * (rows * rows + (2 * rows * D if offset else 0))
+    few = 4 * 10 * len(x) + 2**21  # norms, weights; what norms are made of
+    assert timing.peak_memory(lambda: lgd.energy_mmd(x, y, impl="cpu"), "cpu") < block + few
+    both = [one.requires_grad_() for one in (x, y)]
+    block += 4 * (2 * rows * D + x.numel() + y.numel())
+    assert timing.peak_memory(lambda: torch.autograd.grad(lgd.energy_mmd(*both, impl="cpu"), both), "cpu") < block + few
 
 
 def test_same_bits_twice_and_for_any_thread_count(generator):

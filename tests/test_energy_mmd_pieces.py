@@ -194,6 +194,8 @@ def test_a_large_call_is_heard_of_often_and_in_few_pieces():
     assert 500 < len(parts) < 2000 and sum(part.pairs for part in parts) == 10**12
     within = list(pieces._cut(pieces.Piece(sides[0], None, one, one)))
     assert sum(part.pairs for part in within) == pytest.approx(10**12 / 2, rel=1e-2)
+    wide = pieces.Side(torch.empty(1, 1, 1).expand(1, 10_000, 2048), None)
+    assert len(list(pieces._cut(pieces.Piece(wide, wide, one, one)))) == 11  # rows of a second or so each
 
 
 def test_bars(capsys, monkeypatch):

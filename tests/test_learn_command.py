@@ -32,6 +32,10 @@ def denoiser(x, t, c):
     return (shares[c, None] * means[c]).expand_as(x)
 
 
+def exact(x, t, c):
+    return means[c].expand_as(x)
+
+
 def half(x, t, c):  # embeddings
     return 0.5 * c + 0 * x
 
@@ -150,6 +154,13 @@ def test_the_snippet_it_prints_runs(capsys):
     exec("".join(snippet[1:]), space)
     assert space["x_s"].shape == (2, 3) and type(space["omega"]) is OmegaTable
     assert (space["omega"](c, s, t) - torch.tensor([1.0, 0.6])).abs().max() < 0.1
+
+
+def test_a_network_that_is_zero_is_pointed_out(capsys):
+    """Here nothing is gained by guiding: every condition is already told right."""
+    assert learn("--steps", "60", "--lr", "0.02", "--ema", "0.5", model="my_model:exact") == 0
+    assert "the network is 0 at every held-out draw" in capsys.readouterr().out
+    assert result()["constant"]["learned_minus_this"] == {"mean": 0, "half_width": 0}
 
 
 def test_fits_of_one_number():

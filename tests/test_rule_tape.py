@@ -1,6 +1,7 @@
 """Rules that C++ plays to each sample, in one call: as they run on tensors, and those that cannot be."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import lgd_kernels as lgd
 from lgd_kernels import rules, testing
 from lgd_kernels.rules import Guidance
 
+READ = ("cc", "cu", "cd", "uu", "ud", "dd", "c", "u", "d")
 SIZES = [(1, 3), (5, 7), (64, 1000), (2, 40001), (3, 300000)]  # the last do not stay in the cache
 
 
@@ -37,6 +39,25 @@ def test_in_one_call_as_in_three(shape, generator, monkeypatch):
     monkeypatch.setattr("lgd_kernels.rule_passes._in_one_call", lambda *_: None)
     for call, one in zip(calls, found, strict=True):
         torch.testing.assert_close(one, call(), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("size", [5, 1031, 5000])
+def test_moments_that_a_rule_reads_and_no_others(size, generator):
+    """Each alone, two at a time and all: there is a loop for some sets, and a set that has more serves the others."""
+    c, u = testing.sample((2, 3, size), torch.float32, generator).unbind(0)
+    d = c.double() - u.double()
+    of = dict(zip("cud", (c.double(), u.double(), d), strict=True))
+    sums = {name: of[name[0]] * (of[name[1]] if len(name) > 1 else 1) for name in READ}
+    for names in (*itertools.combinations(READ, 1), *itertools.combinations(READ, 2), READ):
+
+        def rule(m, omega, names=names):
+            return Guidance(sum((n + 1) * getattr(m, name) for n, name in enumerate(names)), 0.0)
+
+        terms = sum((n + 1) * sums[name].abs().sum(1) for n, name in enumerate(names))
+        expected = sum((n + 1) * sums[name].sum(1) for n, name in enumerate(names))
+        found = lgd.guided_score(c, u, 1.0, rule=rule) / c
+        assert ((found.double() - expected[:, None]).abs() <= 1e-6 * terms[:, None]).all(), names
 
 
 @pytest.mark.extension

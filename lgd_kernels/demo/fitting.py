@@ -22,7 +22,7 @@ from lgd_kernels.demo import guidance, variants
 from lgd_kernels.demo.data import load_digits
 from lgd_kernels.demo.denoiser import NULL, train_denoiser
 from lgd_kernels.demo.measures import spread
-from lgd_kernels.learn import Frozen, Settings, curve, self_consistency_loss
+from lgd_kernels.learn import Frozen, Settings, self_consistency_loss
 from lgd_kernels.learn.batches import Batches
 from lgd_kernels.learn.fit import fit_constant, fit_interval
 from lgd_kernels.progress import Track, bars
@@ -50,12 +50,10 @@ def one_seed(seed: int, args: argparse.Namespace, track: Track) -> dict[str, dic
         (omegas[name],) = guidance.learn_omega(frozen, clean, own, steps=args.steps, every=args.steps, track=track)
         seconds[name] = time.perf_counter() - started
     started = time.perf_counter()
-    omegas["table"], *_ = variants.fitted(frozen, clean, own, args.items)
+    omegas["table"], _, (particles, curves) = variants.fitted(frozen, clean, own, args.items)
     seconds["table"] = time.perf_counter() - started
 
     batches = Batches(frozen, clean, own, torch.device("cpu"))
-    particles = batches.of(clean, args.items, own.seed)
-    curves = curve(particles)
     omegas["constant"] = fit_constant(curves)
     omegas["interval"] = fit_interval(curves, particles.t, EDGES)
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in omegas}

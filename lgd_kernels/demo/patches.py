@@ -130,8 +130,10 @@ def measure(args: argparse.Namespace) -> None:
         row(f"constant {value:g}", lambda c, s, t, value=value: torch.full((len(s),), value))
     for path in args.omegas:
         row(str(path), load_omega(path, frozen.schedule))
-    best = min((name for name in rows if name.startswith("constant")), key=lambda name: sum(rows[name]["validation"]))
-    print(f"best on the validation split: {best}")
+    constants = [name for name in rows if name.startswith("constant ")]
+    if constants:
+        best = min(constants, key=lambda name: sum(rows[name]["validation"]))
+        print(f"best on the validation split: {best}")
     (args.folder / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

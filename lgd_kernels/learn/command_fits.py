@@ -107,6 +107,11 @@ def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Te
         "",
         f"best constant {constant:.4g}; best interval {weight:.4g} on ({low:.4g}, {high:.4g}], times of the schedule",
     ]
+    if args.omega == "network" and torch.equal(learned, losses["unguided"]):
+        lines += [
+            "the network is 0 at every held-out draw: nothing is gained by guiding, or its ReLU died on the way; the "
+            "exact fit, --omega table, tells which, and a lower --lr keeps it alive"
+        ]
     path = args.out / "omega.safetensors"
     drawn = args.out / "omega.png"
     lines += [f"omega: {path}", *([f"picture: {drawn}"] if drawn.exists() else []), ""]

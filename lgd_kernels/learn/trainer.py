@@ -83,7 +83,8 @@ class Trainer:
         omega = TableModule(omega) if isinstance(omega, OmegaTable) else omega
         if not isinstance(omega, nn.Module) or not any(weight.requires_grad for weight in omega.parameters()):
             raise TypeError(
-                f"Trainer: `omega` is a {type(omega).__name__}, expected a torch.nn.Module with parameters to learn"
+                f"Trainer: `omega` is a {type(omega).__name__}, expected a torch.nn.Module with parameters to learn, "
+                "or an OmegaTable"
             )
         self.settings = settings = settings or Settings()
         if not 1 <= every:

@@ -124,8 +124,8 @@ def combine(
                 f"combine: `written` is {written!r}, expected how many of the {count} outputs, 0 to {count}"
             )
     found = op.combine(
-        list(tensors), coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, written,
-        impl,
+        list(tensors), coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, impl,
+        written,
     )  # fmt: skip
     if not moments:
         return found.unbind(0) if many else found.squeeze(0)

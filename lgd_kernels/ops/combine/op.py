@@ -48,8 +48,8 @@ def combine(
     source: Tensor | None,
     low: float,
     high: float,
-    written: int | None,
     impl: str | None,
+    written: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The differentiable op: `[P, B', ...]` from coefficients `[B', P, K]`; with a number of outputs to be `written`
     those alone, and the moments `[B', M]` of all."""

@@ -51,9 +51,10 @@ def energy_mmd(
             sum. Divided by that they are p and q: the means are sum_ij p_i q_j k(x_i, y_j) and, unbiased,
             sum_{i != j} p_i p_j k(x_i, x_j) / (1 - sum_i p_i^2). Weights 1 change nothing. They have no gradient.
         target_term: False leaves out the terms within y, which do not depend on x.
-        precision: how squared distances are formed on the CPU. "direct": from differences. "product": of centred
-            samples, ||x||^2 + ||y||^2 - 2 <x, y>, by a matrix product. None takes "direct" for D <= 64; beyond,
-            products, but for pairs closer than a tenth of their norms, which get differences.
+        precision: how squared distances are formed on the CPU. "direct": from differences. "product":
+            ||x||^2 + ||y||^2 - 2 <x, y>, by a matrix product, of samples about the mean of y where norms are smaller
+            there. None takes "direct" for D <= 64; beyond, products, but for pairs closer than a tenth of their norms,
+            which get differences.
         group: a `torch.distributed.ProcessGroup` (`torch.distributed.group.WORLD`) whose processes each hold a part of
             the samples, of any size, even none. Each calls with its part of x and y and gets the value for all samples
             together, the same bits everywhere, and `backward` gives its part of that value's gradient: nothing is
