@@ -61,7 +61,7 @@ def roofline(run: dict):
                 )
         line = sorted((place, min(found)) for place, found in at.items())
         color = CEILING if ceiling == "copy" else PRODUCT
-        axis.plot(*zip(*line, strict=True), color=color, linewidth=2, label=names[ceiling], zorder=1)
+        axis.plot(*zip(*line, strict=True), color=color, linewidth=2, marker="_", markersize=14, label=names[ceiling])
         units = {"bytes": lambda value, _: bytes_(int(value)), "flops": lambda value, _: f"{value / 1e9:g} GFLOP"}
         logarithmic(axis, units[size], lambda value, _: seconds(value))
         axis.set(xlabel=f"{size} that the op needs at least", ylabel="time of a call")
