@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lgd_kernels import step_rows
+from lgd_kernels import checks, step_rows
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.guided_score.api import guided_score
@@ -98,7 +98,11 @@ class StepPlan:
         if rule is not None:
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
         history = () if kept is None else kept if isinstance(kept, tuple) else (kept,)
-        if seed is None and isinstance(index, int) and step_rows.fits(self.table, x, cond, uncond, noise, *history):
+        if len(history) > 1 and len(history) > 1 + self.deep:
+            most = "two, the newest first" if self.deep else "one: this plan is not `deep`"
+            raise ValueError(f"StepPlan.step: `kept` is a tuple of {len(history)}, expected at most {most}")
+        given = x, omega, cond, uncond, noise, *history
+        if seed is None and isinstance(index, int) and step_rows.fits(self.table, *given):
             found = step_rows.step(self, index, x, cond, uncond, omega, history, noise, impl)
             return self._and_kept(found.unbind(0), history)
         tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]
@@ -108,6 +112,7 @@ class StepPlan:
         self._check(index, len(history), noise, seed)
         factors, columns = [row[..., 0], row[..., 1]], [0, 1]
         if uncond is not None:
+            checks.omega("StepPlan.step", omega, "x", x)
             w = omega_at(omega, x.new_empty(0, dtype=wide))
             factors.append(row[..., 1] * (w[:, None] if w.ndim else w))
             columns.append((1, 2))

@@ -15,54 +15,66 @@ OP, MOST = "StepPlan.step", 16
 
 
 class Rows:
-    """The columns that a step reads, and for each step of a run their coefficients: `fixed + omega share`."""
+    """The columns that a step reads, and for each step of a run their coefficients, `[N, B, P, K]`, or B = 1 where all
+    samples share them: `fixed`, and in the column of guidance `omega share`."""
 
-    def __init__(self, table: Tensor, batch: int, guided: bool, depth: int, noise: bool, like: Tensor) -> None:
+    def __init__(self, table: Tensor, guided: bool, depth: int, noise: bool, like: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            table = table.to(like)
+            table = table.to(like) if table.ndim == 4 else table.to(like)[:, None]
             factors = [0, 1, *([1] if guided else []), *(2, 4)[:depth], *([3] if noise else [])]
-            fixed = table[..., factors]
-            fixed = fixed if fixed.ndim == 4 else fixed[:, None].expand(-1, batch, -1, -1).contiguous()
-            share = torch.zeros_like(fixed)
+            fixed, share = table[..., factors], table[..., 1:2].clone()
+            self.guidance = torch.arange(len(factors), device=fixed.device).eq(2) & guided
             if guided:
-                share[..., 2], fixed[..., 2] = fixed[..., 2], 0.0
-            self.fixed, self.share, self.weighted = fixed, share, (0.0, fixed.unbind(0))
+                fixed[..., 2] = 0.0
+            self.run, self.steps = (fixed, share), list(zip(fixed.unbind(0), share.unbind(0), strict=True))
+            self.kept = 0.0, fixed.unbind(0)  # omega, and all coefficients with it
         names = [0, 1, *([(1, 2)] if guided else [])]
         first = 3 if guided else 2
         names += range(first, first + depth + noise)
         self.columns, self.checked = flat(names, first + depth + noise), set()
 
     def at(self, index: int, omega: float | Tensor | OmegaLookup) -> Tensor:
-        """`[B, P, K]`; for a number they are worked out for the whole run, and kept for the last one."""
+        """`[B, P, K]`, or B = 1; for a number that comes twice in a row they are worked out for the whole run, and kept
+        until another does."""
         if isinstance(omega, (Tensor, OmegaLookup)):
-            fixed = self.fixed[index]
-            return torch.addcmul(fixed, omega_at(omega, fixed).view(-1, 1, 1), self.share[index])
-        if omega != self.weighted[0]:
+            return self._weighted(*self.steps[index], omega_at(omega, self.run[0]).view(-1, 1, 1))
+        kept = self.kept  # looked up once: another thread may put its own there
+        if omega != kept[0]:
+            self.kept = omega, None
+            return self._weighted(*self.steps[index], omega)
+        if kept[1] is None:
             with torch.inference_mode(False), torch.no_grad():
-                self.weighted = omega, torch.add(self.fixed, self.share, alpha=omega).unbind(0)
-        return self.weighted[1][index]
+                kept = self.kept = omega, self._weighted(*self.run, omega).unbind(0)
+        return kept[1][index]
+
+    def _weighted(self, fixed: Tensor, share: Tensor, omega: float | Tensor) -> Tensor:
+        """No sum, in which an infinite omega would be NaN elsewhere."""
+        return torch.where(self.guidance, share * omega, fixed)
 
 
-def fits(table: Tensor, x: Tensor, *others: Tensor | None) -> bool:
+def fits(table: Tensor, x: Tensor, omega: float | Tensor | OmegaLookup, *others: Tensor | None) -> bool:
     """Whether nothing looks on, so that what was laid out may be used again: also no CUDA graph, whose replay would not
-    know of it, and no gradient to the table itself."""
-    if table.requires_grad or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    know of it (asked last: the question breaks a compiled graph), and no gradient to the table itself."""
+    weights = omega if isinstance(omega, tuple) else (omega,) if isinstance(omega, Tensor) else ()
+    if table.requires_grad or not impls.direct(x, *weights, *others) or impls.transforms_active():
         return False
-    return impls.direct(x, *others) and not impls.transforms_active()
+    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def rows(plan, batch: int, guided: bool, depth: int, noise: bool, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Of a plan, whose tables nobody changes; kept with it, for a few batches."""
+    """Of a plan, kept with it: for what its table holds now, and for each CUDA stream, as none waits for another."""
+    table = plan.table
+    if table.ndim == 4 and table.shape[1] != batch:
+        raise ValueError(f"{OP}: `x` has {batch} samples, expected {table.shape[1]}, as the plan's times")
     kept = plan.__dict__.setdefault("_rows", {})
-    key = batch, guided, depth, noise, device, dtype
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    version = 0 if table.is_inference() else table._version
+    key = guided, depth, noise, device, dtype, version, stream
     found = kept.get(key)
     if found is None:
-        if plan.table.ndim == 4 and plan.table.shape[1] != batch:
-            raise ValueError(f"{OP}: `x` has {batch} samples, expected {plan.table.shape[1]}, as the plan's times")
-        if len(kept) == MOST:
+        if len(kept) >= MOST:
             kept.clear()
-        like = torch.empty(0, dtype=dtype, device=device)
-        found = kept[key] = Rows(plan.table, batch, guided, depth, noise, like)
+        found = kept[key] = Rows(table, guided, depth, noise, torch.empty(0, dtype=dtype, device=device))
     return found
 
 
@@ -95,4 +107,6 @@ def step(
     if uncond is not None:
         checks.omega(OP, omega, "x", x)
     coefficients = found.at(index, omega if uncond is not None else 0.0)
+    if coefficients.shape[0] != x.shape[0]:
+        coefficients = coefficients.expand(x.shape[0], -1, -1)
     return op.combined(tensors, coefficients, found.columns, impl)

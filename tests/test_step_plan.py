@@ -148,3 +148,68 @@ def test_the_short_way_names_what_it_was_given():
         plan.step(0, x, x, x, torch.ones(2))
     with pytest.raises(TypeError, match="StepPlan.step: `kept` has dtype torch.int64"):
         plan.step(1, x, x, x, 1.0, torch.ones(3, 4, dtype=torch.int64))
+
+
+def test_the_short_way_lays_out_no_batch(generator):
+    """What is kept is of the size of the table, whatever the batch, and for all of them the same."""
+    plan = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 301))
+    for batch in (2, 20000):
+        x, c, u = testing.sample((3, batch, 2), torch.float32, generator).unbind(0)
+        for w in (0.5, 0.5, 1.5, torch.full((batch,), 2.0)):
+            short = plan.step(7, x, c, u, w)[0]
+            assert torch.equal(short, plan.step(torch.tensor(7), x, c, u, w)[0])
+    (kept,) = plan._rows.values()
+    tensors = *kept.run, kept.guidance, *(kept.kept[1] or ())
+    assert sum(one.untyped_storage().nbytes() for one in tensors[:3]) <= 2 * plan.table.untyped_storage().nbytes()
+    assert all(one.shape[0] == 1 for one in tensors[3:])
+
+
+def test_the_short_way_sees_a_table_that_changed(generator):
+    """In place, under inference mode or not."""
+    x, c, u = testing.sample((3, BATCH, 50), torch.float32, generator).unbind(0)
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            plan = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11))
+            before = plan.step(2, x, c, u, 0.5)[0]
+            assert torch.equal(before, plan.step(torch.tensor(2), x, c, u, 0.5)[0])
+    plan = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11))
+    plan.step(2, x, c, u, 0.5)
+    plan.table.mul_(2)
+    torch.testing.assert_close(plan.step(2, x, c, u, 0.5)[0], 2 * before)
+
+
+def test_an_infinite_omega_is_so_in_its_column_alone(generator):
+    x = testing.sample((BATCH, 5), torch.float32, generator)
+    infinite = torch.full((BATCH,), torch.inf)
+    for at in (1, torch.tensor(1)):
+        for omega in (torch.inf, torch.inf, infinite):
+            found = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11)).step(at, x, x + 1, x, omega)[0]
+            assert found.isposinf().all()
+
+
+def test_one_rule_for_omega():
+    """By an int or by a tensor: a number or [B]."""
+    plan, x = plan_of(), torch.ones(3, 4)
+    for at in (0, torch.tensor(0)):
+        with pytest.raises(ValueError, match=r"StepPlan.step: `omega` has shape \[\], expected \[B\] = \[3\]"):
+            plan.step(at, x, x, x, torch.tensor(1.0))
+
+
+def test_no_more_is_kept_than_a_plan_remembers():
+    x = torch.ones(3, 4)
+    deep = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11))
+    for at in (3, torch.tensor(3)):
+        with pytest.raises(ValueError, match="`kept` is a tuple of 3, expected at most two, the newest first"):
+            deep.step(at, x, x, kept=(x, x, x))
+        with pytest.raises(ValueError, match="`kept` is a tuple of 2, expected at most one: this plan is not `deep`"):
+            plan_of().step(at, x, x, kept=(x, x))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_by_an_int_compiles_whole(device, generator):
+    x, c, u, kept = testing.sample((4, BATCH, 50), torch.float32, generator).to(device).unbind(0)
+    plan, omega = plan_of().to(device, torch.float32), OMEGA.to(device)
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    compiled = torch.compile(lambda *given: plan.step(2, *given), fullgraph=True, backend=backend)
+    for found, expected in zip(compiled(x, c, u, omega, kept), plan.step(2, x, c, u, omega, kept), strict=True):
+        torch.testing.assert_close(found, expected)
