@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, impls
 from lgd_kernels.arguments import requires_grad
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients
 from lgd_kernels.ops.combine.api import combine
@@ -74,10 +74,11 @@ def step_with_log_prob(
         checks.noise("step_with_log_prob", churn, noise, seed)
         if seed is not None:
             checks.seed("step_with_log_prob", seed, first_sample, x.shape[0], x)
-        exact = x.dtype == wide and not (torch.is_grad_enabled() and requires_grad(x, cond, uncond, w))
+        asked = impls.transforms_active() or (torch.is_grad_enabled() and requires_grad(x, cond, uncond, w))
         with torch.no_grad():
             x_s, square = _drawn(x, cond, uncond, (a, b, b * w, v), noise, seed, first_sample, impl)
-        square = square * v * v if exact else None
+        x_s = x_s.detach()  # also from forward mode, which no_grad leaves
+        square = square * v * v if x.dtype == wide and not asked else None
     if square is None:
         factors = torch.stack((torch.ones_like(a), -a, -b, -b * w), 1)  # x_s - mean
         columns = 0, 1, 2, (2, 3)

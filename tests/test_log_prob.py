@@ -129,3 +129,19 @@ def test_refuses(generator):
         step_with_log_prob(x, c, u, OMEGA, levels)
     with pytest.raises(ValueError, match=r"`x_s` has shape \[2, 4, 25\]"):
         step_with_log_prob(x, c, u, OMEGA, levels, x_s=x[:2])
+
+
+@pytest.mark.parametrize("drawn", ["noise", "seed"])
+def test_forward_mode_takes_x_s_as_it_was_drawn(drawn, generator):
+    """The derivative in omega at a fixed x_s, as backwards."""
+    x, c, u, levels = problem(generator)
+    options = {"noise": testing.sample(x.shape, torch.float64, generator)} if drawn == "noise" else {"seed": 4}
+    call = lambda w: step_with_log_prob(x, c, u, w, levels, impl="reference", **options)  # noqa: E731
+    (_, score), (moved, slope) = torch.func.jvp(call, (OMEGA,), (torch.ones_like(OMEGA),))
+    assert not moved.any()
+    torch.testing.assert_close(score, call(OMEGA)[1], rtol=1e-12, atol=1e-12)
+    x_s, leaf = call(OMEGA)[0], OMEGA.clone().requires_grad_()
+    expected = torch.autograd.grad(density(x_s, x, c, u, leaf, levels, "x0", 1.0).sum(), leaf)[0]
+    assert expected.abs().min() > 0.1
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.func.jacrev(lambda w: call(w)[1])(OMEGA).diagonal(), expected)
