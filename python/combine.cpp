@@ -43,6 +43,8 @@ void bind_combine(py::module_& module) {
     op.unwritten = op.count - written;
     if (op.count > kMostOutputs || op.read.tensor_count > kMostOutputs)
       throw std::length_error("more outputs or tensors than the kernels have room for");
+    if (size(coefficients, 2) != op.read.count)
+      throw std::invalid_argument("coefficients [B, P, K] of another K than there are columns");
     const int64_t batch = size(outputs, 1), row = Sizes(item(tensors, 0)).row, step = stride(outputs);
     const DType stored = dtype(outputs);
     const int64_t width = stored == DType::f64 ? 8 : stored == DType::f32 ? 4 : 2;

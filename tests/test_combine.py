@@ -328,6 +328,15 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.extension
+def test_the_kernel_refuses_other_columns_than_it_has_coefficients_for():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="coefficients .* of another K than there are columns"):
+        torch.ops.lgd.combine(
+            [x, x], torch.ones(2, 1, 1), [0, -1, 1, -1], None, None, None, None, 0, None, -1e9, 1e9, x.dtype, "cpu"
+        )
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_refuses(case):
     change, error, message = CASES[case]
