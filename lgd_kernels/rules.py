@@ -106,7 +106,7 @@ def cfg_zero_star(m: Pair, omega: Tensor, *, zero: bool | Tensor = False, floor:
     velocity space g = 0 stays at x. diffusers' guidance_scale is 1 + omega.
     """
     q = m.cu / (m.uu + floor)
-    keep = 1.0 - (zero.to(q) if isinstance(zero, Tensor) else float(zero))
+    keep = 1.0 - (zero.to(q.device, q.dtype) if isinstance(zero, Tensor) else float(zero))
     return Guidance(keep * (1 + omega * (1 - q)), keep * omega * q)
 
 

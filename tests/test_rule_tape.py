@@ -71,6 +71,10 @@ def test_every_rule_is_noted(name, generator, monkeypatch):
     monkeypatch.setattr("lgd_kernels.rule_passes.combine", refuse)
     c, u = pair(generator)
     lgd.guided_score(c, u, OMEGA, rule=RULES[name][0])
+    if name == "cfg_zero_star":
+        zero = torch.tensor([True, False, True])
+        found = lgd.guided_score(c, u, OMEGA, rule=functools.partial(RULES[name][0], zero=zero))
+        assert found.flatten(1).any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.extension
