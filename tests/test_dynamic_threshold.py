@@ -109,6 +109,17 @@ def test_ties_and_constants(target):
         check(target, x0, quantile=quantile)
 
 
+def test_a_bound_beyond_the_dtype_is_none(target):
+    x0 = torch.tensor([[-4.0, 0.5, 1.0, 2.0]], device=target.device, requires_grad=True)
+    for impl in (target.impl, "reference"):
+        for bound in (1e39, 1e308):
+            found = lgd.dynamic_threshold(x0, quantile=0.7, max_value=bound, impl=impl)
+            expected = lgd.dynamic_threshold(x0, quantile=0.7, impl=impl)
+            assert torch.equal(found, expected)
+            grads = [torch.autograd.grad(one.square().sum(), x0)[0] for one in (found, expected)]
+            assert torch.equal(*grads)
+
+
 def test_what_is_not_finite(target):
     """A NaN makes its sample NaN; infinities above the quantile are clipped, one that is the quantile leaves zeros."""
     inf = math.inf

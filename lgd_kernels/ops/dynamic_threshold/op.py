@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ _library.define(  # order: the two elements that the quantile lies between, [B, 
 
 def dynamic_threshold(x0: Tensor, quantile: float, max_value: float, impl: str | None) -> Tensor:
     """The differentiable op."""
+    if max_value > torch.finfo(arithmetic_dtype(x0)).max:
+        max_value = math.inf  # the same, to these numbers
     if impls.through_reference("dynamic_threshold", impl):
         return reference.dynamic_threshold(x0, quantile, max_value)
     if torch.is_grad_enabled() and requires_grad(x0):
