@@ -62,6 +62,8 @@ def test_the_floor_lets_nothing_further_down_and_all_come_up():
     assert each.tolist() == slope.tolist()
     _, tangent = torch.func.jvp(above_zero, (value.detach(),), (upstream,))
     assert tangent.tolist() == [0, 0, 0, 0, 3, -3]
+    (slope,) = torch.autograd.grad(above_zero(value), value, torch.full_like(value, torch.nan))
+    assert slope.isnan().all()
 
 
 @pytest.mark.parametrize("make", [lambda: OmegaNetwork(FLOW), lambda: Constant(1.0), lambda: ClampLinear(1.0, 0.0)])

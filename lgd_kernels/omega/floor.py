@@ -38,7 +38,7 @@ class _AboveZero(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (value,) = ctx.saved_tensors
-        return torch.where((value > 0) | (upstream < 0), upstream, 0.0)
+        return torch.where((value > 0) | ~(upstream >= 0), upstream, 0.0)  # a NaN stays
 
     @staticmethod
     def jvp(ctx, tangent):
