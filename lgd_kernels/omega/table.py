@@ -105,7 +105,8 @@ class TableModule(nn.Module):
     """An `OmegaTable` whose values are learned by gradient descent, as `Trainer` does with a table.
 
     Values have to stay at 0 or above, and a value that a ReLU had cut off there would never come back. So nothing is
-    cut off in the forward; `project` puts values below 0 back to 0, after each update.
+    cut off in the forward; `project` puts values below 0 back to 0, after each update. Give the optimizer a
+    `weight_decay` of 0 (`AdamW` has 0.01): it draws every value to 0, also those that no batch has read.
 
     Args:
         table: where it starts; its values are copied.
