@@ -101,8 +101,8 @@ class StepPlan:
         if len(history) > 1 and len(history) > 1 + self.deep:
             most = "two, the newest first" if self.deep else "one: this plan is not `deep`"
             raise ValueError(f"StepPlan.step: `kept` is a tuple of {len(history)}, expected at most {most}")
-        given = x, omega, cond, uncond, noise, *history
-        if seed is None and isinstance(index, int) and step_rows.fits(self.table, *given):
+        short = seed is None and isinstance(index, int)
+        if short and step_rows.fits(self.table, x, omega, cond, uncond, noise, *history):
             found = step_rows.step(self, index, x, cond, uncond, omega, history, noise, impl)
             return self._and_kept(found.unbind(0), history)
         tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]

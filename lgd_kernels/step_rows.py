@@ -20,12 +20,14 @@ class Rows:
 
     def __init__(self, table: Tensor, guided: bool, depth: int, noise: bool, like: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            table = table.to(like) if table.ndim == 4 else table.to(like)[:, None]
+            shared = table.ndim == 3
+            table = table.to(like)[:, None] if shared else table.to(like)
             factors = [0, 1, *([1] if guided else []), *(2, 4)[:depth], *([3] if noise else [])]
             fixed, share = table[..., factors], table[..., 1:2].clone()
             self.guidance = torch.arange(len(factors), device=fixed.device).eq(2) & guided
             if guided:
                 fixed[..., 2] = 0.0
+            self.shared, self.batch = shared, fixed.shape[1]
             self.run, self.steps = (fixed, share), list(zip(fixed.unbind(0), share.unbind(0), strict=True))
             self.kept = 0.0, fixed.unbind(0)  # omega, and all coefficients with it
         names = [0, 1, *([(1, 2)] if guided else [])]
@@ -58,23 +60,21 @@ def fits(table: Tensor, x: Tensor, omega: float | Tensor | OmegaLookup, *others:
     weights = omega if isinstance(omega, tuple) else (omega,) if isinstance(omega, Tensor) else ()
     if table.requires_grad or not impls.direct(x, *weights, *others) or impls.transforms_active():
         return False
-    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not x.is_cuda or not torch.cuda.is_current_stream_capturing()
 
 
-def rows(plan, batch: int, guided: bool, depth: int, noise: bool, device: torch.device, dtype: torch.dtype) -> Rows:
+def rows(plan, x: Tensor, guided: bool, depth: int, noise: bool, dtype: torch.dtype) -> Rows:
     """Of a plan, kept with it: for what its table holds now, and for each CUDA stream, as none waits for another."""
     table = plan.table
-    if table.ndim == 4 and table.shape[1] != batch:
-        raise ValueError(f"{OP}: `x` has {batch} samples, expected {table.shape[1]}, as the plan's times")
     kept = plan.__dict__.setdefault("_rows", {})
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     version = 0 if table.is_inference() else table._version
-    key = guided, depth, noise, device, dtype, version, stream
+    key = guided, depth, noise, x.device, dtype, version, stream
     found = kept.get(key)
     if found is None:
         if len(kept) >= MOST:
             kept.clear()
-        found = kept[key] = Rows(table, guided, depth, noise, torch.empty(0, dtype=dtype, device=device))
+        found = kept[key] = Rows(table, guided, depth, noise, x.new_empty(0, dtype=dtype))
     return found
 
 
@@ -100,13 +100,15 @@ def step(
     checks.samples(OP, **named)
     tensors = list(named.values())
     wide = widest(*[tensor.dtype for tensor in tensors])
-    found = rows(plan, x.shape[0], uncond is not None, len(history), noise is not None, x.device, wide)
+    found, batch = rows(plan, x, uncond is not None, len(history), noise is not None, wide), x.shape[0]
+    if not found.shared and found.batch != batch:
+        raise ValueError(f"{OP}: `x` has {batch} samples, expected {found.batch}, as the plan's times")
     if index not in found.checked:
         plan._check(index, len(history), noise, None)
         found.checked.add(index)
     if uncond is not None:
         checks.omega(OP, omega, "x", x)
     coefficients = found.at(index, omega if uncond is not None else 0.0)
-    if coefficients.shape[0] != x.shape[0]:
-        coefficients = coefficients.expand(x.shape[0], -1, -1)
+    if found.batch != batch:
+        coefficients = coefficients.expand(batch, -1, -1)
     return op.combined(tensors, coefficients, found.columns, impl)
