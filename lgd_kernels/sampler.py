@@ -64,7 +64,8 @@ def sample(
         if seed is None:
             raise ValueError("sample: the plan adds noise to its first sample; pass seed=...")
         ones = torch.ones(batch, 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        x = combine((x,), ones, noise_scale=plan.start, seed=seed_of(seed, steps), first_sample=first_sample, impl=impl)
+        start = plan.start.to(x.device) if isinstance(plan.start, Tensor) else plan.start
+        x = combine((x,), ones, noise_scale=start, seed=seed_of(seed, steps), first_sample=first_sample, impl=impl)
     kept = None
     for i, t in enumerate(plan.times):
         times = t.to(x.device).expand(batch)

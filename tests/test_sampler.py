@@ -63,6 +63,20 @@ def test_a_limited_interval_leaves_the_network_out(generator):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_plan_and_its_start_are_taken_to_the_data(target, generator):
+    """A start of its own for each sample, left on the CPU with the rest of the plan."""
+    x = testing.sample((2, 30), torch.float32, generator).to(target.device)
+    sigmas = torch.linspace(80, 1, 5)[:, None] * torch.tensor([1.0, 0.5])
+    plan = solvers.edm_euler(sigmas, s_churn=1.0)
+    assert plan.start.shape == (2,)
+    condition = torch.zeros((), device=target.device)
+    found, expected = (
+        sample(lambda x, t, c: 0 * x + c, x, one, condition, seed=1, impl=target.impl)
+        for one in (plan, plan.to(target.device))
+    )
+    assert torch.equal(found, expected)
+
+
 def test_a_seed_of_its_own_for_each_sample(generator):
     """Its noise does not depend on its place in the batch; a batch that is split draws what the whole one does."""
     x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
