@@ -17,7 +17,9 @@ NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 # Machine code for Ampere to Blackwell, and PTX that later GPUs compile for themselves.
 ARCHITECTURES = os.environ.get("LGD_CUDA_ARCH", "80;90;100;120").split(";")
 
-ParallelCompile(default=0).install()  # as many files at once as there are cores
+JOBS = int(os.environ.get("LGD_BUILD_JOBS", 0))  # files at once; 0: as many as there are cores
+
+ParallelCompile(default=JOBS).install()
 warnings = ["-Wall", "-Wextra"]
 # No -march: each row loop carries its own instruction sets (csrc/common/scalar.h). FMA contraction is said aloud.
 arithmetic = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
@@ -35,7 +37,8 @@ class BuildExtensions(build_ext):
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
         targets.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
         includes = [f"-I{path}" for path in self.compiler.include_dirs + extension.include_dirs]
-        common = [NVCC, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", *includes]
+        at_once = "--threads=1" if JOBS else "--threads=0"  # of one file's architectures
+        common = [NVCC, "-std=c++17", "-O3", at_once, "-Xcompiler=-fPIC,-fvisibility=hidden", *includes]
         common.append(f'-DLGD_NVCC="{nvcc_version()}"')
 
         def compiled(source):
@@ -43,7 +46,7 @@ class BuildExtensions(build_ext):
             self.run_nvcc([*common, *(targets if source.endswith(".cu") else []), "-c", source, "-o", made])
             return made
 
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(JOBS or os.cpu_count()) as threads:
             objects = list(threads.map(compiled, extension.sources))
         out = Path(self.get_ext_fullpath(extension.name))
         out.parent.mkdir(parents=True, exist_ok=True)
