@@ -219,10 +219,12 @@ def test_a_folder_of_images(capsys):
     Path("photos/notes.txt").write_text("not a class")
     said = refused(capsys, data="photos", model="my_model:images")
     assert "have different sizes; pass --size N" in said
-    run = learn(
-        "--omega", "table", "--size", "4", "--knots", "3", "--batch", "16", data="photos", model="my_model:images"
-    )
-    assert run == 0
+    given = ["--omega", "table", "--size", "4", "--knots", "3", "--batch", "16"]
+    Path("others/fox").mkdir(parents=True)
+    Path("others/fox/1.png").write_bytes(Path("photos/cat/1.png").read_bytes())
+    said = refused(capsys, *given, "--held-out", "others", data="photos", model="my_model:images")
+    assert "its classes are ['fox'], expected ['cat', 'dog']" in said
+    assert learn(*given, data="photos", model="my_model:images") == 0
     omega = load("out/omega.safetensors")
     assert omega.values.shape == (2, 3, 3) and (omega.values - 1).abs().max() < 0.1
 
