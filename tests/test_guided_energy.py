@@ -131,8 +131,11 @@ def test_a_batch_may_be_split(target, generator):
         data = (one[items] for one in (x, cond, uncond, omega))
         return guided_energy(target, *data, levels, y, churn=0.5, seed=3, first_sample=first).cpu()
 
-    whole = part(slice(None), 10)
-    assert torch.equal(whole, torch.cat((part(slice(2), 10), part(slice(2, None), 12))))
+    whole, halves = part(slice(None), 10), torch.cat((part(slice(2), 10), part(slice(2, None), 12)))
+    if target.impl in ("reference", None):  # PyTorch's sums may go in another order for another size
+        torch.testing.assert_close(whole, halves, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(whole, halves)
 
 
 def test_one_seed_shares_no_noise_between_particles_and_targets(target):

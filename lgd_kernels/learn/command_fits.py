@@ -107,8 +107,6 @@ def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Te
         "",
         f"best constant {constant:.4g}; best interval {weight:.4g} on ({low:.4g}, {high:.4g}], times of the schedule",
     ]
-    if args.omega == "network" and torch.equal(learned, losses["unguided"]):
-        lines += ["the network is 0 at every held-out draw: by this loss nothing is gained by guiding"]
     path = args.out / "omega.safetensors"
     drawn = args.out / "omega.png"
     lines += [f"omega: {path}", *([f"picture: {drawn}"] if drawn.exists() else []), ""]

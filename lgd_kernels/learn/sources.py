@@ -104,7 +104,7 @@ class Images(Dataset):
         except ImportError as error:
             raise ValueError(f"--data: images are read with Pillow: pip install pillow ({error})") from error
         self.open, self.size = Image.open, size
-        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
         found = [
             (path, label)
             for label, name in enumerate(self.classes)
@@ -177,10 +177,13 @@ def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: 
         found, expected = (tuple(one.shape[1:] for one in first(source)) for source in (other, data))
         if found != expected:
             raise ValueError(f"--held-out: items have shapes {found}, expected {expected}, those of --data") from None
+        names, expected = (getattr(source, "classes", None) for source in (other, data))
+        if names != expected:
+            raise ValueError(f"--held-out: its classes are {names}, expected {expected}, those of --data") from None
         return data, _part(other, torch.randperm(size_of(other), generator=generator)[:most])
     order = torch.randperm(size_of(data), generator=generator)
-    cut = min(most, max(1, round(share * len(order))))
-    if not 0 < share < 1 or cut >= len(order):
+    cut = min(most, max(1, round(share * len(order)))) if 0 < share < 1 else len(order)
+    if cut >= len(order):
         raise ValueError(
             f"--held-out is {held_out} of {len(order)} items, expected a share that leaves some on each side"
         )

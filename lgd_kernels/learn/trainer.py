@@ -35,8 +35,7 @@ class Trainer:
     Args:
         omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`: a network, or one of `lgd_kernels.omega.forms`.
             It is trained in place; `trainer.ema` is its average. An `OmegaTable` is copied into a `TableModule`:
-            `trainer.ema.table()` is the table again. A module's own `project()`, where it has one, is called after
-            each update.
+            `trainer.ema.table()` is the table again.
         frozen: the denoiser, on the same device.
         data: `(x0 [N, ...], c [N, ...])`, or a dataset of pairs (x0, c).
         settings: see `Settings`.
@@ -132,7 +131,7 @@ class Trainer:
         if not math.isfinite(float(loss) + float(norm)):
             raise NotFinite(self._seen(particles, omega, each, norm))
         self.optimizer.step()
-        if hasattr(self.omega, "project"):
+        if isinstance(self.omega, TableModule):
             self.omega.project()
         self._average()
         self.step += 1
