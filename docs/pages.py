@@ -16,7 +16,7 @@ BESIDE = (
     "schedules levels philox rules rule_state solvers sampler log_prob metrics impls "
     "omega.table omega.network omega.forms omega.files "
     "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward "
-    "learn.fit learn.trainer learn.distributed "
+    "learn.fit learn.trainer learn.batches learn.logs learn.distributed progress "
     "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion integrations.comfyui"
 ).split()
 

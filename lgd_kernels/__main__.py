@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import sys
 
-USAGE = """usage: python -m lgd_kernels info            what is built and what runs here, and why not what does not
+USAGE = """usage: python -m lgd_kernels info            what was built, what runs here, and why the rest does not
        python -m lgd_kernels demo digits     learn guidance weights on handwritten digits (--help for options)
        python -m lgd_kernels demo mixture    the same where all is known: a mixture of Gaussians in the plane
        python -m lgd_kernels learn           learn omega for a model and data of your own (--help for options)"""

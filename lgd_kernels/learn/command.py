@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--hidden", type=int, default=64, help="width of the network")
     add("--knots", type=int, default=11, help="of the table, in s and in t")
     add("--items", type=int, default=8192, help="that are predicted for the fits; the best constant and interval, "
-        "which the network is compared with, come from these too")  # fmt: skip
+        "which the network is compared with, come from these too, or with --cache from the cached items")  # fmt: skip
     add("--beta", type=float, default=1.75, help="power of the distance in the loss")
     add("--lam", type=float, default=1.0, help="weight of the repulsion between particles")
     add("--churn", type=float, default=1.0, help="of the step in the loss: 1 adds DDPM's noise, 0 none")
@@ -79,7 +79,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch", type=int, default=OURS.batch, help="items of an update, over all processes")
     add("--lr", type=float, default=OURS.lr, help="learning rate of AdamW")
     add("--ema", type=float, default=0.99, help="decay of the average of the network's weights")
-    add("--cache", type=int, default=0, help="predict this many items once and learn from these; 0 predicts each batch")
+    add("--cache", type=int, default=0, help="predict this many items once and train the network on these; "
+        "0 predicts each batch")  # fmt: skip
     add("--reward", help="MODULE:NAME, R(x0 [N, ...], c [N, ...]) -> [N], to add to the network's loss")
     add("--gamma", type=float, default=0.0, help="weight of the reward")
     add("--black-box", action="store_true", help="the reward has no gradient")

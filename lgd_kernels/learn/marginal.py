@@ -47,7 +47,7 @@ def marginal_loss(
         targets: k of each item; as many as particles by default.
         process_group: of processes that hold a part of the items each, drawn with `first_sample`, and `group` counted
             over all: L is that of all items, and `backward` gives its gradient to this process's own.
-        impl: "cpu" or "reference"; None chooses.
+        impl: "triton", "cpu" or "reference"; None chooses.
 
     Returns `[G]`, float32 (float64 where data are), differentiable in omega: any number of times, with a process group
     once. Groups of unequal sizes are filled up to the largest with samples of weight 0, which cost time and memory.

@@ -15,7 +15,7 @@ def particle_energy(
     """Energy loss of m guided particles against k re-noised targets, one value per item: the plain formula.
 
     Where particles come by one `guided_step`, `lgd_kernels.guided_energy` takes the step and draws noise and targets
-    in the same pass. This is for particles that come otherwise: after several steps, or from another solver.
+    in the same pass. This is for particles made some other way: by several steps, or by another solver.
 
         L_i = 1/(m k) sum_jk ||x_s^j - y^k||^beta  -  lam/2 * 1/(m (m-1)) sum_{j != j'} ||x_s^j - x_s^j'||^beta
 

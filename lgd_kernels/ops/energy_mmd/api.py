@@ -53,8 +53,8 @@ def energy_mmd(
         target_term: False leaves out the terms within y, which do not depend on x.
         precision: how squared distances are formed on the CPU. "direct": from differences. "product":
             ||x||^2 + ||y||^2 - 2 <x, y>, by a matrix product, of samples about the mean of y where norms are smaller
-            there. None takes "direct" for D <= 64; beyond, products, but for pairs closer than a tenth of their norms,
-            which get differences.
+            there. None takes "direct" for D <= 64 or at most 64 x 64 pairs; beyond, products, but for pairs closer than
+            a tenth of their norms, which get differences.
         group: a `torch.distributed.ProcessGroup` (`torch.distributed.group.WORLD`) whose processes each hold a part of
             the samples, of any size, even none. Each calls with its part of x and y and gets the value for all samples
             together, the same bits everywhere, and `backward` gives its part of that value's gradient: nothing is
@@ -63,7 +63,7 @@ def energy_mmd(
             of pairs, from (0, total) to (total, total); with a group, of this process's share. The pairs are then
             taken some rows at a time, and the result may differ by the rounding of a sum. What the function raises
             ends the call. Not heard of under torch.compile, vmap, jvp and func.grad.
-        impl: "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
+        impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns a number, 0-dim (`[B]` if batched), float32 (float64 where a tensor is). Sums of blocks go on in float64.
     Same inputs, same bits, on any thread count ("product": as far as torch's own matrix product keeps to that).
