@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
+THREADS = "threads of PyTorch (default: its own choice)"
 
-def parser(name: str, doc: str, seeds: int) -> argparse.ArgumentParser:
-    """With the options that every demo has; `seeds` is the default of --seeds."""
+
+def parser(name: str, doc: str, seeds: int, threads: str = THREADS) -> argparse.ArgumentParser:
+    """With the options that every demo has; `seeds` is the default of --seeds, `threads` what --threads does."""
     found = argparse.ArgumentParser(prog=f"python -m lgd_kernels demo {name}", description=doc.splitlines()[0])
     found.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for report and metrics")
     found.add_argument("--seeds", type=int, default=seeds, help=f"how many seeds, from 0 (default {seeds})")
-    found.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    found.add_argument("--threads", type=int, help=threads)
     found.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures mean nothing")
     return found
 
