@@ -115,14 +115,14 @@ int group_columns(const Columns& read, const E* const* tensors, const S* coeffic
   return plain_groups > apart ? plain_groups : apart;
 }
 
-// How many elements at a time: more where nothing passes through buffers, neither tensors nor sums of several groups.
+// How many elements at a time: more where nothing passes through buffers, neither tensors nor sums of several groups,
+// and nothing is read twice, for a second output, which should still find it in the first-level cache.
 template <class E>
 int64_t together(const Combine& op) {
   int plain = 0, apart = 0;
   for (int k = 0; k < op.read.count; ++k) ++(op.read.columns[k].minus < 0 ? plain : apart);
-  bool in_place = !op.noise_scale.data && plain <= kPlain && apart <= 1 && op.read.all(dtype_of<E>());
-  for (int p = 0; p < op.count; ++p) in_place = in_place && op.outputs[p].dtype == dtype_of<E>();
-  return in_place ? kInPlace : kBlock;
+  bool in_place = op.count == 1 && !op.noise_scale.data && plain <= kPlain && apart <= 1 && op.read.all(dtype_of<E>());
+  return in_place && op.outputs[0].dtype == dtype_of<E>() ? kInPlace : kBlock;
 }
 
 template <class S>
