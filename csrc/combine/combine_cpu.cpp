@@ -75,6 +75,29 @@ LGD_CLONES void finish(E* out, const S* sums, const Group<E, S>& group, S consta
                                std::make_index_sequence<Plain + 2 * Apart>());
 }
 
+// Both outputs of a step that keeps something: what they are made of is read once.
+template <int Plain, int Apart, class S, size_t... I>
+LGD_INLINE void finish_both_indexed(S* const* outputs, const Group<S, S>* groups, const S* constants, S low, S high,
+                                    int64_t count, std::index_sequence<I...>) {
+  S first[kPlain + 1], second[kPlain + 1];
+  for (int i = 0; i <= kPlain; ++i) first[i] = groups[0].factors[i], second[i] = groups[1].factors[i];
+  const S* const in[] = {groups[0].in[I]...};
+  S *one = outputs[0], *other = outputs[1];
+  const S constant = constants[0], its_constant = constants[1];
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    one[i] = clamped<S>(terms<Plain, Apart, S>(first, in[I][i]...) + constant, low, high);
+    other[i] = clamped<S>(terms<Plain, Apart, S>(second, in[I][i]...) + its_constant, low, high);
+  }
+}
+
+template <int Plain, int Apart, class S>
+LGD_CLONES void finish_both(S* const* outputs, const Group<S, S>* groups, const S* constants, S low, S high,
+                            int64_t count) {
+  finish_both_indexed<Plain, Apart>(outputs, groups, constants, low, high, count,
+                                    std::make_index_sequence<Plain + 2 * Apart>());
+}
+
 template <class S>
 LGD_CLONES void begin(S* sums, S constant, S scale, const float* z, int64_t count) {
   map<S>(sums, count, [=](S z) LGD_LAMBDA { return constant + scale * z; }, z);
@@ -115,14 +138,14 @@ int group_columns(const Columns& read, const E* const* tensors, const S* coeffic
   return plain_groups > apart ? plain_groups : apart;
 }
 
-// How many elements at a time: more where nothing passes through buffers, neither tensors nor sums of several groups,
-// and nothing is read twice, for a second output, which should still find it in the first-level cache.
+// Whether nothing passes through buffers, neither tensors nor sums of several groups.
 template <class E>
-int64_t together(const Combine& op) {
+bool in_place(const Combine& op) {
   int plain = 0, apart = 0;
   for (int k = 0; k < op.read.count; ++k) ++(op.read.columns[k].minus < 0 ? plain : apart);
-  bool in_place = op.count == 1 && !op.noise_scale.data && plain <= kPlain && apart <= 1 && op.read.all(dtype_of<E>());
-  return in_place && op.outputs[0].dtype == dtype_of<E>() ? kInPlace : kBlock;
+  bool found = !op.noise_scale.data && plain <= kPlain && apart <= 1 && op.read.all(dtype_of<E>());
+  for (int p = 0; p < op.count; ++p) found = found && op.outputs[p].dtype == dtype_of<E>();
+  return found;
 }
 
 template <class S>
@@ -145,12 +168,29 @@ void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t la
     constants[p] = read.inside(sample) ? op.constant.at<S>(at) : S(NAN);
     scales[p] = op.noise_scale.at<S>(at);
   }
-  const int64_t block = Moments ? kBlock : together<E>(op);
+  const bool whole = !Moments && in_place<E>(op);
+  const bool both = std::is_same<E, S>::value && whole && op.count == 2;
+  const int64_t block = whole && (op.count == 1 || both) ? kInPlace : kBlock;  // what is read again should be near
   for (int64_t at = first; at < last; at += block) {
     const int64_t count = last - at < block ? last - at : block;
     const E* tensors[kMostOutputs];
     for (int n = 0; n < read.tensor_count; ++n)
       tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
+    if constexpr (std::is_same<E, S>::value && !Moments)
+      if (both) {
+        Group<E, S> groups[2][kMostTensors] = {};
+        E* outputs[2];
+        for (int p = 0; p < 2; ++p) {
+          group_columns(read, tensors, coefficients[p], groups[p]);
+          outputs[p] = open_block(op.outputs[p], sample, at, buffers[kMostOutputs]);
+        }
+        const Group<E, S> first[2] = {groups[0][0], groups[1][0]};
+        with_group(first[0].plain, first[0].apart, [&](auto plain, auto apart) {
+          finish_both<decltype(plain)::value, decltype(apart)::value>(outputs, first, constants, S(op.low), S(op.high),
+                                                                      count);
+        });
+        continue;
+      }
     const E* outputs[kMostOutputs];
     if (op.noise_scale.data) philox_fill(drawn, count, at, op.seed.key(sample), op.seed.index(sample), kStreamStep);
     for (int p = 0; p < op.count; ++p) {
