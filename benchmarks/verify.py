@@ -59,7 +59,7 @@ class Verifier:
                 self.within(variant.tolerance, name, k, t)
             elif name in self.workload.terms or k.shape != self.upstream.shape:
                 # torch.cdist adds up a row in float32, one element after the other; its error is in the table
-                testing.assert_sum(k, t, self.terms(name) * (1 if variant.ours else 16))
+                testing.assert_sum(k, t, self.terms(name) * (1 if variant.ours else 64))
             else:
                 testing.assert_elementwise(k, r, t, slack)
             errors.append(((k.double() - t).abs().max() / t.abs().max()).item())
