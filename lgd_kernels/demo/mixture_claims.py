@@ -50,6 +50,18 @@ def verdict(value: dict, above: bool = False) -> str:
     return HOLDS if high < 0 else DOES_NOT if low > 0 else OPEN
 
 
+COMPARED = (  # for each wrong denoiser: the claim is that the first is better
+    ("a wrong denoiser gains by guidance: some constant is better than none", "constant", "unguided"),
+    ("learned omega is better than none", "learned", "unguided"),
+    ("a limited interval is better than a constant", "interval", "constant"),
+    ("learned omega is better than the best constant", "learned", "constant"),
+    ("learned omega is better than the best limited interval", "learned", "interval"),
+    ("learned omega is better than settings searched for each class alone", "learned", "per class"),
+    ("learned omega is better than the constant with the least loss", "learned", "loss constant"),
+    ("lam = 1 is better than the L2 loss, both as fitted tables", "fitted", "L2"),
+)
+
+
 def claims(seeds: list[dict], config: dict) -> list[dict]:
     """Rows {"claim", "denoiser", "what", "value" (a spread), "verdict"}."""
     rows = []
@@ -77,22 +89,9 @@ def claims(seeds: list[dict], config: dict) -> list[dict]:
     row("the L2 loss guides it all the same, by signal_t A / B", "exact", "found / formula, least squares", bias,
         around(bias, 1.0))  # fmt: skip
     better("... and makes its samples worse", "exact", "L2", "unguided", above=True)
-    for name in WRONG:
-        better("a wrong denoiser gains by guidance: some constant is better than none", name, "constant", "unguided")
-    for name in WRONG:
-        better("learned omega is better than none", name, "learned", "unguided")
-    for name in WRONG:
-        better("a limited interval is better than a constant", name, "interval", "constant")
-    for name in WRONG:
-        better("learned omega is better than the best constant", name, "learned", "constant")
-    for name in WRONG:
-        better("learned omega is better than the best limited interval", name, "learned", "interval")
-    for name in WRONG:
-        better("learned omega is better than settings searched for each class alone", name, "learned", "per class")
-    for name in WRONG:
-        better("learned omega is better than the constant with the least loss", name, "learned", "loss constant")
-    for name in WRONG:
-        better("lam = 1 is better than the L2 loss, both as fitted tables", name, "fitted", "L2")
+    for claim, one, other in COMPARED:
+        for name in WRONG:
+            better(claim, name, one, other)
     for name in WRONG:
         gap = of(name, lambda d: d["chosen"]["loss constant"] - d["chosen"]["constant"])
         row("loss and whole runs agree on the best constant", name, "omega by loss − omega by runs", gap, around(gap))

@@ -52,7 +52,8 @@ def marginal_loss(
     Returns `[G]`, float32 (float64 where data are), differentiable in omega: any number of times, with a process group
     once. Groups of unequal sizes are filled up to the largest with samples of weight 0, which cost time and memory.
 
-    Raises TypeError or ValueError, naming the argument.
+    Raises TypeError or ValueError, naming the argument. With a process group an error of one process leaves the others
+    waiting until the group's timeout.
 
     Source: arXiv 2510.00815, Eq. 9, before it is conditioned on x0.
 
