@@ -92,5 +92,5 @@ WORKLOADS = [
     workload(2000, 2, torch.float32, quick=True),
     workload(5000, 2, torch.float32),
     workload(5000, 64, torch.float32),
-    workload(3000, 2048, torch.float32, backward=()),
+    workload(10000, 2048, torch.float32, backward=()),
 ]

@@ -1,7 +1,10 @@
 #include "../csrc/energy_mmd/energy_mmd.h"
 
+#include <atomic>
 #include <optional>
+#include <thread>
 
+#include "../csrc/common/aligned.h"
 #include "arguments.h"
 #include "parallel.h"
 
@@ -10,7 +13,9 @@ namespace py = pybind11;
 namespace lgd {
 namespace {
 
-constexpr int64_t kMostSlabs = 16, kMostDoubles = int64_t(1) << 23;  // of gradients in parts: 64 MiB
+constexpr int64_t kSmall = 1 << 20;             // pairs, times what one costs, that one thread does alone
+constexpr int64_t kTasks = 32, kMostTiles = 4;  // blocks wanted on a side, and the longest; as many bytes in one:
+constexpr int64_t kBlockBytes = 1 << 18;        // points and their gradients stay near a core while others pass by
 
 struct Mmd {
   int64_t batch, n, k, dimension;
@@ -23,18 +28,20 @@ struct Mmd {
 
 int64_t tiles_of(int64_t count) { return (count + kMmdTile - 1) / kMmdTile; }
 
-// A set of points in tiles, and, where wanted, gradients to them in as many parts as there are slabs.
+// A set of points in tiles, and, where wanted, their gradients, in one or several parts.
 template <class S>
 struct Set {
   int64_t count, dimension, tiles;
-  std::vector<S> packed, weights;
-  std::vector<double> parts;
-  double sum = 0, squares = 0;  // of the weights
+  Aligned<S> packed, weights;
+  Aligned<double> gradients;
+  std::vector<std::atomic<int64_t>> done;  // [part, block]: rounds that a block has been in
+  double sum = 0, squares = 0;             // of the weights
 
   int64_t padded() const { return tiles * kMmdTile * dimension; }
+  int64_t blocks(int64_t width) const { return (tiles + width - 1) / width; }
   Points<S> points() const { return {packed.data(), weights.data(), count, dimension}; }
-  double* part(int64_t slab, int64_t tile) {
-    return parts.empty() ? nullptr : parts.data() + slab * padded() + tile * kMmdTile * dimension;
+  double* gradient(int64_t part, int64_t tile) {
+    return gradients.empty() ? nullptr : gradients.data() + part * padded() + tile * kMmdTile * dimension;
   }
   double pairs(bool unbiased) const { return sum * sum - (unbiased ? squares : 0); }
 
@@ -43,7 +50,7 @@ struct Set {
     weights.assign(tiles * kMmdTile, S(0));
     const S* from = static_cast<const S*>(rows) + item * count * dimension;
     const S* own = given ? static_cast<const S*>(given) + item * count : nullptr;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && padded() > kSerial)
     for (int64_t tile = 0; tile < tiles; ++tile)
       mmd_pack(from, count, dimension, tile, packed.data() + tile * kMmdTile * dimension);
     sum = squares = 0;
@@ -53,66 +60,107 @@ struct Set {
       squares += double(weights[i]) * double(weights[i]);
     }
   }
+  void begin(int64_t parts, int64_t width, bool wanted) {
+    done = std::vector<std::atomic<int64_t>>(parts * blocks(width));
+    if (wanted) gradients.assign(parts * padded(), 0.0);
+  }
   // The parts are added up in order.
-  void finish(void* gradient, int64_t item, int64_t slabs, int threads) {
-    if (!gradient) return;
-    S* to = static_cast<S*>(gradient) + item * count * dimension;
-    const int64_t length = kMmdTile * dimension;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  void finish(void* to, int64_t item, int threads) {
+    if (!to) return;
+    S* rows = static_cast<S*>(to) + item * count * dimension;
+    const int64_t length = kMmdTile * dimension, parts = int64_t(gradients.size()) / padded();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && padded() > kSerial)
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      double* total = part(0, tile);
-      for (int64_t slab = 1; slab < slabs; ++slab)
-        for (int64_t i = 0; i < length; ++i) total[i] += part(slab, tile)[i];
-      mmd_unpack(total, count, dimension, tile, to);
+      double* total = gradient(0, tile);
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = 0; i < length; ++i) total[i] += gradient(part, tile)[i];
+      mmd_unpack(total, count, dimension, tile, rows);
     }
   }
 };
 
-// Tiles of rows are dealt to slabs in turn; a slab has sums and gradients of its own, and how many there are depends on
-// the sizes alone, so that results do not depend on the threads.
+// The pairs of two sets, or within one (then those with i < j, and, where `itself`, half of those with i = j), a block
+// of tiles with another at a time, in rounds: no two of a round have a block in common, and a block is done with a
+// round before it is in the next. So each gradient has one writer at a time, and what is added to it comes in the order
+// of the rounds, whatever the threads; and a thread that wakes up late is waited for by nobody. A set y of few blocks
+// has a part of its gradient for each stretch of x.
+template <class S>
+struct Pairs {
+  const MmdKernel& kernel;
+  Set<S>&x, &y;
+  double coefficient;
+  bool itself;
+  int64_t width, stretches, before;  // rounds that the sets have been in
+  int64_t rows = x.blocks(width), columns = y.blocks(width), length = (rows + stretches - 1) / stretches;
+  int64_t rounds = std::max(length, columns);
+  std::vector<double> sums = std::vector<double>(rows);
+  std::atomic<int64_t> next{0};
+
+  // By every thread.
+  void work() {
+    if (coefficient == 0) return;
+    const int64_t tasks = stretches * rounds;
+    for (int64_t task; (task = next++) < rounds * tasks;) {
+      const int64_t round = task / tasks, stretch = task % tasks / rounds, own = task % rounds;
+      const int64_t i = stretch * length + own, j = (same() ? round + rounds - own : round + own) % rounds;
+      if (same() && j < i) continue;  // the same pair comes as (j, i)
+      std::atomic<int64_t>* row = own < length && i < rows ? &x.done[i] : nullptr;
+      std::atomic<int64_t>* column = j < columns ? &y.done[stretch * columns + j] : nullptr;
+      // tasks are begun in order, so that what is waited for is under way
+      for (const auto* of : {row, column})
+        while (of && of->load(std::memory_order_acquire) < before + round) std::this_thread::yield();
+      if (row && column) sums[i] += block(i, j, stretch);
+      for (auto* of : {row, column})
+        if (of) of->store(before + round + 1, std::memory_order_release);
+    }
+  }
+  double total() const {
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return coefficient * total;
+  }
+
+ private:
+  bool same() const { return &x == &y; }
+
+  double block(int64_t row, int64_t column, int64_t part) {
+    alignas(64) S squares[kMmdTile * kMmdTile];
+    double sum = 0;
+    for (int64_t i = row * width; i < std::min(x.tiles, (row + 1) * width); ++i)
+      for (int64_t j = column * width; j < std::min(y.tiles, (column + 1) * width); ++j) {
+        if (same() && j < i) continue;
+        double *d_x = x.gradient(0, i), *d_y = y.gradient(part, j);
+        sum += mmd_tile(kernel, x.points(), i, y.points(), j, same() && i == j, coefficient, d_x, d_y, squares);
+        if (itself && i == j) sum += mmd_itself(kernel, x.points(), i, coefficient / 2, d_x) / 2;
+      }
+    return sum;
+  }
+};
+
 template <class S>
 double run_item(const Mmd& op, int64_t item, void* d_x, void* d_y, int threads) {
-  Set<S> x{op.n, op.dimension, tiles_of(op.n), {}, {}, {}}, y{op.k, op.dimension, tiles_of(op.k), {}, {}, {}};
+  Set<S> x{op.n, op.dimension, tiles_of(op.n), {}, {}, {}, {}}, y{op.k, op.dimension, tiles_of(op.k), {}, {}, {}, {}};
   x.fill(op.x, op.x_weights, item, threads);
   y.fill(op.y, op.y_weights, item, threads);
-  int64_t slabs = std::min(kMostSlabs, std::max(x.tiles, y.tiles));
-  while (slabs > 2 && slabs * (x.padded() + y.padded()) > kMostDoubles) slabs /= 2;
-  if (d_x) x.parts.assign(slabs * x.padded(), 0.0);
-  if (d_y) y.parts.assign(slabs * y.padded(), 0.0);
+  Set<S>&longer = x.count < y.count ? y : x, &shorter = x.count < y.count ? x : y;
+  const int64_t bytes = kMmdTile * op.dimension * int64_t(sizeof(S) + sizeof(double));
+  const int64_t width = std::clamp(std::min(longer.tiles / kTasks, kBlockBytes / bytes), int64_t(1), kMostTiles);
+  const int64_t stretches = std::clamp(std::min(longer.tiles, kTasks) / shorter.tiles, int64_t(1), kTasks);
+  longer.begin(1, width, &longer == &x ? d_x : d_y);
+  shorter.begin(stretches, width, &shorter == &x ? d_x : d_y);
   const MmdKernel kernel{Kernels(op.kind), op.parameters.data(), int(op.parameters.size())};
-  const double meets = op.factor / (x.sum * y.sum);
-  const double within[] = {op.lam == 0 ? 0 : -op.factor * op.lam / x.pairs(op.unbiased),
-                           op.lam == 0 || !op.target_term ? 0 : -op.factor * op.lam / y.pairs(op.unbiased)};
-  Set<S>* sets[] = {&x, &y};
-  std::vector<double> sums(slabs, 0.0);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t slab = 0; slab < slabs; ++slab) {
-    alignas(64) S squares[kMmdTile * kMmdTile];
-    double total = 0;
-    for (int64_t i = slab; i < x.tiles; i += slabs) {
-      double sum = 0;
-      for (int64_t j = 0; j < y.tiles; ++j)
-        sum += mmd_tile(kernel, x.points(), i, y.points(), j, false, meets, x.part(slab, i), y.part(slab, j), squares);
-      total += meets * sum;
-    }
-    for (int of = 0; of < 2; ++of) {
-      if (within[of] == 0) continue;
-      Set<S>& set = *sets[of];
-      double sum = 0;
-      for (int64_t i = slab; i < set.tiles; i += slabs) {
-        for (int64_t j = i; j < set.tiles; ++j)
-          sum += mmd_tile(kernel, set.points(), i, set.points(), j, i == j, within[of], set.part(slab, i),
-                          set.part(slab, j), squares);
-        if (!op.unbiased) sum += mmd_itself(kernel, set.points(), i, within[of] / 2, set.part(slab, i)) / 2;
-      }
-      total += within[of] * sum;
-    }
-    sums[slab] = total;
-  }
-  x.finish(d_x, item, slabs, threads);
-  y.finish(d_y, item, slabs, threads);
-  double loss = 0;
-  for (const double sum : sums) loss += sum;
+  Pairs<S> meets{kernel, longer, shorter, op.factor / (x.sum * y.sum), false, width, stretches, 0};
+  const auto within = [&](Set<S>& set, bool counts) -> Pairs<S> {
+    const double coefficient = counts && op.lam != 0 ? -op.factor * op.lam / set.pairs(op.unbiased) : 0;
+    return {kernel, set, set, coefficient, !op.unbiased, width, 1, meets.rounds};
+  };
+  Pairs<S> of_x = within(x, true), of_y = within(y, op.target_term), *terms[] = {&meets, &of_x, &of_y};
+  const bool small = (op.n + op.k) * (op.n + op.k) * (op.dimension + 8) < kSmall;
+#pragma omp parallel num_threads(threads) if (threads > 1 && !small)
+  for (Pairs<S>* term : terms) term->work();
+  const double loss = meets.total() + of_x.total() + of_y.total();
+  x.finish(d_x, item, threads);
+  y.finish(d_y, item, threads);
   return loss;
 }
 

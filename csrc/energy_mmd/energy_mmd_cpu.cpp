@@ -11,6 +11,8 @@ struct Vector {
   static constexpr int kLanes = 32 / sizeof(S);
   typedef S type __attribute__((vector_size(32)));
   typedef S unaligned __attribute__((vector_size(32), aligned(sizeof(S)), may_alias));
+  typedef double wide __attribute__((vector_size(8 * kLanes)));
+  typedef double wide_unaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
 };
 template <class S>
 LGD_INLINE const typename Vector<S>::unaligned& load(const S* from) {
@@ -78,54 +80,76 @@ LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows,
   return total;
 }
 
-// Gradients of a tile, one coordinate at a time: that of y stays in registers while all points of x pass by; the lanes
-// of those of x are added up at the end, many at once.
-template <class S, bool kProduct, bool kToX, bool kToY>
-LGD_CLONES void pair_gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights,
-                               double coefficient, double* d_x, double* d_y) {
-  constexpr int kLanes = Vector<S>::kLanes, kColumns = 8 * kLanes;  // half a tile of doubles, or a whole one
+// The gradient of a tile to its lanes' points: sum_i w_ij (y_j - x_i), or sum_i w_ij x_i of products. A few coordinates
+// of some vectors of points stay in registers, as in a matrix product, while all points of x pass by.
+template <bool kProduct, int kCoordinates, int kVectors, class S>
+LGD_INLINE void pull(const S* x, const S* y, int rows, const S* weights, double coefficient, double* d_y) {
+  constexpr int kLanes = Vector<S>::kLanes;
   typedef typename Vector<S>::type V;
-  alignas(64) S lanes[kTile * kLanes] = {}, sums[kTile];
-  for (int64_t c = 0; c < dimension; ++c)
-    for (int first = 0; first < kTile; first += kColumns) {
-      V to_y[8] = {};
-      for (int i = 0; i < rows; i += 2) {  // two points share what is read of y
-        const S at[2] = {x[c * kTile + i], x[c * kTile + i + 1]};
-        const S *w = weights + i * kTile + first, *others = y + c * kTile + first;
-        V to_x[2] = {};
+  typedef typename Vector<S>::wide_unaligned Wide;
+  for (int j = 0; j < kTile; j += kVectors * kLanes) {
+    V at[kCoordinates][kVectors], sums[kCoordinates][kVectors] = {};
+    for (int c = 0; c < kCoordinates; ++c)
+      for (int v = 0; v < kVectors; ++v) at[c][v] = load(y + c * kTile + j + v * kLanes);
+    const S *at_x = x, *row = weights + j;
+    for (int i = 0; i < rows; ++i, ++at_x, row += kTile)
 #pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-          const V other = load(others + v * kLanes);
-#pragma GCC unroll 2
-          for (int r = 0; r < 2; ++r) {
-            const V weight = load(w + r * kTile + v * kLanes);
-            if (kProduct) {
-              if (kToX) to_x[r] += weight * other;
-              if (kToY) to_y[v] += weight * at[r];
-            } else {
-              const V apart = at[r] - other;
-              if (kToX) to_x[r] += weight * apart;
-              if (kToY) to_y[v] -= weight * apart;
-            }
-          }
+      for (int v = 0; v < kVectors; ++v) {
+        const V weight = load(row + v * kLanes);
+#pragma GCC unroll 4
+        for (int c = 0; c < kCoordinates; ++c)
+          sums[c][v] += weight * (kProduct ? at_x[c * kTile] + V{} : at[c][v] - at_x[c * kTile]);
+      }
+    for (int c = 0; c < kCoordinates; ++c)
+      for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<Wide*>(d_y + c * kTile + j + v * kLanes) +=
+            coefficient * __builtin_convertvector(sums[c][v], typename Vector<S>::wide);
+  }
+}
+
+template <bool kProduct, class S>
+LGD_CLONES void pair_gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights,
+                               double coefficient, double* d_y) {
+  int64_t c = 0;
+  for (; c + 4 <= dimension; c += 4)
+    pull<kProduct, 4, 2>(x + c * kTile, y + c * kTile, rows, weights, coefficient, d_y + c * kTile);
+  if (dimension - c >= 2) {
+    pull<kProduct, 2, 4>(x + c * kTile, y + c * kTile, rows, weights, coefficient, d_y + c * kTile);
+    c += 2;
+  }
+  if (c < dimension) pull<kProduct, 1, 8>(x + c * kTile, y + c * kTile, rows, weights, coefficient, d_y + c * kTile);
+}
+
+// The first halves of two vectors, an element of each in turn, or the second halves.
+template <bool kSecond, class V>
+LGD_INLINE void interleave(const V& a, const V& b, V& to) {
+  if constexpr (sizeof(a[0]) == 4)
+    to = kSecond ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+                 : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  else
+    to = kSecond ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+
+// Of a tile, in squares of as many rows as a vector has lanes: log2 of that many times, rows half of them apart meet.
+template <class S>
+LGD_CLONES void transpose(const S* from, S* to) {
+  constexpr int kLanes = Vector<S>::kLanes;
+  typedef typename Vector<S>::type V;
+  for (int i = 0; i < kTile; i += kLanes)
+    for (int j = 0; j < kTile; j += kLanes) {
+      V rows[kLanes], next[kLanes];
+      for (int r = 0; r < kLanes; ++r) rows[r] = load(from + (i + r) * kTile + j);
+#pragma GCC unroll 3
+      for (int step = 1; step < kLanes; step *= 2) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kLanes / 2; ++r) {
+          interleave<false>(rows[r], rows[r + kLanes / 2], next[2 * r]);
+          interleave<true>(rows[r], rows[r + kLanes / 2], next[2 * r + 1]);
         }
-        if (kToX)
-          for (int r = 0; r < 2; ++r) store(lanes + (i + r) * kLanes, to_x[r]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kLanes; ++r) rows[r] = next[r];
       }
-      if (kToX) {
-#pragma omp simd
-        for (int i = 0; i < kTile; ++i) {
-          const S* of = lanes + i * kLanes;
-          S sum = (of[0] + of[1]) + (of[2] + of[3]);
-          if constexpr (kLanes == 8) sum += (of[4] + of[5]) + (of[6] + of[7]);
-          sums[i] = sum;
-        }
-        for (int i = 0; i < rows; ++i) d_x[c * kTile + i] += coefficient * double(sums[i]);
-      }
-      if (kToY) {
-        for (int v = 0; v < 8; ++v) store(sums + v * kLanes, to_y[v]);
-        for (int j = 0; j < kColumns; ++j) d_y[c * kTile + first + j] += coefficient * double(sums[j]);
-      }
+      for (int r = 0; r < kLanes; ++r) store(to + (j + r) * kTile + i, rows[r]);
     }
 }
 
@@ -134,15 +158,15 @@ LGD_INLINE int rest_of(int64_t count, int64_t tile, int step) {
   return int((rest + step - 1) / step * step);
 }
 
-template <class S, bool kProduct>
-void gradients(const S* x, const S* y, int64_t dimension, int rows, const S* weights, double coefficient, double* d_x,
-               double* d_y) {
-  if (d_x && d_y)
-    pair_gradients<S, kProduct, true, true>(x, y, dimension, rows, weights, coefficient, d_x, d_y);
-  else if (d_x)
-    pair_gradients<S, kProduct, true, false>(x, y, dimension, rows, weights, coefficient, d_x, d_y);
-  else if (d_y)
-    pair_gradients<S, kProduct, false, true>(x, y, dimension, rows, weights, coefficient, d_x, d_y);
+// To both sides; `weights` are those of the points of y, and turned over to those of x.
+template <bool kProduct, class S>
+void gradients(const S* x, const S* y, int64_t dimension, int rows, int columns, const S* weights, double coefficient,
+               double* d_x, double* d_y) {
+  alignas(64) S turned[kTile * kTile];
+  if (d_y) pair_gradients<kProduct>(x, y, dimension, rows, weights, coefficient, d_y);
+  if (!d_x) return;
+  transpose(weights, turned);
+  pair_gradients<kProduct>(y, x, dimension, columns, turned, coefficient, d_x);
 }
 
 template <class S, bool kProduct>
@@ -234,12 +258,12 @@ double mmd_tile(const MmdKernel& kernel, const Points<S>& x, int64_t x_tile, con
                       : pair_values<false>(functor, p, q, rows, columns, same, two, squares);
   });
   if (!d_x && !d_y) return sum;
-  for (int i = 0; i < rows; ++i)
-    for (int j = columns; j < kTile; ++j) squares[i * kTile + j] = 0;
+  for (int i = 0; i < kTile; ++i)
+    for (int j = i < rows ? columns : 0; j < kTile; ++j) squares[i * kTile + j] = 0;
   if (product)
-    gradients<S, true>(from, to, x.dimension, rows, squares, coefficient, d_x, d_y);
+    gradients<true>(from, to, x.dimension, rows, columns, squares, coefficient, d_x, d_y);
   else
-    gradients<S, false>(from, to, x.dimension, rows, squares, coefficient, d_x, d_y);
+    gradients<false>(from, to, x.dimension, rows, columns, squares, coefficient, d_x, d_y);
   return sum;
 }
 
