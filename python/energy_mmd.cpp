@@ -4,7 +4,7 @@
 #include <optional>
 #include <thread>
 
-#include "../csrc/common/aligned.h"
+#include "aligned.h"
 #include "arguments.h"
 #include "parallel.h"
 

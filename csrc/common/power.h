@@ -69,7 +69,11 @@ LGD_INLINE S power_of_2(const Exponent<S>& exponent, S e, S log2m) {
   return scaled_exp(rest * S(0.69314718055994530942), shift + more);
 }
 
-// For values that are normal numbers. With value = m 2^e, m from sqrt(1/2) to sqrt(2), and z = (m - 1) / (m + 1),
+// Powers are of normal numbers. A squared distance below the smallest is that of points that coincide.
+template <class S>
+constexpr S kCoincide = std::is_same<S, float>::value ? S(1.17549435e-38) : S(2.2250738585072014e-308);
+
+// With value = m 2^e, m from sqrt(1/2) to sqrt(2), and z = (m - 1) / (m + 1),
 // log2 m = 2 / ln 2 (z + z^3/3 + z^5/5 + ...), |z| < 0.172.
 LGD_INLINE float power(float value, const Exponent<float>& exponent) {
   const int32_t bits = bits_as<int32_t>(value);

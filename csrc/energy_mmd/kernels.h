@@ -15,10 +15,6 @@ struct MmdKernel {
   LGD_INLINE bool of_product() const { return kind == Kernels::polynomial; }
 };
 
-// Below, points coincide: the smallest normal number.
-template <class S>
-constexpr S kCoincide = std::is_same<S, float>::value ? S(1.17549435e-38) : S(2.2250738585072014e-308);
-
 // Each: row(arguments, values, derivatives, count); null derivatives are not wanted (once inlined, a constant).
 template <class S>
 struct Distance {  // s^(1/2)

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t kLanes = 8;    // a whole vector of any width: a shift's sum does not depend on its neighbours
 constexpr int64_t kShifts = 64;  // looked at together: their sums stay in the nearest cache
-constexpr double kCoincide = 2.2250738585072014e-308;  // below, points coincide: the smallest normal number
 
 // Adds a pair's share at each shift. Pairs that coincide have none, but for beta = 2, where the square has every
 // derivative.
@@ -26,7 +25,7 @@ LGD_INLINE void add_pair(double* to, const double* shifts, int64_t count, double
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const double d = shifts[i], half = b + d * c, square = a + d * (2 * b + d * c);
-    const bool coincide = square < kCoincide;  // NaN does not
+    const bool coincide = square < kCoincide<double>;  // NaN does not
     const double at = coincide ? 1.0 : square;
     double term = power(at, exponent);
     if (Order == 1) term *= beta * half;

@@ -61,18 +61,18 @@ LGD_INLINE int64_t guided_energy_terms(const GuidedEnergy& op, const EnergyOptio
   return op.m * op.k + (options.lam != 0 ? op.pairs() : 0);
 }
 
-// Such a term, from the statistics of the item: a share of square^(beta/2), and of its slope beta square^(beta/2 - 1)
-// along. A pair that coincides adds nothing.
-LGD_INLINE Energy guided_energy_term(const GuidedEnergy& op, const double* statistics, int64_t term,
-                                     const EnergyOptions& options) {
+// Such a pair, from the statistics of the item: a share of square^(beta/2) in the loss, and of its slope
+// beta square^(beta/2 - 1) along.
+struct EnergyPair {
+  double square, along, share;
+};
+LGD_INLINE EnergyPair guided_energy_pair(const GuidedEnergy& op, const double* statistics, int64_t term,
+                                         const EnergyOptions& options) {
   const int64_t meetings = op.m * op.k, pairs = op.pairs();
   const bool repels = term >= meetings;
   const double* square = statistics + term + (repels ? meetings + op.m : 0);
-  if (*square == 0) return {0, 0};
   const double repulsion = options.lam / 2 * (options.unbiased ? 1.0 : double(op.m - 1) / double(op.m));
-  const double share = repels ? -repulsion / double(pairs) : 1 / double(meetings);
-  const double power = share * pow(*square, options.beta / 2), along = square[repels ? pairs : meetings];
-  return {power, options.beta * power / *square * along};
+  return {*square, square[repels ? pairs : meetings], repels ? -repulsion / double(pairs) : 1 / double(meetings)};
 }
 
 // What targets that are integrated out add to the loss.

@@ -381,17 +381,6 @@ void guided_energy_backward(const GuidedEnergyBackward& op, int64_t item, int64_
   }
 }
 
-Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
-                            const EnergyOptions& options) {
-  Energy energy{guided_energy_variance(op, item, row), 0};
-  for (int64_t i = 0; i < guided_energy_terms(op, options); ++i) {
-    const Energy term = guided_energy_term(op, statistics, i, options);
-    energy.loss += term.loss;
-    energy.slope += term.slope;
-  }
-  return energy;
-}
-
 template void guided_energy<float>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, float*);
 template void guided_energy<double>(const GuidedEnergy&, int64_t, int64_t, int64_t, double*, double*);
 template void guided_energy_backward<float>(const GuidedEnergyBackward&, int64_t, int64_t, int64_t, float*);

@@ -248,9 +248,11 @@ __global__ void __launch_bounds__(kFew)
   __syncthreads();
   Energy energy{0, 0};
   for (int64_t i = threadIdx.x; i < guided_energy_terms(op, options); i += kFew) {
-    const Energy term = guided_energy_term(op, statistics, i, options);
-    energy.loss += term.loss;
-    energy.slope += term.slope;
+    const EnergyPair pair = guided_energy_pair(op, statistics, i, options);
+    if (pair.square == 0) continue;  // they coincide, and add nothing
+    const double power = pair.share * pow(pair.square, options.beta / 2);
+    energy.loss += power;
+    energy.slope += options.beta * power / pair.square * pair.along;
   }
   __shared__ Energy energies[kFew];
   energies[threadIdx.x] = energy;

@@ -94,10 +94,18 @@ __attribute__((target("avx2,fma"), always_inline)) inline void add_pair(__m256 x
   if (Of & kD) sums[8] = _mm256_add_ps(d, sums[8]);
 }
 
+__attribute__((target("avx2,fma"), always_inline)) inline __m256 eight(const float* from) {
+  return _mm256_loadu_ps(from);
+}
+__attribute__((target("avx2,fma"), always_inline)) inline __m256 eight(const bf16* from) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
 // All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums. A sum waits four cycles
 // for the one before it, so that where there are few each has several chains.
-template <unsigned Of>
-__attribute__((target("avx2,fma"))) void pair_avx2(const float* a, const float* b, int64_t count, double* out) {
+template <unsigned Of, class E>
+__attribute__((target("avx2,fma"))) void pair_avx2(const E* a, const E* b, int64_t count, double* out) {
   constexpr int kWanted = __builtin_popcount(Of), kChains = kWanted <= 3 ? 4 : kWanted <= 5 ? 2 : 1;
   constexpr int64_t kPart = 512 * kChains;  // 64 additions of floats, one after the other, before they go on as doubles
   for (int64_t first = 0; first < count; first += kPart) {
@@ -108,11 +116,11 @@ __attribute__((target("avx2,fma"))) void pair_avx2(const float* a, const float* 
     int64_t i = first;
     for (; last - i >= 8 * kChains; i += 8 * kChains)
       for (int chain = 0; chain < kChains; ++chain)
-        add_pair<Of>(_mm256_loadu_ps(a + i + 8 * chain), _mm256_loadu_ps(b + i + 8 * chain), sums[chain]);
+        add_pair<Of>(eight(a + i + 8 * chain), eight(b + i + 8 * chain), sums[chain]);
     for (; i < last; i += 8) {
-      alignas(32) float ends[2][8] = {};
+      E ends[2][8] = {};
       for (int64_t j = 0; j < 8 && i + j < last; ++j) ends[0][j] = a[i + j], ends[1][j] = b[i + j];
-      add_pair<Of>(_mm256_load_ps(ends[0]), _mm256_load_ps(ends[1]), sums[0]);
+      add_pair<Of>(eight(ends[0]), eight(ends[1]), sums[0]);
     }
     for (int m = 0; m < kPairMoments; ++m) {
       if (!(Of >> kPairPlaces[m] & 1)) continue;
@@ -127,13 +135,14 @@ __attribute__((target("avx2,fma"))) void pair_avx2(const float* a, const float* 
 }
 
 // The first of these sets that has all that is wanted: fewer sums cost less. The last has all there are.
-template <unsigned Of, unsigned... Others>
-void pair_of(unsigned wanted, const float* a, const float* b, int64_t count, double* out) {
+template <unsigned Of, unsigned... Others, class E>
+void pair_of(unsigned wanted, const E* a, const E* b, int64_t count, double* out) {
   if constexpr (sizeof...(Others) > 0)
     if (wanted & ~Of) return pair_of<Others...>(wanted, a, b, count, out);
   pair_avx2<Of>(a, b, count, out);
 }
-void pair(unsigned wanted, const float* a, const float* b, int64_t count, double* out) {
+template <class E>
+void pair(unsigned wanted, const E* a, const E* b, int64_t count, double* out) {
   pair_of<kDD, kAB | kBB, kAA | kAD | kDD, kAB | kAD | kBD, kBB | kDD, kAA | kAD | kDD | kA | kD,
           kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD>(wanted, a, b, count, out);
 }
@@ -174,16 +183,24 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
   const Columns& read = op.read;
   for (int64_t at = first; at < last; at += kBlock) {
     const int64_t count = last - at < kBlock ? last - at : kBlock;
-    const S *tensors[kMostTensors], *columns[kMostTensors];
-    for (int n = 0; n < read.tensor_count; ++n)
-      tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
+    const auto block = [&](int n, auto* buffer) {
+      return read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffer);
+    };
 #ifdef LGD_HAS_CLONES
     if constexpr (std::is_same<S, float>::value)
       if (of_a_pair) {
-        pair(op.wanted, tensors[0], tensors[1], count, sums);
+        with_elements<S>(
+            [&](auto element) {
+              using E = decltype(element);
+              auto *a = reinterpret_cast<E*>(buffers[0]), *b = reinterpret_cast<E*>(buffers[1]);
+              pair(op.wanted, block(0, a), block(1, b), count, sums);
+            },
+            read.tensors[0], read.tensors[1]);
         continue;
       }
 #endif
+    const S *tensors[kMostTensors], *columns[kMostTensors];
+    for (int n = 0; n < read.tensor_count; ++n) tensors[n] = block(n, buffers[n]);
     for (int k = 0; k < read.count; ++k) {
       const Column column = read.columns[k];
       columns[k] = tensors[column.plus];
