@@ -1,8 +1,10 @@
 """What the README and docs say: their snippets run, their commands exist, their links lead somewhere."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,23 @@ def test_python_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
             if line in snippet:  # optional; last on its page
                 pytest.importorskip(needs)
         exec(compile(snippet, page.name, "exec"), namespace)
+
+
+def test_they_run_without_a_compiler_too():
+    """As where neither extension was built."""
+    program = """
+import sys
+sys.modules |= {"lgd_kernels._C": None, "lgd_kernels._C_cuda": None}
+import pytest
+from lgd_kernels import impls
+assert impls.extension_error()
+sys.exit(pytest.main(["-q", "-p", "no:xdist", f"{sys.argv[1]}::test_python_snippets_run_one_after_the_other"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "LGD_REQUIRE_EXT"}
+    run = subprocess.run(
+        [sys.executable, "-c", program, __file__], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_the_readme_has_snippets_and_they_do_what_they_say():
