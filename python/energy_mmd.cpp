@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace lgd {
 namespace {
 
-constexpr int64_t kSmall = 1 << 20;             // pairs, times what one costs, that one thread does alone
+constexpr int64_t kSmall = 1 << 24;  // pairs times what one costs: below, about 1 ms, waking others is no gain
 constexpr int64_t kTasks = 32, kMostTiles = 4;  // blocks wanted on a side, and the longest; as many bytes in one:
 constexpr int64_t kBlockBytes = 1 << 18;        // points and their gradients stay near a core while others pass by
 
