@@ -82,8 +82,8 @@ struct Set {
 // The pairs of two sets, or within one (then those with i < j, and, where `itself`, half of those with i = j), a block
 // of tiles with another at a time, in rounds: no two of a round have a block in common, and a block is done with a
 // round before it is in the next. So each gradient has one writer at a time, and what is added to it comes in the order
-// of the rounds, whatever the threads; and a thread that wakes up late is waited for by nobody. A set y of few blocks
-// has a part of its gradient for each stretch of x.
+// of the rounds, whatever the threads; and a thread that wakes up late leaves its part to the others. A set y of few
+// blocks has a part of its gradient for each stretch of x.
 template <class S>
 struct Pairs {
   const MmdKernel& kernel;
