@@ -65,12 +65,10 @@ void run(const DynamicThreshold& op, int64_t batch, int64_t row, int threads, S*
     for (int64_t sample = 0; sample < batch; ++sample) whole(sample, threads, counts.data());
     return;
   }
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    std::vector<int64_t> counts(kDigits);
-#pragma omp for schedule(dynamic)
-    for (int64_t sample = 0; sample < batch; ++sample) whole(sample, 1, counts.data());
-  }
+  for_tasks(batch, threads, [&](int64_t sample) {
+    static thread_local std::vector<int64_t> counts(kDigits);
+    whole(sample, 1, counts.data());
+  });
 }
 
 }  // namespace

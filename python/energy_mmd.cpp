@@ -168,8 +168,8 @@ double run_item(const Mmd& op, int64_t item, void* d_x, void* d_y, int threads) 
 template <class S>
 void run(const Mmd& op, double* loss, void* d_x, void* d_y, int threads) {
   const bool many = op.batch >= threads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (many && threads > 1)
-  for (int64_t item = 0; item < op.batch; ++item) loss[item] = run_item<S>(op, item, d_x, d_y, many ? 1 : threads);
+  for_tasks(op.batch, many ? threads : 1,
+            [&](int64_t item) { loss[item] = run_item<S>(op, item, d_x, d_y, many ? 1 : threads); });
 }
 
 struct Block {
@@ -191,8 +191,7 @@ double run_block(const Block& op, const MmdKernel& kernel, int threads) {
   std::vector<double> sums(op.rows);
   std::vector<std::vector<Pair>> pairs(op.rows);
   const bool gradients = op.d_x;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < op.rows; ++i) {
+  const auto one_row = [&](int64_t i) {
     static thread_local std::vector<S> close;
     if (gradients) close.assign(op.count, S(0));
     ProductRow<S> row{as(op.products, i * op.count),
@@ -212,7 +211,8 @@ double run_block(const Block& op, const MmdKernel& kernel, int threads) {
     if (gradients && row.any_close)
       for (int64_t j = row.first; j < op.count; ++j)
         if (close[j] != 0) pairs[i].push_back({i, j, close[j]});
-  }
+  };
+  for_tasks(op.rows, threads, one_row, 16);
   double total = 0;
   for (const double sum : sums) total += sum;
   if (std::all_of(pairs.begin(), pairs.end(), [](const auto& of_row) { return of_row.empty(); })) return total;

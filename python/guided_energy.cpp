@@ -85,9 +85,9 @@ void bind_guided_energy(py::module_& module) {
     const Rows out = rows(found), of = rows(statistics), at = rows(shifts);
     const Sizes sizes(shifts);
     py::gil_scoped_release release;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && sizes.batch * sizes.row > 512)
-    for (int64_t item = 0; item < sizes.batch; ++item)
+    for_tasks(sizes.batch, sizes.batch * sizes.row > 512 ? threads : 1, [&](int64_t item) {
       energy_curve(curve, of.at<double>(item, 0), at.at<double>(item, 0), sizes.row, out.at<double>(item, 0));
+    });
   });
 }
 

@@ -1,6 +1,7 @@
 // Threads. Work is cut into chunks of fixed size, so that results do not depend on how many threads there are.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -11,17 +12,46 @@ namespace lgd {
 // Elements below which waking a second thread costs more than it saves: where they are read, and where noise is drawn.
 constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 
-// work(sample, first, last) for every chunk of every row. A thread that wakes up late leaves its chunks to the others.
+// work(task), for each. A thread's share is a stretch of neighbours, the same ones in every call, for its core may
+// still have what it read and wrote there the last time. Then it takes over what others, who may wake up late, have not
+// begun.
+template <class Work>
+void for_tasks(int64_t tasks, int threads, const Work& work, int64_t together = 1) {
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) work(task);
+    return;
+  }
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(threads);
+  for (int thread = 0; thread < threads; ++thread) {
+    shares[thread].next = tasks * thread / threads;
+    shares[thread].end = tasks * (thread + 1) / threads;
+  }
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread)
+    for (int turn = 0; turn < threads; ++turn) {
+      Share& share = shares[(thread + turn) % threads];
+      for (;;) {
+        const int64_t first = share.next.fetch_add(together, std::memory_order_relaxed);
+        if (first >= share.end) break;
+        for (int64_t task = first; task < std::min(first + together, share.end); ++task) work(task);
+      }
+    }
+}
+
+// work(sample, first, last) for every chunk of every row.
 template <class Work>
 void for_chunks(int64_t batch, int64_t row, int threads, const Work& work, int64_t serial = kSerial) {
   const int64_t chunks = chunks_of(row), tasks = batch * chunks;
   const int64_t together = row < kChunk ? kChunk / std::max<int64_t>(row, 1) : 1;  // short rows, taken at a time
-  if (batch * row < serial) threads = 1;
-#pragma omp parallel for schedule(dynamic, together) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
+  const auto chunk = [&](int64_t task) {
     const int64_t sample = task / chunks, first = task % chunks * kChunk;
     work(sample, first, std::min(first + kChunk, row));
-  }
+  };
+  for_tasks(tasks, batch * row < serial ? 1 : threads, chunk, together);
 }
 
 // sums[sample] = the sum of work(sample, first, last) over its chunks, in order.
@@ -54,11 +84,10 @@ template <class Work>
 void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work) {
   const int64_t length = part_of(row), chunks = (row + length - 1) / length, tasks = batch * chunks;
   std::vector<double> parts(tasks * count);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
+  for_tasks(tasks, threads, [&](int64_t task) {
     const int64_t sample = task / chunks, first = task % chunks * length;
     work(sample, first, std::min(first + length, row), parts.data() + task * count);
-  }
+  });
   std::fill(totals, totals + batch * count, 0.0);
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t i = 0; i < count; ++i) totals[task / chunks * count + i] += parts[task * count + i];

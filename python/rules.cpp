@@ -39,14 +39,12 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
   const auto write = [&](int64_t sample, int64_t first, int64_t last) { combine<S>(op.combine, sample, first, last); };
   const int64_t serial = op.scale >= 0 ? kSerialDrawn : kSerial;
   if (row * bytes <= kCached && (batch >= 4 * threads || batch * row < serial)) {
-    if (batch * row < serial) threads = 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t sample = 0; sample < batch; ++sample) {
+    for_tasks(batch, batch * row < serial ? 1 : threads, [&](int64_t sample) {
       double values[kMostValues] = {};
       if (op.moments.wanted) reduce_row(sample, row, kGiven, values, sums);
       play<S>(op, sample, values, coefficients.data(), scales.data());
       write(sample, 0, row);
-    }
+    });
     return;
   }
   std::vector<double> totals(batch * kGiven);

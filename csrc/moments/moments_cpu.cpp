@@ -179,10 +179,11 @@ template <class S>
 void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, double* sums) {
   alignas(64) S buffers[2 * kMostTensors][kBlock];
   static const Ones<S> ones;
-  [[maybe_unused]] const bool of_a_pair = is_pair(op);
+  const bool of_a_pair = std::is_same<S, float>::value && is_pair(op);
   const Columns& read = op.read;
-  for (int64_t at = first; at < last; at += kBlock) {
-    const int64_t count = last - at < kBlock ? last - at : kBlock;
+  const int64_t length = of_a_pair && (read.all(dtype_of<S>()) || read.all(DType::bf16)) ? kInPlace : kBlock;
+  for (int64_t at = first; at < last; at += length) {
+    const int64_t count = last - at < length ? last - at : length;
     const auto block = [&](int n, auto* buffer) {
       return read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffer);
     };
