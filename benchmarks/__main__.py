@@ -113,5 +113,5 @@ def write(path: Path | None, run: dict) -> None:
 
 
 if __name__ == "__main__":
-    environment.keep_memory()
+    environment.settle_memory()
     sys.exit(main())

@@ -93,9 +93,10 @@ def said(*command: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def keep_memory() -> bool:
-    """Has the process keep what it frees, as the allocators do that serving processes run on: else glibc returns it to
-    the system while now this, now that is timed, and 4 MB that are had back cost ten times as much as to write them."""
-    mmap_max, trim_threshold = -4, -1
+def settle_memory() -> bool:
+    """Sets glibc's thresholds to where they grow by themselves in a process that lives on: blocks of up to 32 MiB come
+    from memory that it has. Else some go back to the system while now this, now that is timed, and to have 4 MB again
+    costs ten times as much as to write them."""
+    mmap_threshold, trim_threshold, most = -3, -1, 32 * 2**20  # names and sizes of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    return bool(mallopt and mallopt(mmap_threshold, most) and mallopt(trim_threshold, 2 * most))
