@@ -7,14 +7,16 @@ the rule runs on tensors `[B]`, between `moments` and `combine`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
+from lgd_kernels import impls, rules
 from lgd_kernels.arguments import requires_grad, split_seed
 from lgd_kernels.columns import Column, flat
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
@@ -23,6 +25,9 @@ from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.rules import Number, Pair, Rule
 from lgd_kernels.tape import Noted, Tape
+
+_NOTES: dict[Hashable, tuple[Tape, list[int]]] = {}  # of `guided_score` by rules that are known, and their factors
+_MOST_NOTES = 100
 
 
 class _Predictions(NamedTuple):
@@ -54,7 +59,7 @@ def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLook
             raise ValueError("guided_score: `rule` reads x, which guided_score does not have; guided_step takes it")
         return _Terms(list(read.tensors), [0, read.delta], [to_cond, to_delta])
 
-    return _run(terms, read, cond, omega, impl)
+    return _run(terms, read, cond, omega, impl, known=_known(rule))
 
 
 def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, space, impl):
@@ -99,12 +104,25 @@ def _weights(op: str, rule: Rule, m: Pair, omega: Tensor) -> tuple[Number, Numbe
     return found if len(found) == 3 else (*found, 0.0)
 
 
-def _run(terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | None, step=None, seed=None) -> Tensor:
+def _known(rule: Rule) -> Hashable | None:
+    """What tells a rule of `rules`, with numbers for parameters, from any other: its notes are the same every time."""
+    if type(rule) is types.FunctionType and rule.__module__ == rules.__name__ and not rule.__closure__:
+        return rule
+    if type(rule) is not functools.partial or rule.args:
+        return None
+    parameters = [rule.func, *rule.keywords.values()]
+    found = [one if type(one) in (float, int, bool) else _known(one) for one in parameters]
+    return None if None in found else (*rule.keywords, *found)
+
+
+def _run(
+    terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | None, step=None, seed=None, known=None
+) -> Tensor:
     count = math.prod(like.shape[1:])
-    known = isinstance(omega, (int, float)) or type(omega) is Tensor and omega.ndim == 1  # as the kernels take it
-    w = omega if known else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
+    ready = isinstance(omega, (int, float)) or type(omega) is Tensor and omega.ndim == 1  # as the kernels take it
+    w = omega if ready else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
     if step is None and count and like.device.type == "cpu" and impl in (None, "cpu"):
-        found = _in_one_call(terms, read, like, w, count, impl, seed)
+        found = _in_one_call(terms, read, like, w, count, impl, seed, known and (known, count, isinstance(w, Tensor)))
         if found is not None:
             return found
 
@@ -121,7 +139,7 @@ def _run(terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | N
     return combine(found.tensors, _stacked(found, like), columns=found.columns, impl=impl, **drawn)
 
 
-def _in_one_call(terms, read, like, w, count, impl, seed) -> Tensor | None:
+def _in_one_call(terms, read, like, w, count, impl, seed, known) -> Tensor | None:
     """None where something looks on, or where the rule needs tensors."""
     if impls.transforms_active() or not impls.direct(*read.tensors, like, w if isinstance(w, Tensor) else None):
         return None
@@ -129,9 +147,19 @@ def _in_one_call(terms, read, like, w, count, impl, seed) -> Tensor | None:
         return None
     tape = Tape(like.shape[0])
     try:
-        found = terms(_Noted(tape, count), tape.take(w))
-        factors = [tape.place(one) for one in found.factors]
-        scale = -1 if found.scale is None else tape.place(found.scale)
+        omega = tape.take(w)
+        if known in _NOTES:
+            notes, factors = _NOTES[known]
+            tape.repeat(notes)
+            found, scale = _Terms(list(read.tensors), [0, read.delta], []), -1
+        else:
+            found = terms(_Noted(tape, count), omega)
+            factors = [tape.place(one) for one in found.factors]
+            scale = -1 if found.scale is None else tape.place(found.scale)
+            if known:
+                if len(_NOTES) >= _MOST_NOTES:
+                    _NOTES.clear()
+                _NOTES[known] = tape, factors
     except Exception:  # whatever it is, a rule that runs on tensors will show it
         return None
     before = {id(one) for one in (*read.tensors, like, w)}  # that are looked at

@@ -45,6 +45,11 @@ class Tape:
             raise NotNoted("a rule of more steps than are noted")
         return Noted(self, place)
 
+    def repeat(self, notes: Tape) -> None:
+        """What was noted there, after omega, which is the first thing on both."""
+        self.code, self.wanted = notes.code, notes.wanted
+        self.constants += notes.constants[len(self.constants) :]
+
     def take(self, value: Noted | Tensor | float) -> Noted:
         return Noted(self, self.place(value))
 

@@ -31,7 +31,8 @@ LGD_INLINE S terms(const S (&k)[kPlain + 1], In... in) {
 
 template <class S>
 LGD_INLINE S clamped(S value, S low, S high) {
-  return value < low ? low : value > high ? high : value;  // NaN stays NaN
+  value = value < low ? low : value;  // one by one they are instructions; NaN stays NaN
+  return value > high ? high : value;
 }
 
 // sums += terms
