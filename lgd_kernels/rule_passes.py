@@ -26,7 +26,7 @@ from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.rules import Number, Pair, Rule
 from lgd_kernels.tape import Noted, Tape
 
-_NOTES: dict[Hashable, tuple[Tape, list[int]]] = {}  # of `guided_score` by rules that are known, and their factors
+_NOTES: dict[Hashable, tuple[tuple, list[int]]] = {}  # of rules that are known, and where their factors are
 _MOST_NOTES = 100
 
 
@@ -38,13 +38,11 @@ class _Predictions(NamedTuple):
     delta: Column = (0, 1)
 
 
-class _Terms(NamedTuple):
-    """What is added up: columns of tensors with their factors, and noise."""
+class _Sum(NamedTuple):
+    """What is added up: columns of tensors, and, with a seed, noise to be drawn."""
 
     tensors: list[Tensor]
     columns: list[Column]
-    factors: list[Number]
-    scale: Number | None = None  # of noise to be drawn
     seed: int | Tensor | None = None
     first_sample: int = 0
 
@@ -53,13 +51,13 @@ def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLook
     """`cond_weight c + delta_weight D`."""
     read = _predictions("guided_score", rule, cond, uncond, impl)
 
-    def terms(m: Pair, w: Tensor) -> _Terms:
+    def factors(m: Pair, w: Tensor) -> list[Number]:
         to_cond, to_delta, to_x = _weights("guided_score", rule, m, w)
         if isinstance(to_x, Tensor) or to_x != 0:
             raise ValueError("guided_score: `rule` reads x, which guided_score does not have; guided_step takes it")
-        return _Terms(list(read.tensors), [0, read.delta], [to_cond, to_delta])
+        return [to_cond, to_delta]
 
-    return _run(terms, read, cond, omega, impl, known=_known(rule))
+    return _run(factors, read, _Sum(list(read.tensors), [0, read.delta]), cond, omega, (), impl, _known(rule))
 
 
 def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, space, impl):
@@ -69,24 +67,31 @@ def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, 
         raise ValueError('guided_step: `rule` keeps a difference of predictions, expected rule_space="prediction"')
     read = _predictions("guided_step", rule, cond, uncond, impl)
     quiet = isinstance(churn, (int, float)) and churn == 0
-    wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond, noise)))
+    tensors, columns = [x, *read.tensors], [0, 1, read.delta + 1 if isinstance(read.delta, int) else (1, 2)]
+    if noise is not None and not (quiet and not noise.requires_grad):
+        tensors, columns = [*tensors, noise], [*columns, len(tensors)]
+    sum_of = _Sum(tensors, columns, None if quiet else seed, first_sample)
+    noisy = len(tensors) > 3 or sum_of.seed is not None
 
-    def terms(m: Pair, w: Tensor) -> _Terms:
-        at = Levels(*(w.tape.take(one) for one in levels) if type(w) is Noted else (one.to(wide) for one in levels))
+    def factors(m: Pair, w: Tensor, *given: Number) -> list[Number]:
+        *of, amount = given
+        if type(w) is not Noted:
+            wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond, noise)))
+            of = [level.to(wide) for level in of]
+        at = Levels(*of)
         kept, to_cond, to_delta, to_x = (1.0, *_weights("guided_step", rule, m, w))
         if in_x0:  # g = to_cond (alpha x + beta c) + to_delta beta D + to_x x
             alpha, kept = x0_coefficients(at, prediction)
             to_x = to_x + to_cond * alpha
-        a, b, v = step_coefficients(at, "x0" if in_x0 else prediction, churn)
-        factors = [a + b * to_x, b * kept * to_cond, b * kept * to_delta]
-        columns = [0, 1, read.delta + 1 if isinstance(read.delta, int) else (1, 2)]
-        tensors = [x, *read.tensors]
-        if noise is not None and not (quiet and not noise.requires_grad):
-            tensors, factors, columns = [*tensors, noise], [*factors, v], [*columns, len(tensors)]
-        drawn = () if seed is None or quiet else (v, seed, first_sample)
-        return _Terms(tensors, columns, factors, *drawn)
+        a, b, v = step_coefficients(at, "x0" if in_x0 else prediction, amount)
+        found = [a + b * to_x, b * kept * to_cond, b * kept * to_delta]
+        return [*found, v] if noisy else found
 
-    return _run(terms, read, x, omega, impl, (x, levels, prediction) if in_x0 else None, seed)
+    known = _known(rule)
+    return _run(
+        factors, read, sum_of, x, omega, (*levels, churn), impl, known and (known, prediction, noisy),
+        (x, levels, prediction) if in_x0 else None,
+    )  # fmt: skip
 
 
 def _predictions(op: str, rule: Rule, cond: Tensor, uncond: Tensor, impl: str | None) -> _Predictions:
@@ -115,14 +120,13 @@ def _known(rule: Rule) -> Hashable | None:
     return None if None in found else (*rule.keywords, *found)
 
 
-def _run(
-    terms: Callable, read: _Predictions, like: Tensor, omega, impl: str | None, step=None, seed=None, known=None
-) -> Tensor:
+def _run(factors: Callable, read: _Predictions, sum_of: _Sum, like: Tensor, omega, given, impl, known, step=None):
+    """`factors(moments, omega, *given)`: a number, or one for each sample, of every column, and then of the noise."""
     count = math.prod(like.shape[1:])
     ready = isinstance(omega, (int, float)) or type(omega) is Tensor and omega.ndim == 1  # as the kernels take it
     w = omega if ready else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
     if step is None and count and like.device.type == "cpu" and impl in (None, "cpu"):
-        found = _in_one_call(terms, read, like, w, count, impl, seed, known and (known, count, isinstance(w, Tensor)))
+        found = _in_one_call(factors, read, sum_of, like, (w, *given), count, impl, known)
         if found is not None:
             return found
 
@@ -132,47 +136,50 @@ def _run(
         return _x0_moments(*step, *read.tensors, impl)
 
     w = omega_at(w, like.new_empty(0, dtype=arithmetic_dtype(like)))
-    found = terms(Pair(sums, count), w.expand(like.shape[0]) if w.ndim == 0 else w)
-    drawn = {} if found.scale is None else {
-        "noise_scale": found.scale, "seed": found.seed, "first_sample": found.first_sample
+    found = factors(Pair(sums, count), w.expand(like.shape[0]) if w.ndim == 0 else w, *given)
+    drawn = {} if sum_of.seed is None else {
+        "noise_scale": found.pop(), "seed": sum_of.seed, "first_sample": sum_of.first_sample
     }  # fmt: skip
-    return combine(found.tensors, _stacked(found, like), columns=found.columns, impl=impl, **drawn)
+    return combine(sum_of.tensors, _stacked(found, sum_of, like), columns=sum_of.columns, impl=impl, **drawn)
 
 
-def _in_one_call(terms, read, like, w, count, impl, seed, known) -> Tensor | None:
+def _in_one_call(factors, read, sum_of, like, given, count, impl, known) -> Tensor | None:
     """None where something looks on, or where the rule needs tensors."""
-    if impls.transforms_active() or not impls.direct(*read.tensors, like, w if isinstance(w, Tensor) else None):
+    own = [one for one in given if isinstance(one, Tensor)]
+    if impls.transforms_active() or not impls.direct(*read.tensors, like, *own):
         return None
     if impls.choose("combine", impl, like.device, like.dtype) != "cpu":
         return None
     tape = Tape(like.shape[0])
     try:
-        omega = tape.take(w)
-        if known in _NOTES:
-            notes, factors = _NOTES[known]
-            tape.repeat(notes)
-            found, scale = _Terms(list(read.tensors), [0, read.delta], []), -1
-        else:
-            found = terms(_Noted(tape, count), omega)
-            factors = [tape.place(one) for one in found.factors]
-            scale = -1 if found.scale is None else tape.place(found.scale)
-            if known:
+        taken = [tape.take(one) if isinstance(one, Tensor) or one is given[0] else one for one in given]
+        if known and len({id(one) for one in own}) == len(own):  # each has a place of its own
+            kinds = [(one.ndim,) if isinstance(one, Tensor) else one for one in given[1:]]
+            known = known, count, isinstance(given[0], Tensor), *kinds
+            if known not in _NOTES:
                 if len(_NOTES) >= _MOST_NOTES:
                     _NOTES.clear()
-                _NOTES[known] = tape, factors
+                places = [tape.place(one) for one in factors(_Noted(tape, count), *taken)]
+                _NOTES[known] = tape.notes(), places
+            notes, places = _NOTES[known]
+            tape.repeat(*notes)
+        else:
+            places = [tape.place(one) for one in factors(_Noted(tape, count), *taken)]
     except Exception:  # whatever it is, a rule that runs on tensors will show it
         return None
-    before = {id(one) for one in (*read.tensors, like, w)}  # that are looked at
-    others = [one for one in (*found.tensors, *tape.kept, seed) if isinstance(one, Tensor) and id(one) not in before]
-    if (others and not impls.direct(*others)) or (torch.is_grad_enabled() and requires_grad(*found.tensors)):
+    before = {id(one) for one in (*read.tensors, like, *own)}  # that are looked at
+    others = [one for one in (*sum_of.tensors, *tape.kept, sum_of.seed) if isinstance(one, Tensor)]
+    others = [one for one in others if id(one) not in before]
+    if (others and not impls.direct(*others)) or (torch.is_grad_enabled() and requires_grad(*sum_of.tensors)):
         return None
     out = like.new_empty(like.shape)
     if out.numel():
+        columns = len(sum_of.columns)
         impls.extension().guided_by_rule(
             out, [with_contiguous_rows(one) for one in read.tensors], flat((0, read.u, read.delta), 2), tape.wanted,
-            tape.code, tape.constants, tape.numbers, [with_contiguous_rows(one) for one in found.tensors],
-            flat(found.columns, 0), factors, scale, *split_seed(found.seed), found.first_sample,
-            torch.get_num_threads(),
+            tape.code, tape.constants, tape.numbers, [with_contiguous_rows(one) for one in sum_of.tensors],
+            flat(sum_of.columns, 0), places[:columns], -1 if sum_of.seed is None else places[columns],
+            *split_seed(sum_of.seed), sum_of.first_sample, torch.get_num_threads(),
         )  # fmt: skip
     return out
 
@@ -204,8 +211,8 @@ def _wide(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return (dots, sums) if dots.device.type == "mps" else (dots.double(), sums.double())
 
 
-def _stacked(found: _Terms, like: Tensor) -> Tensor:
-    """The factors, `[B, K]`."""
-    of = next((one for one in found.factors if isinstance(one, Tensor)), None)
-    of = like.new_ones(like.shape[0], dtype=arithmetic_dtype(*found.tensors)) if of is None else of
-    return torch.stack([one if isinstance(one, Tensor) else torch.full_like(of, one) for one in found.factors], 1)
+def _stacked(factors: list[Number], sum_of: _Sum, like: Tensor) -> Tensor:
+    """`[B, K]`"""
+    of = next((one for one in factors if isinstance(one, Tensor)), None)
+    of = like.new_ones(like.shape[0], dtype=arithmetic_dtype(*sum_of.tensors)) if of is None else of
+    return torch.stack([one if isinstance(one, Tensor) else torch.full_like(of, one) for one in factors], 1)

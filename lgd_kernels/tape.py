@@ -45,10 +45,13 @@ class Tape:
             raise NotNoted("a rule of more steps than are noted")
         return Noted(self, place)
 
-    def repeat(self, notes: Tape) -> None:
-        """What was noted there, after omega, which is the first thing on both."""
-        self.code, self.wanted = notes.code, notes.wanted
-        self.constants += notes.constants[len(self.constants) :]
+    def notes(self) -> tuple[list[int], list[float], int]:
+        """What can be repeated on another tape that begins with the same: numbers of as many samples, and constants."""
+        return self.code, self.constants, self.wanted
+
+    def repeat(self, code: list[int], constants: list[float], wanted: int) -> None:
+        self.code, self.wanted = code, wanted
+        self.constants = self.constants + constants[len(self.constants) :]
 
     def take(self, value: Noted | Tensor | float) -> Noted:
         return Noted(self, self.place(value))

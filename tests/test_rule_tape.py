@@ -96,3 +96,40 @@ def test_what_cannot_be_noted_runs_on_tensors(generator):
     assert phi.grad.all()
     with pytest.raises(ZeroDivisionError):
         lgd.guided_score(c, u, OMEGA, rule=lambda m, omega: 1 / 0)
+
+
+@pytest.mark.extension
+def test_what_a_rule_noted_is_kept_and_what_it_is_given_is_not(generator, monkeypatch):
+    """A rule of the package is noted once for each kind of call; its numbers are those of each call, and so is whatever
+    a rule of somebody else's reads."""
+    c, u, x = (testing.sample((4, 50), torch.float32, generator) for _ in range(3))
+    apg, weaker = rules.apg, functools.partial(rules.apg, eta=0.5)
+    scale = 1.0
+
+    def own(m, omega):
+        return Guidance(1.0, scale * omega)
+
+    shifts = (0.1, 0.2)
+
+    def step(omega, shift, rule, **options):
+        t = torch.linspace(0.5, 0.9, 4)
+        return lgd.guided_step(x, c, u, omega, lgd.RectifiedFlow().levels(t, t - shift), rule=rule, **options)
+
+    def every():
+        omegas = (1.5, 3.0, torch.linspace(0, 1, 4), torch.linspace(1, 2, 4))
+        found = [lgd.guided_score(c, u, omega, rule=rule) for omega in omegas for rule in (apg, weaker, own)]
+        return found + [
+            step(omega, shift, rule, **options)
+            for omega in (1.5, omegas[2])
+            for shift in shifts
+            for rule in (apg, weaker, own)
+            for options in ({}, {"churn": 0.3, "seed": 1}, {"churn": torch.linspace(0.1, 1, 4), "seed": 2})
+        ]
+
+    first = every()
+    assert all(torch.equal(one, other) for one, other in zip(every(), first, strict=True))
+    monkeypatch.setattr("lgd_kernels.rule_passes._known", lambda _: None)
+    assert all(torch.equal(one, other) for one, other in zip(every(), first, strict=True))
+    monkeypatch.undo()
+    scale = 2.0
+    assert torch.equal(lgd.guided_score(c, u, 0.75, rule=own), first[2])
