@@ -30,13 +30,11 @@ void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, in
     guided_energy<S>(op, item, first, last, sums, scratch<S>(op));
   };
   const int64_t count = op.statistics();
-  reduce_rows(batch, row, threads, count, statistics, work);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && batch * count > 2048)
-  for (int64_t item = 0; item < batch; ++item) {
+  reduce_rows(batch, row, threads, count, statistics, work, [&](int64_t item) {
     const Energy energy = guided_energy_finish(op, item, row, statistics + item * count, options);
     loss[item] = S(energy.loss);
     slope[item] = S(energy.slope);
-  }
+  });
 }
 
 }  // namespace

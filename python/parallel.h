@@ -79,18 +79,32 @@ inline int64_t part_of(int64_t row) {
   return (blocks + kMostParts - 1) / kMostParts * kChunk;
 }
 
-// totals[sample, i] = the sum over the row of what work(sample, first, last, sums) adds to sums[i], i < count.
-template <class Work>
-void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work) {
+// totals[sample, i] = the sum over the row of what work(sample, first, last, sums) adds to sums[i], i < count; and
+// done(sample) once a sample has them.
+template <class Work, class Done>
+void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work,
+                 const Done& done) {
   const int64_t length = part_of(row), chunks = (row + length - 1) / length, tasks = batch * chunks;
+  std::fill(totals, totals + batch * count, 0.0);
+  if (chunks == 1)
+    return for_tasks(batch, threads, [&](int64_t sample) {
+      work(sample, 0, row, totals + sample * count);
+      done(sample);
+    });
   std::vector<double> parts(tasks * count);
   for_tasks(tasks, threads, [&](int64_t task) {
     const int64_t sample = task / chunks, first = task % chunks * length;
     work(sample, first, std::min(first + length, row), parts.data() + task * count);
   });
-  std::fill(totals, totals + batch * count, 0.0);
-  for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t i = 0; i < count; ++i) totals[task / chunks * count + i] += parts[task * count + i];
+  for_tasks(batch, batch * count > 2048 ? threads : 1, [&](int64_t sample) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = 0; i < count; ++i) totals[sample * count + i] += parts[(sample * chunks + chunk) * count + i];
+    done(sample);
+  });
+}
+template <class Work>
+void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work) {
+  reduce_rows(batch, row, threads, count, totals, work, [](int64_t) {});
 }
 
 // The same of one row, by whoever calls: up to 16 sums, with the same bits.

@@ -181,8 +181,8 @@ LGD_CLONES void scaled(S* to, const E* from, S factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = factor * S(to_float(from[i]));
 }
 
-// What a thread works in: particles and slopes [m, kSpan], targets [k, kSpan], buffers and, in the backward, the
-// targets' gradients [k, kSpan].
+// What a thread works in: particles and slopes [m, kSpan], targets [k, kSpan], buffers, noise of either and, in the
+// backward, the targets' gradients [k, kSpan].
 template <class S>
 struct Scratch {
   S *x_s, *slope, *target, *buffers[4], *to_target;
@@ -195,7 +195,7 @@ struct Scratch {
     target = slope + op.m * kSpan;
     for (int i = 0; i < 4; ++i) buffers[i] = target + (op.k + i) * kSpan;
     drawn = reinterpret_cast<float*>(buffers[3] + kSpan);
-    to_target = buffers[3] + 2 * kSpan;
+    to_target = buffers[3] + (1 + std::max(op.m, op.k)) * kSpan;
     y = reinterpret_cast<const S**>(to_target + op.k * kSpan);
   }
 };
@@ -218,6 +218,9 @@ struct Item {
 template <class E, class S>
 void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& item, int64_t at, int64_t count) {
   const auto& step = item.step;
+  if (op.draws)
+    philox_fill_rows(to.drawn, kSpan, op.m, count, at, op.seed.key(item.index), op.seed.index(item.index, 0, op.m),
+                     kStreamStep);
   auto* const buffers = reinterpret_cast<E* const*>(to.buffers);
   const bool centred = op.kind != Targets::tensor;
   const E* x0 = centred ? read_block(op.target, item.index, at, count, buffers[3]) : nullptr;
@@ -232,8 +235,7 @@ void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& it
     else
       guide(x_s, slope, x, cond, uncond, S(step.x), S(step.guided), S(item.omega), count);
     if (op.draws) {
-      philox_fill(to.drawn, count, at, op.seed.key(item.index), op.seed.index(item.index, j, op.m), kStreamStep);
-      add(x_s, to.drawn, S(step.noise), count);
+      add(x_s, to.drawn + j * kSpan, S(step.noise), count);
     } else if (op.noise.data) {
       add(x_s, read_block(op.noise, row, at, count, buffers[0]), S(step.noise), count);
     }
@@ -244,6 +246,9 @@ void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& it
 template <class S>
 void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, const Item& item, int64_t at, int64_t count,
                   int64_t whole) {
+  if (op.kind == Targets::renoise)
+    philox_fill_rows(to.drawn, kSpan, op.k, count, at, op.target_seed.key(item.index),
+                     op.target_seed.index(item.index, 0, op.k), kStreamTargets);
   for (int64_t k = 0; k < op.k; ++k) {
     S* buffer = to.target + k * kSpan;
     to.y[k] = buffer;
@@ -254,9 +259,7 @@ void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, const Item& item
       else if (found != buffer)
         std::copy(found, found + count, buffer);
     } else if (op.kind == Targets::renoise) {
-      const uint32_t sample = op.target_seed.index(item.index, k, op.k);
-      philox_fill(to.drawn, count, at, op.target_seed.key(item.index), sample, kStreamTargets);
-      scaled(buffer, to.drawn, S(item.noise), count);
+      scaled(buffer, to.drawn + k * kSpan, S(item.noise), count);
     } else {
       std::fill(buffer, buffer + count, S(0));
     }
@@ -321,7 +324,9 @@ void put(const Rows& rows, int64_t row, int64_t at, int64_t count, const S* valu
 
 }  // namespace
 
-int64_t guided_energy_scratch(const GuidedEnergy& op) { return (2 * op.m + 2 * op.k + 5) * kSpan + 2 * op.k; }
+int64_t guided_energy_scratch(const GuidedEnergy& op) {
+  return (2 * op.m + 2 * op.k + 4 + std::max(op.m, op.k)) * kSpan + 2 * op.k;
+}
 
 template <class S>
 void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch) {

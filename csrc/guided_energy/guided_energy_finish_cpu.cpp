@@ -4,7 +4,7 @@
 namespace lgd {
 namespace {
 
-constexpr int kTerms = 8;  // pairs whose powers are taken side by side
+constexpr int kTerms = 24;  // pairs whose powers are taken side by side: more than one vector, since a power is a chain
 
 struct Terms {
   alignas(64) double square[kTerms], along[kTerms], share[kTerms];

@@ -79,11 +79,12 @@ def guided_energy(
     seed, seed_value = split_seed(seed)
     target_seed, target_seed_value = split_seed(target_seed)
     if torch.is_grad_enabled() and requires_grad(x, cond, uncond, noise, omega, *table[:1], data):
-        return _GuidedEnergy.apply(
-            x, cond, uncond, noise, omega, table[0] if table else None, data, churn, seed, target_seed, omega_value,
-            churn_value, prediction, seed_value, first_sample, kind, k, target_seed_value, beta, lam, unbiased, impl,
-            *levels, *table[1:],
+        given = (  # one argument: autograd looks at each there is
+            churn, seed, target_seed, list(levels), table[1:],
+            (omega_value, churn_value, prediction, seed_value, first_sample, target_seed_value), kind, k,
+            (beta, lam, unbiased), impl,
         )  # fmt: skip
+        return _GuidedEnergy.apply(x, cond, uncond, noise, omega, table[0] if table else None, data, given)
     return _run(
         x, cond, uncond, noise, omega, omega_value, table, list(levels), prediction, churn, churn_value, seed,
         seed_value, first_sample, data, kind, k, target_seed, target_seed_value, beta, lam, unbiased, impl,
@@ -127,27 +128,27 @@ def _used(churn, noise, seed):
 
 class _GuidedEnergy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cond, uncond, noise, omega, values, data, churn, seed, target_seed, omega_value, churn_value,
-                prediction, seed_value, first_sample, kind, k, target_seed_value, beta, lam, unbiased, impl,
-                *rest):  # fmt: skip
-        levels, table = list(rest[:5]), [] if values is None else [values, *rest[5:]]
+    def forward(ctx, x, cond, uncond, noise, omega, values, data, given):
+        churn, seed, target_seed, levels, knots, numbers, kind, k, options, impl = given
+        omega_value, churn_value, prediction, seed_value, first_sample, target_seed_value = numbers
         loss, slope, found = _run(
-            x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed,
-            seed_value, first_sample, data, kind, k, target_seed, target_seed_value, beta, lam, unbiased, impl,
+            x, cond, uncond, noise, omega, omega_value, [] if values is None else [values, *knots], levels, prediction,
+            churn, churn_value, seed, seed_value, first_sample, data, kind, k, target_seed, target_seed_value,
+            *options, impl,
         )  # fmt: skip
         to_data = [*ctx.needs_input_grad[:4], ctx.needs_input_grad[6]]
-        again = (x, cond, uncond, noise, data, churn, seed, target_seed) if any(to_data) else (None,) * 8
-        ctx.save_for_backward(slope, found, omega, *again, *levels, *table)
-        ctx.numbers = omega_value, churn_value, prediction, seed_value, first_sample, kind, k, target_seed_value
-        ctx.options = beta, lam, unbiased
-        ctx.to_data, ctx.m, ctx.impl = to_data, x.shape[1], impl
+        again = (x, cond, uncond, noise, data, churn, seed, target_seed, *levels) if any(to_data) else (None,) * 13
+        ctx.save_for_backward(slope, found, omega, *again, values, *knots)
+        ctx.numbers, ctx.kind, ctx.options, ctx.impl = numbers, (kind, k), options, impl
+        ctx.to_data, ctx.m = to_data, x.shape[1]
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         slope, found, omega, x, cond, uncond, noise, data, churn, seed, target_seed, *rest = ctx.saved_tensors
-        levels, table = rest[:5], rest[5:]
-        omega_value, churn_value, prediction, seed_value, first_sample, kind, k, target_seed_value = ctx.numbers
+        levels, table = rest[:5], rest[5:] if rest[5] is not None else []
+        omega_value, churn_value, prediction, seed_value, first_sample, target_seed_value = ctx.numbers
+        kind, k = ctx.kind
         to_omega_wanted = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         d_x = d_cond = d_uncond = d_noise = d_omega = d_data = None
         arguments = (
@@ -176,7 +177,7 @@ class _GuidedEnergy(torch.autograd.Function):
                     impl = impls.choose("guided_energy", ctx.impl, slope.device)
                 d_omega = to_omega(upstream * slope, omega, table, impl)
         by_omega = (None, d_omega) if table else (d_omega, None)
-        return d_x, d_cond, d_uncond, d_noise, *by_omega, d_data, *(None,) * (20 + len(table[1:]))
+        return d_x, d_cond, d_uncond, d_noise, *by_omega, d_data, None
 
 
 def _differentiable_backward(
