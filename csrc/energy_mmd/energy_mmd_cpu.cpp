@@ -92,6 +92,7 @@ LGD_INLINE void pull(const S* x, const S* y, int rows, const S* weights, double 
     for (int c = 0; c < kCoordinates; ++c)
       for (int v = 0; v < kVectors; ++v) at[c][v] = load(y + c * kTile + j + v * kLanes);
     const S *at_x = x, *row = weights + j;
+#pragma GCC unroll 8
     for (int i = 0; i < rows; ++i, ++at_x, row += kTile)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {

@@ -16,11 +16,18 @@ struct MmdKernel {
 };
 
 // Each: row(arguments, values, derivatives, count); null derivatives are not wanted (once inlined, a constant).
+// s^(1/2), and 1/2 s^(-1/2), 0 where s is: without a root and a division, where there is an instruction that begins a
+// root. Returns how many were done.
+int fast_roots(const float* s, float* value, float* slope, int count);
+
 template <class S>
 struct Distance {  // s^(1/2)
   LGD_INLINE void operator()(const S* s, S* value, S* slope, int count) const {
+    int done = 0;
+    if constexpr (std::is_same<S, float>::value)
+      if (slope) done = fast_roots(s, value, slope, count);
 #pragma omp simd
-    for (int j = 0; j < count; ++j) {
+    for (int j = done; j < count; ++j) {
       const S r = root(s[j]);
       value[j] = r;
       if (slope) slope[j] = s[j] < kCoincide<S> ? S(0) : S(0.5) / r;
