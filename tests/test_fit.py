@@ -57,31 +57,42 @@ def test_a_known_omega_comes_back(data):
 def test_the_fit_is_a_minimum(data):
     """Of loss and springs as the docstring has them: no value can be moved to gain, and autograd sees no slope."""
     curve, c, s, t = data
-    table = fit_table(curve, c, s, t, KNOTS.double(), KNOTS.double(), smooth=5.0)
-    bend = curve.hessian(_best_constants(curve, c)[c]).mean()
+    knots = KNOTS.double()
+    table = fit_table(curve, c, s, t, knots, knots, smooth=5.0, shared=3.0)
+    whole = fit_table(curve, None, s, t, knots, knots, smooth=5.0)
+    held = KNOTS[:, None] < KNOTS[None, :]
 
-    def objective(values):
-        table = lgd.OmegaTable(values, KNOTS.double(), KNOTS.double())
-        held = KNOTS[:, None] < KNOTS[None, :]
-        stretch = 0.0
-        for i, j in itertools.product(range(5), range(5)):
-            for k, m in ((i + 1, j), (i, j + 1)):
-                if k < 5 and m < 5 and held[i, j] and held[k, m]:
-                    stretch = stretch + (values[:, i, j] - values[:, k, m]).square().sum()
-        return curve.loss(table(c, s, t)).sum() + 5.0 * bend / 2 * stretch
+    def bending(values):
+        found = 0.0
+        for stiff, pattern in ((1.0, (1, -2, 1)), (0.03, (1, -1))):
+            for i, j, along in itertools.product(range(5), range(5), (True, False)):
+                row = [(i + n, j) if along else (i, j + n) for n in range(len(pattern))]
+                if all(max(one) < 5 and held[one] for one in row):
+                    parts = [weight * values[:, k, m] for weight, (k, m) in zip(pattern, row, strict=True)]
+                    found = found + stiff * sum(parts).square().sum()
+        return found
 
-    values = table.values.clone().requires_grad_()
-    least = objective(values)
-    (slope,) = torch.autograd.grad(least, values)
-    free = (table.values > 1e-3) & (KNOTS[:, None] < KNOTS[None, :])
-    assert free.sum() > 15 and slope[free].abs().max() < 1e-3 * bend  # a step of Newton's would move by 1e-3 / items
-    assert bool((slope[~free & (KNOTS[:, None] < KNOTS[None, :])] >= 0).all())
-    for shift in torch.randn(6, *values.shape, generator=torch.Generator().manual_seed(0)).double():
-        assert objective((table.values + 0.05 * shift).clamp(0, 10)) > least
+    def objective(values, bend, rest, smooth=5.0, shared=3.0):
+        apart = values - rest
+        stretch = smooth * bending(apart) + shared * apart[:, held].square().sum()
+        at = c if len(values) > 1 else torch.zeros_like(c)
+        return curve.loss(lgd.OmegaTable(values, knots, knots)(at, s, t)).sum() + bend / 2 * stretch
+
+    start = _best_constants(curve, 0 * c)
+    bends = curve.hessian(whole(0 * c, s, t)).mean(), curve.hessian(start[0 * c]).mean()
+    for fitted, bend, rest, shared in ((table, bends[0], whole.values, 3.0), (whole, bends[1], 0.0, 0.0)):
+        values = fitted.values.clone().requires_grad_()
+        least = objective(values, bend, rest, shared=shared)
+        (slope,) = torch.autograd.grad(least, values)
+        free = (fitted.values > 1e-3) & held
+        assert free.sum() >= 8 and slope[free].abs().max() < 1e-3 * bend  # Newton's step would be 1e-3 / items
+        assert bool((slope[~free & held] >= 0).all())
+        for shift in torch.randn(6, *values.shape, generator=torch.Generator().manual_seed(0)).double():
+            assert objective((fitted.values + 0.05 * shift).clamp(0, 10), bend, rest, shared=shared) > least
 
 
 def _best_constants(curve, c):
-    """Where the descent starts: the best of 33 for each condition."""
+    """The best of 33 for each condition."""
     grid = torch.linspace(0, 10, 33, dtype=torch.float64)
     losses = curve.loss(grid.expand(len(c), -1))
     return grid[torch.stack([losses[c == k].sum(0) for k in range(int(c.max()) + 1)]).argmin(1)]
@@ -96,7 +107,7 @@ def test_constants_are_the_curves_own_minimum(data, beta, lam, unbiased):
     everything = curve.minimize(group=torch.zeros_like(c), **options)
     assert fit_constant(curve, **options).omega.item() == pytest.approx(float(everything), abs=1e-4)
     each = curve.minimize(group=c, **options)
-    table = fit_table(curve, c, s, t, torch.zeros(1), torch.ones(1), smooth=0.0, **options)  # a constant for each class
+    table = fit_table(curve, c, s, t, torch.zeros(1), torch.ones(1), smooth=0.0, shared=0.0, **options)
     torch.testing.assert_close(table.values.flatten().double(), each, atol=1e-4, rtol=0)
 
 
@@ -136,22 +147,35 @@ def only(curve, chosen):
 def test_guidance_that_harms_is_left_out(data):
     """The bracket ends at 0: where less would be better still, the table holds exactly 0."""
     curve, c, s, t = items(500, lambda c, s, t: torch.where(c == 0, -0.5, 1.0))
-    table = fit_table(curve, c, s, t, KNOTS, KNOTS)
+    table = fit_table(curve, c, s, t, KNOTS, KNOTS, shared=0.0)
     seen = KNOTS[:, None] < KNOTS[None, :]
     assert bool((table.values[0] == 0).all()) and bool((table.values[1][seen] > 0.5).all())
     assert float(fit_constant(only(curve, c == 0)).omega) == 0
 
 
-def test_knots_without_items_are_filled_from_their_neighbours(data):
+def test_where_there_are_no_items(data):
+    """A condition without items is the table of all; a knot without goes on as its neighbours do."""
     curve, c, s, t = data
     chosen = (t > 0.6) & (c == 0)
-    table = fit_table(only(curve, chosen), c[chosen], s[chosen], t[chosen], KNOTS, KNOTS, conditions=3, smooth=1.0)
-    values = table.values
-    assert bool(values.isfinite().all())
-    assert values[0, 0, 1] == pytest.approx(float(values[0, 0, 2]), abs=1e-5)  # t = .25 has one neighbour, t = .5
-    mine = fit_constant(only(curve, chosen))
-    torch.testing.assert_close(values[1:], torch.full_like(values[1:], float(mine.omega)), atol=0.16, rtol=0)
-    assert bool((values[1:] == values[1, 0, 0]).all())  # of 33: nothing says more of them
+    part = only(curve, chosen), c[chosen], s[chosen], t[chosen]
+    table = fit_table(*part, KNOTS, KNOTS, conditions=3, smooth=1.0)
+    whole = fit_table(part[0], None, *part[2:], KNOTS, KNOTS, smooth=1.0)
+    assert torch.equal(table.values[1:], whole.values.expand(2, -1, -1))
+    first, second, third = table.values[0, 0, 1:4]  # t = .25, which no item reads, .5 and .75
+    assert 0 < first < second < third and abs(first - 2 * second + third) < 0.2
+
+
+def test_conditions_share(data):
+    """With few items of its own a condition is nearer to the truth for knowing the others'."""
+    curve, c, s, t = items(2000, lambda c, s, t: 0.5 + t + 0.02 * c, classes=20)
+    again = items(4000, lambda c, s, t: 0.5 + t + 0.02 * c, classes=20, seed=5)[1:]
+    wrong = [
+        (fit_table(curve, c, s, t, KNOTS, KNOTS, shared=shared)(*again) - (0.5 + again[2] + 0.02 * again[0]))
+        .square()
+        .mean()
+        for shared in (0.0, 2.0)
+    ]
+    assert wrong[1] < 0.8 * wrong[0]
 
 
 def test_a_table_holds_what_a_lookup_reads(data):
@@ -185,9 +209,9 @@ def test_batches_are_as_good_as_one(data):
     assert torch.equal(fit_constant(apart).omega, fit_constant(curve).omega)
 
 
-def test_conditions_do_not_see_each_other(data):
+def test_conditions_need_not_see_each_other(data):
     curve, c, s, t = data
-    both = fit_table(curve, c, s, t, KNOTS, KNOTS, smooth=0.0)
+    both = fit_table(curve, c, s, t, KNOTS, KNOTS, smooth=0.0, shared=0.0)
     first = c == 0
     alone = fit_table(only(curve, first), None, s[first], t[first], KNOTS, KNOTS, smooth=0.0)
     torch.testing.assert_close(alone.values[0], both.values[0], atol=1e-4, rtol=0)
@@ -201,6 +225,7 @@ def test_conditions_do_not_see_each_other(data):
         (lambda v, c, s, t: fit_table(v, c, s, t[1:], KNOTS, KNOTS), r"`t` has shape \[9\]"),
         (lambda v, c, s, t: fit_table(v, c, s, t, KNOTS.flip(0), KNOTS), "`s_knots` must increase strictly"),
         (lambda v, c, s, t: fit_table(v, c, s, t, KNOTS, KNOTS, smooth=-1), "`smooth` is -1, expected numbers"),
+        (lambda v, c, s, t: fit_table(v, c, s, t, KNOTS, KNOTS, shared=-1), "`shared` is -1, expected a number"),
         (lambda v, c, s, t: fit_table(v, c, s, t, KNOTS, KNOTS, conditions=1), r"expected conditions in \[0, 1\)"),
         (lambda v, c, s, t: fit_table(v, c, s, t, KNOTS, KNOTS, bracket=(-1, 1)), r"`bracket` is \(-1, 1\), expected"),
         (lambda v, c, s, t: fit_constant(v, bracket=(2, 1)), r"`bracket` is \(2, 1\)"),

@@ -47,7 +47,7 @@ class Config:
     validation_samples: int = 100  # per class and setting
     test_samples: int = 300  # per class and method
     l2_steps: int = 450
-    fit_items: int = 8192
+    fit_items: int = 16384
     gammas: tuple[float, ...] = (0.0, 1.0, 3.0, 10.0)
     variant_steps: int = 300  # of each reward and each ablation
     ablations: tuple[tuple[str, tuple[float, ...]], ...] = ()

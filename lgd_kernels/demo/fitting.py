@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--denoiser-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=900, help="updates of a network")
-    parser.add_argument("--items", type=int, default=8192, help="that the fits are made from")
+    parser.add_argument("--items", type=int, default=16384, help="that the fits are made from")
     parser.add_argument("--draws", type=int, default=8192, help="of the validation split")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     args = parser.parse_args(argv)

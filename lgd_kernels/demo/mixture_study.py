@@ -77,7 +77,7 @@ def study(frozen: Frozen, data: Plane, seed: int, config, track: Track) -> tuple
     baked, bake_error = variants.baked(learned)
     squared = fit_table(  # the least of its loss, exactly: the bias is that of the loss, not of a training
         curves, particles.c, particles.s, particles.t, *variants.knots(KNOTS), conditions=CLASSES,
-        smooth=variants.SMOOTH, beta=2.0, lam=0.0,
+        beta=2.0, lam=0.0,
     )  # fmt: skip
 
     paths = {

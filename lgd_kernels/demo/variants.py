@@ -21,7 +21,6 @@ from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.progress import Track, silent
 
-SMOOTH = (3.0, 10.0, 30.0, 100.0)
 Sample = Callable[[Tensor, str], Tensor]  # (tables [settings, steps, 10], label) -> [settings, 10, n, 64]
 
 
@@ -39,7 +38,7 @@ def fitted(
     frozen: Frozen,
     data: tuple[Tensor, Tensor],
     settings: Settings,
-    items: int = 8192,
+    items: int = 16384,
     count: int = 11,
     classes: int = CLASSES,
 ) -> tuple[OmegaTable, dict[str, float], tuple[Particles, EnergyCurve]]:
@@ -52,8 +51,7 @@ def fitted(
     particles = Batches(frozen, data, settings, torch.device("cpu")).of(data, items, settings.seed)
     predicted = time.perf_counter()
     curves = curve(particles)
-    table = fit_table(curves, particles.c, particles.s, particles.t, *knots(count), conditions=classes,
-                      smooth=SMOOTH)  # fmt: skip
+    table = fit_table(curves, particles.c, particles.s, particles.t, *knots(count), conditions=classes)
     ended = time.perf_counter()
     return table, {"predicted": predicted - started, "fitted": ended - predicted}, (particles, curves)
 

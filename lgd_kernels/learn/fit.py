@@ -14,6 +14,7 @@ Everything is worked out on the CPU in float64, in a fixed order: same inputs, s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 
 FOLDS = 5  # one item in so many is held out to choose `smooth`
+SLACK = 0.03  # how stiff neighbours are, where three in a row are 1: what has no items is level in the end
 
 
 def fit_table(
@@ -39,6 +41,7 @@ def fit_table(
     *,
     conditions: int | None = None,
     smooth: float | Sequence[float] = 10.0,
+    shared: float = 2.0,
     bracket: tuple[float, float] = (0.0, 10.0),
     beta: float = 1.75,
     lam: float = 1.0,
@@ -46,14 +49,16 @@ def fit_table(
 ) -> OmegaTable:
     """The table whose bilinear omega(c, s, t) has the least loss over all items, as exactly as numbers allow.
 
-        minimise  sum_i L_i(omega(c_i, s_i, t_i))  +  smooth h / 2  sum over neighbouring knots (V - V')^2
+        minimise  sum_i L_i(omega(c_i, s_i, t_i))  +  h / 2 (smooth bending(V - P)  +  shared sum (V - P)^2)
+        bending(V) = sum over three knots in a row (V - 2 V' + V'')^2  +  .03 sum over neighbours (V - V')^2
 
-    over the values V in the bracket, for each condition. An item pulls at the four values that a step at its (s, t)
-    reads, by their bilinear weights, so a value is the minimum pooled over the cells around it. h is the mean second
-    derivative of an item's loss, at the best constant: **smooth counts items**. A value around which many more items
-    than `smooth` lie follows them; with few, it follows its neighbours, and a knot without items is filled from them,
-    harmonically. Knots with s >= t hold what a lookup would read there. A condition without items takes the best
-    constant of all.
+    over the values V in the bracket, for each condition. P is the same for all items as if of one condition, with
+    nothing to lean on but its own bending(P): conditions share what they have in common, and one table of a single
+    condition is P. An item pulls at the four values that a step at its (s, t) reads, by their bilinear weights, so a
+    value is the minimum pooled over the cells around it. h is the mean second derivative of an item's loss where the
+    descent starts: **smooth and shared count items**. A value around which many more items lie follows them; with few,
+    it goes on as its neighbours do, and as the other conditions. A condition without items is P. Knots with s >= t hold
+    what a lookup would read there.
 
     Args:
         curves: of `guided_energy_curve`, one or several, with N items together. A single item's minimum means little
@@ -63,11 +68,12 @@ def fit_table(
         conditions: C; by default the largest c + 1.
         smooth: a number >= 0, or several, of which the one is taken whose fit to four fifths of the items has the least
             loss on every fifth. The default is ours.
+        shared: a number >= 0; 0 lets conditions know nothing of each other. The default is ours.
         bracket: where values may lie, 0 <= low < high.
         beta, lam, unbiased: of the loss.
 
     Returns an `OmegaTable`, its values in the dtype of the knots. Newton's method with Levenberg's damping and bounds,
-    from the best constant of each condition: no step raises the objective. Raises ValueError or TypeError, naming the
+    from the best constant, and then from P: no step raises the objective. Raises ValueError or TypeError, naming the
     argument.
 
     >>> import torch, lgd_kernels as lgd
@@ -91,6 +97,8 @@ def fit_table(
     candidates = [float(smooth)] if isinstance(smooth, (int, float)) else sorted(map(float, smooth))
     if not candidates or not all(0 <= value < math.inf for value in candidates):
         raise ValueError(f"fit_table: `smooth` is {smooth}, expected numbers of items >= 0")
+    if not 0 <= shared < math.inf:
+        raise ValueError(f"fit_table: `shared` is {shared}, expected a number of items >= 0")
 
     shape = (conditions, len(s_knots), len(t_knots))
     s_knots, t_knots = s_knots.cpu(), t_knots.cpu()
@@ -99,13 +107,19 @@ def fit_table(
     problem = Problem(curve, c.cpu().long(), cells % (shape[1] * shape[2]), weights, bracket, options)
     held = _held_steps(s_knots, t_knots)
     springs = _springs(held)
-    start = problem.constants(conditions)[:, None].expand(-1, held.numel())
+
+    def fitted(to: Problem, stiffness: float) -> Tensor:
+        own, free, whole = stiffness * springs, held.flatten(), to.together()
+        rest = whole.descend(whole.constants(1)[:, None].expand(-1, free.numel()), free, own)
+        own = own + shared * torch.diag(free.double())
+        return rest if conditions == 1 else to.descend(rest.expand(conditions, -1), free, own, rest)
+
     if len(candidates) > 1:
         chosen = torch.arange(count(curve)) % FOLDS == 0
-        fitted, scored = problem.where(~chosen), problem.where(chosen)
-        found = [scored.loss(fitted.descend(start, held.flatten(), value * springs)).sum() for value in candidates]
+        some, others = problem.where(~chosen), problem.where(chosen)
+        found = [others.loss(fitted(some, value)).sum() for value in candidates]
         candidates = [candidates[int(torch.stack(found).argmin())]]
-    values = problem.descend(start, held.flatten(), candidates[0] * springs).view(shape)
+    values = fitted(problem, candidates[0]).view(shape)
 
     table = OmegaTable(values, s_knots, t_knots)  # now each knot takes what a lookup reads there
     i, j, k = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
@@ -203,16 +217,18 @@ def _parabola(losses: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _springs(held: Tensor) -> Tensor:
-    """`[n, n]`: sum over neighbours in s and in t, both of which hold steps, of (V - V')^2, as V @ springs @ V."""
+    """`[n, n]`: bending(V) as V @ springs @ V, of knots in a row, in s or in t, which all hold steps."""
     n = held.numel()
     index = torch.arange(n).view(held.shape)
     springs = torch.zeros(n, n, dtype=torch.float64)
-    for one, other in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
-        both = held.flatten()[one] & held.flatten()[other]
-        one, other = one[both], other[both]
-        ones = torch.ones(len(one), dtype=torch.float64)
-        for a, b, sign in ((one, one, 1), (other, other, 1), (one, other, -1), (other, one, -1)):
-            springs.index_put_((a, b), sign * ones, accumulate=True)
+    for stiff, pattern in ((1.0, (1.0, -2.0, 1.0)), (SLACK, (1.0, -1.0))):
+        size = len(pattern)
+        for axis in (axis for axis in range(2) if held.shape[axis] >= size):
+            rows = index.unfold(axis, size, 1).reshape(-1, size)
+            rows = rows[held.flatten()[rows].all(1)]
+            for (a, first), (b, second) in itertools.product(enumerate(pattern), repeat=2):
+                stretch = torch.full((len(rows),), stiff * first * second, dtype=torch.float64)
+                springs.index_put_((rows[:, a], rows[:, b]), stretch, accumulate=True)
     return springs
 
 

@@ -55,6 +55,10 @@ class Problem:
             self.options,
         )  # fmt: skip
 
+    def together(self) -> Problem:
+        """All items in one group."""
+        return Problem(self.curve, torch.zeros_like(self.group), self.cells, self.weights, self.bracket, self.options)
+
     def constants(self, groups: int) -> Tensor:
         """The best omega of each group on a grid, `[G]`; groups without items take that of all."""
         grid = torch.linspace(*self.bracket, POINTS, dtype=torch.float64)
@@ -69,9 +73,12 @@ class Problem:
         """Of each group, without springs."""
         return self._sum(self.curve.loss(self.omega(values), **self.options), len(values))
 
-    def descend(self, start: Tensor, free: Tensor | None = None, springs: Tensor | None = None) -> Tensor:
-        """The values `[G, n]` with the least loss and least stretched springs `[n, n]`, near `start`. Values that are
-        not `free` stay. Each group is a problem of its own, and all are solved at once."""
+    def descend(
+        self, start: Tensor, free: Tensor | None = None, springs: Tensor | None = None, rest: Tensor | float = 0.0
+    ) -> Tensor:
+        """The values `[G, n]` with the least loss and least stretched springs `[n, n]`, near `start`; nothing is
+        stretched at `rest`. Values that are not `free` stay. Each group is a problem of its own, and all are solved at
+        once."""
         low, high = self.bracket
         values = start.clone()
         groups, n = values.shape
@@ -81,12 +88,12 @@ class Problem:
         damping = values.new_full((groups,), 1e-3)
 
         def objective(at: Tensor) -> Tensor:
-            return self.loss(at) + ((at @ springs) * at).sum(1) / 2
+            return self.loss(at) + (((at - rest) @ springs) * (at - rest)).sum(1) / 2
 
         least = objective(values)
         slope, bends = self._derivatives(values)
         for _ in range(ROUNDS):
-            downhill = -(slope + values @ springs)
+            downhill = -(slope + (values - rest) @ springs)
             moves = free & ~(((values <= low) & (downhill < 0)) | ((values >= high) & (downhill > 0)))  # [G, n]
             matrix = bends + springs
             scale = matrix.diagonal(dim1=1, dim2=2).abs() + 1e-12
