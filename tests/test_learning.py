@@ -8,7 +8,7 @@ import lgd_kernels as lgd
 from lgd_kernels import learn
 from lgd_kernels.demo import guidance, timing
 from lgd_kernels.demo.measures import energy_distance
-from lgd_kernels.learn import Frozen, Settings, particle_energy, sample_times
+from lgd_kernels.learn import Frozen, Settings, particle_energy, sample_s, sample_times
 
 # x1 = (0, 0), x2 = (3, 4); y1 = (0, 0), y2 = (3, 0): distances 0, 3, 5, 4, and 5 between the particles
 X = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
@@ -205,3 +205,14 @@ def test_the_loss_itself_prefers_omega_zero_for_an_exact_denoiser():
     omega = torch.tensor([-0.5, 0.0, 0.5, 1.0])
     assert int(curve.loss(omega.expand(10000, -1)).mean(0).argmin()) == 1
     assert abs(float(curve.minimize(bracket=(-2, 4), group=torch.zeros(10000, dtype=torch.int64)))) < 0.25
+
+
+@pytest.mark.parametrize("delta", [0.02, 0.1, 0.3])
+def test_other_s_of_the_same_t(delta, generator):
+    """As likely as those that t came with: the same means of s, of its square and of its product with t, and never
+    within delta of t."""
+    s, t = sample_times(400_000, delta, generator=generator)
+    other = sample_s(t, delta, generator=generator)
+    assert bool((t - other > 0.999 * delta).all() and (other > 0.0099).all())
+    for f in (lambda s: s, lambda s: s * s, lambda s: s * t, lambda s: (s < 0.2).float()):
+        assert abs(float(f(s).mean() - f(other).mean())) < 5 * float(f(s).std()) / 400_000**0.5

@@ -47,7 +47,7 @@ class Config:
     validation_samples: int = 100  # per class and setting
     test_samples: int = 300  # per class and method
     l2_steps: int = 450
-    fit_items: int = 16384
+    fit_items: int = 20480
     gammas: tuple[float, ...] = (0.0, 1.0, 3.0, 10.0)
     variant_steps: int = 300  # of each reward and each ablation
     ablations: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -122,7 +122,7 @@ def run_seed(seed: int, config: Config, track) -> dict:
     network_seconds = learning_seconds / len(config.learning)
 
     own = Settings(s_min=0.02, ema=0.99, seed=1000 * seed + 6)
-    table, fit, _ = variants.fitted(frozen, clean, replace(own, delta=0.02), config.fit_items)
+    table, fit, *_ = variants.fitted(frozen, clean, replace(own, delta=0.02), config.fit_items)
     baked, bake_error = variants.baked(candidates[learned])
     squared = guidance.learn_omega(
         frozen, clean, own, loss=l2_loss, steps=config.l2_steps, every=max(1, config.l2_steps // 3), track=track,

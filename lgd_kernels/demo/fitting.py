@@ -50,12 +50,13 @@ def one_seed(seed: int, args: argparse.Namespace, track: Track) -> dict[str, dic
         (omegas[name],) = guidance.learn_omega(frozen, clean, own, steps=args.steps, every=args.steps, track=track)
         seconds[name] = time.perf_counter() - started
     started = time.perf_counter()
-    omegas["table"], _, (particles, curves) = variants.fitted(frozen, clean, own, args.items)
+    fit = variants.fitted(frozen, clean, own, args.items)
+    omegas["table"] = fit.table
     seconds["table"] = time.perf_counter() - started
 
     batches = Batches(frozen, clean, own, torch.device("cpu"))
-    omegas["constant"] = fit_constant(curves)
-    omegas["interval"] = fit_interval(curves, particles.t, EDGES)
+    omegas["constant"] = fit_constant(fit.curves)
+    omegas["interval"] = fit_interval(fit.curves, fit.t, EDGES)
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in omegas}
     for part in batches.parts((data.validation.x, data.validation.c), args.draws, 1000 * seed + 9):
         with torch.no_grad():
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--denoiser-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=900, help="updates of a network")
-    parser.add_argument("--items", type=int, default=16384, help="that the fits are made from")
+    parser.add_argument("--items", type=int, default=20480, help="that the fits are made from")
     parser.add_argument("--draws", type=int, default=8192, help="of the validation split")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     args = parser.parse_args(argv)

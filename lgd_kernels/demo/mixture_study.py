@@ -64,11 +64,10 @@ def study(frozen: Frozen, data: Plane, seed: int, config, track: Track) -> tuple
     interval = len(constants) + int(best[len(constants) :].argmin())
     per_class = found.argmin(0)  # [C]
 
-    table, took, (particles, curves) = variants.fitted(
-        frozen, data.train, replace(own, seed=seed + 2), config.fit_items, KNOTS, CLASSES
-    )
-    by_loss = fit_constant(curves)
-    limited = fit_interval(curves, particles.t, torch.linspace(0, 1, 21))
+    fit = variants.fitted(frozen, data.train, replace(own, seed=seed + 2), config.fit_items, KNOTS, CLASSES)
+    table, took = fit.table, fit.seconds
+    by_loss = fit_constant(fit.curves)
+    limited = fit_interval(fit.curves, fit.t, torch.linspace(0, 1, 21))
     started = time.perf_counter()
     learned = guidance.learn_omega(
         frozen, data.train, own, classes=CLASSES, steps=config.omega_steps, every=config.omega_steps, track=track
@@ -76,8 +75,8 @@ def study(frozen: Frozen, data: Plane, seed: int, config, track: Track) -> tuple
     took["network"] = time.perf_counter() - started
     baked, bake_error = variants.baked(learned)
     squared = fit_table(  # the least of its loss, exactly: the bias is that of the loss, not of a training
-        curves, particles.c, particles.s, particles.t, *variants.knots(KNOTS), conditions=CLASSES,
-        beta=2.0, lam=0.0,
+        fit.curves, fit.c, fit.s, fit.t, *variants.knots(KNOTS), conditions=CLASSES, smooth=20.0, shared=2.0, beta=2.0,
+        lam=0.0,
     )  # fmt: skip
 
     paths = {

@@ -89,7 +89,7 @@ score. The classifier, trained on real digits, is right on
 <p class="note">"per class" is the grid searched ten times, once for each class with its own part of the figure: what
 hand-made guidance can reach where every condition can be tuned alone. "baked" is the learned network as a table of
 21 x 21 knots for each class (largest error {max(seed["bake_error"] for seed in seeds):.3f}), "fitted" a table of
-11 x 11 fitted to the loss of {config["fit_items"]} items, without a network or a choice on the validation split,
+8 x 8 fitted to the loss of {config["fit_items"]} items, without a network or a choice on the validation split,
 "L2" the network learned with beta 2, lam 0. All settings were chosen
 on the validation split with this same figure: the constant among
 {len(config["constants"])}, the interval among {len(seeds[0]["validation"]["interval"])}, the learned weight among

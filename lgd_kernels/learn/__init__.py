@@ -4,7 +4,7 @@ from lgd_kernels.learn.batches import Settings
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.losses import guided_score_matching_loss, l2_loss, self_consistency_loss
 from lgd_kernels.learn.marginal import marginal_loss
-from lgd_kernels.learn.objective import particle_energy, sample_times
+from lgd_kernels.learn.objective import particle_energy, sample_s, sample_times
 from lgd_kernels.learn.particles import Particles, curve, draw
 from lgd_kernels.learn.reward import black_box_reward_loss, reward_loss, with_reward
 from lgd_kernels.learn.trainer import NotFinite, Trainer
@@ -23,6 +23,7 @@ __all__ = [
     "marginal_loss",
     "particle_energy",
     "reward_loss",
+    "sample_s",
     "sample_times",
     "self_consistency_loss",
     "with_reward",

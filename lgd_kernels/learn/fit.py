@@ -41,7 +41,7 @@ def fit_table(
     *,
     conditions: int | None = None,
     smooth: float | Sequence[float] = 10.0,
-    shared: float = 2.0,
+    shared: float = 1.0,
     bracket: tuple[float, float] = (0.0, 10.0),
     beta: float = 1.75,
     lam: float = 1.0,

@@ -99,3 +99,26 @@ def sample_times(
     s = s_min + (1 - zeta - delta - s_min) * u
     t = s + delta + (1 - zeta - s - delta) * v
     return s, t
+
+
+def sample_s(
+    t: Tensor, delta: float = 0.1, zeta: float = 0.01, s_min: float = 0.01, generator: torch.Generator | None = None
+) -> Tensor:
+    """Other s for unit times t of `sample_times`, as that draws them: with `g = 1 - zeta - delta`,
+
+        p(s | t) = 1 / (g - s), up to a factor, from s_min to t - delta
+
+    A prediction at t is one for every s: curves of other steps from the same particles cost no pass over the model.
+
+    Args: as in `sample_times`. Returns s in the shape of t.
+
+    >>> s, t = sample_times(1000)
+    >>> other = sample_s(t)
+    >>> bool((other >= 0.0099).all() and (t - other > 0.0999).all())
+    True
+    """
+    end = 1 - zeta - delta
+    u = torch.rand(t.shape, generator=generator, device=t.device)
+    least = torch.finfo(t.dtype).tiny  # t = 1 - zeta, where s may be as late as it can
+    shrinks = ((end + delta - t) / (end - s_min)).clamp(least, 1.0)  # by rounding it may be less, or more
+    return end - (end - s_min) * shrinks**u
