@@ -40,7 +40,7 @@ def loss_share(
 
     An update is a batch with its predictions (from a cache of so many items, where there is one), omega, the loss, its
     gradient, clipping, AdamW and the average. The loss is drawing the noise, the guided step, the energy, and the
-    gradient down to omega. Medians over the rounds:
+    gradient from there down to omega, as part of the update's one backward pass. Medians over the rounds:
 
         eager, one_pass      the loss's share of an update
         loss_ratio           time of the loss in eager PyTorch / in one pass
@@ -48,19 +48,27 @@ def loss_share(
     """
     forms = {"eager": eager_loss, "one_pass": self_consistency_loss}
     trainer = Trainer(OmegaNetwork(frozen.schedule, CLASSES), frozen, data, Settings(cache=cache))
-    taken = 0.0  # by the loss in an update
+    taken = began = 0.0  # by the loss in an update; and when its gradient did
 
     def timed(loss):
         def measured(particles: Particles, omega: Tensor) -> Tensor:
             nonlocal taken
-            leaf = omega.detach().requires_grad_()
             started = time.perf_counter()
-            each = loss(particles, leaf)
-            (slope,) = torch.autograd.grad(each.sum(), leaf)
+            each = loss(particles, omega)
             taken = time.perf_counter() - started
-            return each.detach() + slope * (omega - leaf.detach())
+            each.register_hook(arrived)
+            omega.register_hook(left)
+            return each
 
         return measured
+
+    def arrived(_: Tensor) -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    def left(_: Tensor) -> None:
+        nonlocal taken
+        taken += time.perf_counter() - began
 
     losing, stepping = ({name: [] for name in forms} for _ in range(2))
     for i in track(range(WARM_UP + rounds), "share of the loss"):
