@@ -152,7 +152,7 @@ def _in_one_call(factors, read, sum_of, like, given, count, impl, known) -> Tens
         return None
     tape = Tape(like.shape[0])
     try:
-        taken = [tape.take(one) if isinstance(one, Tensor) or one is given[0] else one for one in given]
+        taken = [tape.take(given[0]), *(tape.take(one) if isinstance(one, Tensor) else one for one in given[1:])]
         if known and len({id(one) for one in own}) == len(own):  # each has a place of its own
             kinds = [(one.ndim,) if isinstance(one, Tensor) else one for one in given[1:]]
             known = known, count, isinstance(given[0], Tensor), *kinds

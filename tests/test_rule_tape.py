@@ -8,7 +8,7 @@ import torch
 from test_rules import OMEGA, RULES, pair
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, testing
+from lgd_kernels import rule_passes, rules, testing
 from lgd_kernels.rules import Guidance
 
 READ = ("cc", "cu", "cd", "uu", "ud", "dd", "c", "u", "d")
@@ -133,3 +133,17 @@ def test_what_a_rule_noted_is_kept_and_what_it_is_given_is_not(generator, monkey
     monkeypatch.undo()
     scale = 2.0
     assert torch.equal(lgd.guided_score(c, u, 0.75, rule=own), first[2])
+
+
+@pytest.mark.extension
+def test_omega_and_churn_may_be_one_number(generator):
+    """One object, that is: it has one place in the notes or two, whoever was first."""
+    c, u, x = (testing.sample((2, 50), torch.float32, generator) for _ in range(3))
+    t = torch.tensor([0.5, 0.9])
+    levels, one = lgd.RectifiedFlow().levels(t, t - 0.3), 1.0
+    for omegas in ((2.0, one), (one, 2.0)):
+        rule_passes._NOTES.clear()
+        for omega in omegas:
+            found = lgd.guided_step(x, c, u, omega, levels, rule=rules.apg, churn=one, seed=3)
+            exact = lgd.guided_step(x, c, u, omega, levels, rule=rules.apg, churn=one, seed=3, impl="reference")
+            torch.testing.assert_close(found, exact, rtol=2e-6, atol=1e-5)
