@@ -140,7 +140,7 @@ def test_omega_and_churn_may_be_one_number(generator):
     """One object, that is: it has one place in the notes or two, whoever was first."""
     c, u, x = (testing.sample((2, 50), torch.float32, generator) for _ in range(3))
     t = torch.tensor([0.5, 0.9])
-    levels, one = lgd.RectifiedFlow().levels(t, t - 0.3), 1.0
+    levels, one = lgd.RectifiedFlow().levels(t, t - 0.3), 0.5
     for omegas in ((2.0, one), (one, 2.0)):
         rule_passes._NOTES.clear()
         for omega in omegas:
