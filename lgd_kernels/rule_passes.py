@@ -8,7 +8,6 @@ the rule runs on tensors `[B]`, between `moments` and `combine`.
 from __future__ import annotations
 
 import functools
-import math
 import types
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
@@ -24,9 +23,9 @@ from lgd_kernels.native import with_contiguous_rows
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.rules import Number, Pair, Rule
-from lgd_kernels.tape import Noted, Tape
+from lgd_kernels.tape import Noted, Notes, NotNoted, Tape
 
-_NOTES: dict[Hashable, tuple[tuple, list[int]]] = {}  # of rules that are known, and where their factors are
+_NOTES: dict[Hashable, Notes] = {}  # of rules that are known
 _MOST_NOTES = 100
 
 
@@ -122,7 +121,7 @@ def _known(rule: Rule) -> Hashable | None:
 
 def _run(factors: Callable, read: _Predictions, sum_of: _Sum, like: Tensor, omega, given, impl, known, step=None):
     """`factors(moments, omega, *given)`: a number, or one for each sample, of every column, and then of the noise."""
-    count = math.prod(like.shape[1:])
+    count = like.numel() // max(1, like.shape[0])
     ready = isinstance(omega, (int, float)) or type(omega) is Tensor and omega.ndim == 1  # as the kernels take it
     w = omega if ready else omega_at(omega, like.new_empty(0, dtype=arithmetic_dtype(like)))
     if step is None and count and like.device.type == "cpu" and impl in (None, "cpu"):
@@ -146,42 +145,60 @@ def _run(factors: Callable, read: _Predictions, sum_of: _Sum, like: Tensor, omeg
 def _in_one_call(factors, read, sum_of, like, given, count, impl, known) -> Tensor | None:
     """None where something looks on, or where the rule needs tensors."""
     own = [one for one in given if isinstance(one, Tensor)]
-    if impls.transforms_active() or not impls.direct(*read.tensors, like, *own):
+    seed, seed_value = split_seed(sum_of.seed)
+    tensors = (*read.tensors, *sum_of.tensors, *own)
+    if impls.transforms_active() or not impls.direct(*tensors, seed):
+        return None
+    if torch.is_grad_enabled() and requires_grad(*tensors):
         return None
     if impls.choose("combine", impl, like.device, like.dtype) != "cpu":
         return None
-    tape = Tape(like.shape[0])
     try:
-        taken = [tape.take(given[0]), *(tape.take(one) if isinstance(one, Tensor) else one for one in given[1:])]
-        if known and len({id(one) for one in own}) == len(own):  # each has a place of its own
-            kinds = [(one.ndim,) if isinstance(one, Tensor) else one for one in given[1:]]
-            known = known, count, isinstance(given[0], Tensor), *kinds
-            if known not in _NOTES:
-                if len(_NOTES) >= _MOST_NOTES:
-                    _NOTES.clear()
-                places = [tape.place(one) for one in factors(_Noted(tape, count), *taken)]
-                _NOTES[known] = tape.notes(), places
-            notes, places = _NOTES[known]
-            tape.repeat(*notes)
-        else:
-            places = [tape.place(one) for one in factors(_Noted(tape, count), *taken)]
+        notes, numbers = _notes(factors, given, own, like.shape[0], count, known)
     except Exception:  # whatever it is, a rule that runs on tensors will show it
         return None
-    before = {id(one) for one in (*read.tensors, like, *own)}  # that are looked at
-    others = [one for one in (*sum_of.tensors, *tape.kept, sum_of.seed) if isinstance(one, Tensor)]
-    others = [one for one in others if id(one) not in before]
-    if (others and not impls.direct(*others)) or (torch.is_grad_enabled() and requires_grad(*sum_of.tensors)):
-        return None
-    out = like.new_empty(like.shape)
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
     if out.numel():
         columns = len(sum_of.columns)
         impls.extension().guided_by_rule(
-            out, [with_contiguous_rows(one) for one in read.tensors], flat((0, read.u, read.delta), 2), tape.wanted,
-            tape.code, tape.constants, tape.numbers, [with_contiguous_rows(one) for one in sum_of.tensors],
-            flat(sum_of.columns, 0), places[:columns], -1 if sum_of.seed is None else places[columns],
-            *split_seed(sum_of.seed), sum_of.first_sample, torch.get_num_threads(),
+            out, [with_contiguous_rows(one) for one in read.tensors], _flat((0, read.u, read.delta)), notes.wanted,
+            notes.code, notes.constants, numbers, [with_contiguous_rows(one) for one in sum_of.tensors],
+            _flat(tuple(sum_of.columns)), notes.places[:columns], -1 if sum_of.seed is None else notes.places[columns],
+            seed, seed_value, sum_of.first_sample, torch.get_num_threads(),
         )  # fmt: skip
     return out
+
+
+def _notes(factors, given, own, batch, count, known) -> tuple[Notes, list[Tensor]]:
+    """What the rule does, and the tensors `[B]` it speaks of. Notes of a rule that is known are taken once: they hold
+    for other weights, and for other tensors as long as no two are one."""
+    weight = given[0]
+    if known and len(set(map(id, own))) == len(own):
+        of_tensors = isinstance(weight, Tensor)
+        kinds = [(one.ndim,) if isinstance(one, Tensor) else one for one in given[1:]]
+        known = known, count, of_tensors, *kinds
+        notes = _NOTES.get(known)
+        if notes is not None:
+            if not of_tensors:
+                notes = notes._replace(constants=[float(weight), *notes.constants[1:]])
+            return notes, [one if one.is_floating_point() else one.double() for one in own]
+    else:
+        known = None
+    tape = Tape(batch)
+    taken = [tape.take(weight), *(tape.take(one) if isinstance(one, Tensor) else one for one in given[1:])]
+    notes = tape.notes([tape.place(one) for one in factors(_Noted(tape, count), *taken)])
+    if not impls.direct(*tape.kept):
+        raise NotNoted("a tensor that somebody looks at")
+    if known and len(tape.kept) == len(own):
+        if len(_NOTES) >= _MOST_NOTES:
+            _NOTES.clear()
+        _NOTES[known] = notes
+    return notes, tape.numbers
+
+
+@functools.cache
+def _flat(columns: tuple[Column, ...]) -> list[int]:
+    return flat(columns, 0)
 
 
 class _Noted(Pair):

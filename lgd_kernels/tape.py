@@ -9,6 +9,9 @@ comparison, a function of torch that is not in the list) raises `NotNoted`, and 
 
 from __future__ import annotations
 
+import array
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,15 @@ _SAME = {"truediv": "div", "true_divide": "div", "divide": "div", "subtract": "s
 
 class NotNoted(Exception):
     """Something that only tensors can do."""
+
+
+class Notes(NamedTuple):
+    """As C++ takes them."""
+
+    code: bytes  # of int32, four for each instruction
+    constants: list[float]
+    wanted: int  # a bit for each moment
+    places: list[int]  # of the results
 
 
 class Tape:
@@ -45,13 +57,8 @@ class Tape:
             raise NotNoted("a rule of more steps than are noted")
         return Noted(self, place)
 
-    def notes(self) -> tuple[list[int], list[float], int]:
-        """What can be repeated on another tape that begins with the same: numbers of as many samples, and constants."""
-        return self.code, self.constants, self.wanted
-
-    def repeat(self, code: list[int], constants: list[float], wanted: int) -> None:
-        self.code, self.wanted = code, wanted
-        self.constants = self.constants + constants[len(self.constants) :]
+    def notes(self, places: list[int]) -> Notes:
+        return Notes(array.array("i", self.code).tobytes(), self.constants, self.wanted, places)
 
     def take(self, value: Noted | Tensor | float) -> Noted:
         return Noted(self, self.place(value))

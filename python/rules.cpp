@@ -1,4 +1,6 @@
 // A guidance rule in one call: moments of a sample, its coefficients, and its combination, while it is in the cache.
+#include <cstring>
+
 #include "../csrc/combine/combine.h"
 #include "../csrc/common/tape.h"
 #include "../csrc/moments/moments.h"
@@ -40,7 +42,8 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
   const int64_t serial = op.scale >= 0 ? kSerialDrawn : kSerial;
   if (row * bytes <= kCached && (batch >= 4 * threads || batch * row < serial)) {
     for_tasks(batch, batch * row < serial ? 1 : threads, [&](int64_t sample) {
-      double values[kMostValues] = {};
+      double values[kMostValues];
+      std::fill_n(values, kGiven + op.tape.count, 0.0);
       if (op.moments.wanted) reduce_row(sample, row, kGiven, values, sums);
       play<S>(op, sample, values, coefficients.data(), scales.data());
       write(sample, 0, row);
@@ -50,7 +53,8 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
   std::vector<double> totals(batch * kGiven);
   if (op.moments.wanted) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kGiven, totals.data(), sums);
   for (int64_t sample = 0; sample < batch; ++sample) {
-    double values[kMostValues] = {};
+    double values[kMostValues];
+    std::fill_n(values, kGiven + op.tape.count, 0.0);
     std::copy_n(totals.data() + sample * kGiven, kGiven, values);
     play<S>(op, sample, values, coefficients.data(), scales.data());
   }
@@ -76,18 +80,17 @@ Moments moments_of(Tensors tensors, py::handle columns, unsigned wanted) {
   return op;
 }
 
-Tape tape_of(py::handle code, py::handle constants, Tensors numbers) {
-  Tape tape{};
-  tape.count = int(PySequence_Size(code.ptr())) / 4;
+// In place: most of a tape is empty, and copied that costs as much as all else here.
+void fill_tape(Tape& tape, py::handle code, py::handle constants, Tensors numbers) {
+  const int64_t bytes = PyBytes_Size(code.ptr()), step = sizeof(Instruction);
   const int given = int(PySequence_Size(constants.ptr())), counted = int(PySequence_Size(numbers.ptr()));
-  if (kGiven + tape.count > kMostValues || given > kMostValues || counted > kMostValues)
+  if (bytes < 0 || bytes % step) throw std::invalid_argument("notes that are no instructions");
+  if (kGiven + bytes / step > kMostValues || given > kMostValues || counted > kMostValues)
     throw std::length_error("a rule of more steps than the kernels have room for");
-  for (int i = 0; i < tape.count; ++i)
-    tape.instructions[i] = {Op(place(code, 4 * i)), place(code, 4 * i + 1), place(code, 4 * i + 2),
-                            place(code, 4 * i + 3)};
+  tape.count = int(bytes / step);
+  std::memcpy(tape.instructions, PyBytes_AsString(code.ptr()), bytes);
   for (int i = 0; i < given; ++i) tape.constants[i] = PyFloat_AsDouble(item(constants, i).ptr());
   for (int i = 0; i < counted; ++i) tape.numbers[i] = per_sample(item(numbers, i), 0);
-  return tape;
 }
 
 }  // namespace
@@ -99,7 +102,7 @@ void bind_rules(py::module_& module) {
                 int scale, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
                static thread_local Guided op;
                op.moments = moments_of(predictions, moment_columns, wanted);
-               op.tape = tape_of(code, constants, numbers);
+               fill_tape(op.tape, code, constants, numbers);
                op.combine = {};
                op.combine.read = columns_of(tensors, columns, py::none(), 0);
                for (int k = 0; k < op.combine.read.count; ++k) op.factors[k] = place(factors, k);

@@ -7,6 +7,7 @@
 namespace lgd {
 namespace {
 
+constexpr int kBoth = 2;   // outputs at a time, where nothing passes through buffers
 constexpr int kPlain = 3;  // columns of one loop that are tensors as they are; and one more that is a difference
 
 // Of a loop's inputs: Plain tensors, then, with Apart, the two of a difference.
@@ -156,52 +157,68 @@ void add_moments(const S* const* outputs, int count, int64_t elements, double* f
   for (int p = 0; p < count; ++p) *found++ += total(outputs[p], elements);
 }
 
+// What is the same for every block of a sample.
+template <class S>
+struct Factors {
+  S coefficients[kMostOutputs][kMostTensors], constants[kMostOutputs], scales[kMostOutputs];
+
+  Factors(const Combine& op, int64_t sample) {
+    for (int p = 0; p < op.count; ++p) {
+      const int64_t at = sample * op.count + p;
+      for (int k = 0; k < op.read.count; ++k) coefficients[p][k] = op.coefficients.at<S>(at * op.read.count + k);
+      constants[p] = op.read.inside(sample) ? op.constant.at<S>(at) : S(NAN);
+      scales[p] = op.noise_scale.at<S>(at);
+    }
+  }
+};
+
+// One output, or both of a step, with no block between memory and the loop.
+template <class E, class S>
+void combine_in_place(const Combine& op, int64_t sample, int64_t first, int64_t last, const Factors<S>& factors) {
+  const E* tensors[kMostTensors];
+  for (int n = 0; n < op.read.tensor_count; ++n)
+    tensors[n] = op.read.tensors[n].at<E>(op.read.sample_of(n, sample), first);
+  Group<E, S> groups[kBoth];
+  E* outputs[kBoth];
+  for (int p = 0; p < op.count; ++p) {
+    group_columns(op.read, tensors, factors.coefficients[p], &groups[p]);
+    outputs[p] = op.outputs[p].at<E>(sample, first);
+  }
+  with_group(groups[0].plain, groups[0].apart, [&](auto plain_, auto apart_) {
+    constexpr int plain = decltype(plain_)::value, apart = decltype(apart_)::value;
+    if (op.count == 1)
+      finish<plain, apart>(outputs[0], static_cast<const S*>(nullptr), groups[0], factors.constants[0], S(op.low),
+                           S(op.high), last - first);
+    else if constexpr (std::is_same<E, S>::value)
+      finish_both<plain, apart>(outputs, groups, factors.constants, S(op.low), S(op.high), last - first);
+  });
+}
+
 template <bool Moments, class E, class S>
 void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t last, double* found) {
+  const Columns& read = op.read;
+  const Factors<S> factors(op, sample);
+  if (!Moments && in_place<E>(op) && op.count <= (std::is_same<E, S>::value ? kBoth : 1))
+    return combine_in_place<E>(op, sample, first, last, factors);
   alignas(64) E buffers[kMostOutputs + (Moments ? kMostOutputs : 1)][kBlock];
   alignas(64) S sums[kBlock];
   alignas(64) float drawn[kBlock];
-  const Columns& read = op.read;
-  S coefficients[kMostOutputs][kMostTensors], constants[kMostOutputs], scales[kMostOutputs];
-  for (int p = 0; p < op.count; ++p) {
-    const int64_t at = sample * op.count + p;
-    for (int k = 0; k < read.count; ++k) coefficients[p][k] = op.coefficients.at<S>(at * read.count + k);
-    constants[p] = read.inside(sample) ? op.constant.at<S>(at) : S(NAN);
-    scales[p] = op.noise_scale.at<S>(at);
-  }
-  const bool whole = !Moments && in_place<E>(op);
-  const bool both = std::is_same<E, S>::value && whole && op.count == 2;
-  const int64_t block = whole && (op.count == 1 || both) ? kInPlace : kBlock;  // what is read again should be near
-  for (int64_t at = first; at < last; at += block) {
-    const int64_t count = last - at < block ? last - at : block;
+  for (int64_t at = first; at < last; at += kBlock) {
+    const int64_t count = last - at < kBlock ? last - at : kBlock;
     const E* tensors[kMostOutputs];
     for (int n = 0; n < read.tensor_count; ++n)
       tensors[n] = read_block(read.tensors[n], read.sample_of(n, sample), at, count, buffers[n]);
-    if constexpr (std::is_same<E, S>::value && !Moments)
-      if (both) {
-        Group<E, S> groups[2][kMostTensors] = {};
-        E* outputs[2];
-        for (int p = 0; p < 2; ++p) {
-          group_columns(read, tensors, coefficients[p], groups[p]);
-          outputs[p] = open_block(op.outputs[p], sample, at, buffers[kMostOutputs]);
-        }
-        const Group<E, S> first[2] = {groups[0][0], groups[1][0]};
-        with_group(first[0].plain, first[0].apart, [&](auto plain, auto apart) {
-          finish_both<decltype(plain)::value, decltype(apart)::value>(outputs, first, constants, S(op.low), S(op.high),
-                                                                      count);
-        });
-        continue;
-      }
     const E* outputs[kMostOutputs];
     if (op.noise_scale.data) philox_fill(drawn, count, at, op.seed.key(sample), op.seed.index(sample), kStreamStep);
     for (int p = 0; p < op.count; ++p) {
       Group<E, S> groups[kMostTensors] = {};
-      const int last_group = group_columns(read, tensors, coefficients[p], groups) - 1;
+      const int last_group = group_columns(read, tensors, factors.coefficients[p], groups) - 1;
       const bool more = op.noise_scale.data || last_group > 0;
+      const S constant = factors.constants[p];
       if (op.noise_scale.data)
-        begin(sums, constants[p], scales[p], drawn, count);
+        begin(sums, constant, factors.scales[p], drawn, count);
       else if (more)
-        for (int64_t i = 0; i < count; ++i) sums[i] = constants[p];
+        for (int64_t i = 0; i < count; ++i) sums[i] = constant;
       for (int g = 0; g < last_group; ++g)
         with_group(groups[g].plain, groups[g].apart, [&](auto plain, auto apart) {
           add<decltype(plain)::value, decltype(apart)::value>(sums, groups[g], count);
@@ -212,7 +229,7 @@ void combine_blocks(const Combine& op, int64_t sample, int64_t first, int64_t la
       outputs[p] = out;
       const auto& end = groups[last_group];
       with_group(end.plain, end.apart, [&](auto plain, auto apart) {
-        finish<decltype(plain)::value, decltype(apart)::value>(out, more ? sums : nullptr, end, constants[p], S(op.low),
+        finish<decltype(plain)::value, decltype(apart)::value>(out, more ? sums : nullptr, end, constant, S(op.low),
                                                                S(op.high), count);
       });
       if (written) write_block(op.outputs[p], sample, at, count, out);

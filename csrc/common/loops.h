@@ -23,40 +23,20 @@ struct Bf16Pair {
   LGD_INLINE float second() const { return bits_as<float>(bits & 0xffff0000u); }
 };
 
-// A line that is to be written must be had first. Asked for this far ahead, in bytes, nobody waits for it.
-constexpr int64_t kAhead = 2048;
-
 // out[i] = body(in[i]...), for a body of S, rounded once. To be called from a function with LGD_CLONES.
 template <class S, class E, class Body, class... In>
 LGD_INLINE void map(E* out, int64_t count, const Body& body, const In*... in) {
-  constexpr int64_t kStrip = kAhead / int64_t(sizeof(E)), kLine = 64 / int64_t(sizeof(E));
   constexpr bool kPairs = (std::is_same<E, bf16>::value && ... && std::is_same<In, bf16>::value);
   int64_t done = 0;
-  const auto one = [&](int64_t i) LGD_LAMBDA { out[i] = rounded<E>(body(S(to_float(in[i]))...)); };
-  const auto two = [&](int64_t i) LGD_LAMBDA {
-    if constexpr (kPairs)
+  if constexpr (kPairs) {
+    done = count & ~int64_t(1);
+#pragma omp simd
+    for (int64_t i = 0; i < done; i += 2)
       Bf16Pair::of(body(S(Bf16Pair::load(in + i).first())...), body(S(Bf16Pair::load(in + i).second())...))
           .store(out + i);
-  };
-  for (; done + kStrip <= count; done += kStrip) {
-    const int64_t ahead = count - done < 2 * kStrip ? count : done + 2 * kStrip;
-    for (int64_t i = done + kStrip; i < ahead; i += kLine) __builtin_prefetch(out + i, 1);
-    if constexpr (kPairs) {
-#pragma omp simd
-      for (int64_t i = 0; i < kStrip; i += 2) two(done + i);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < kStrip; ++i) one(done + i);
-    }
-  }
-  if constexpr (kPairs) {
-    const int64_t even = count & ~int64_t(1);
-#pragma omp simd
-    for (int64_t i = done; i < even; i += 2) two(i);
-    done = even;
   }
 #pragma omp simd
-  for (int64_t i = done; i < count; ++i) one(i);
+  for (int64_t i = done; i < count; ++i) out[i] = rounded<E>(body(S(to_float(in[i]))...));
 }
 
 constexpr int kSums = 32;  // side by side, so that no addition waits for the one before it
