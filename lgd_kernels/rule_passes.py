@@ -42,6 +42,7 @@ class _Sum(NamedTuple):
 
     tensors: list[Tensor]
     columns: list[Column]
+    predictions: int  # where they begin among the tensors
     seed: int | Tensor | None = None
     first_sample: int = 0
 
@@ -56,7 +57,7 @@ def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLook
             raise ValueError("guided_score: `rule` reads x, which guided_score does not have; guided_step takes it")
         return [to_cond, to_delta]
 
-    return _run(factors, read, _Sum(list(read.tensors), [0, read.delta]), cond, omega, (), impl, _known(rule))
+    return _run(factors, read, _Sum(list(read.tensors), [0, read.delta], 0), cond, omega, (), impl, _known(rule))
 
 
 def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, space, impl):
@@ -69,7 +70,7 @@ def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, 
     tensors, columns = [x, *read.tensors], [0, 1, read.delta + 1 if isinstance(read.delta, int) else (1, 2)]
     if noise is not None and not (quiet and not noise.requires_grad):
         tensors, columns = [*tensors, noise], [*columns, len(tensors)]
-    sum_of = _Sum(tensors, columns, None if quiet else seed, first_sample)
+    sum_of = _Sum(tensors, columns, 1, None if quiet else seed, first_sample)
     noisy = len(tensors) > 3 or sum_of.seed is not None
 
     def factors(m: Pair, w: Tensor, *given: Number) -> list[Number]:
@@ -146,7 +147,7 @@ def _in_one_call(factors, read, sum_of, like, given, count, impl, known) -> Tens
     """None where something looks on, or where the rule needs tensors."""
     own = [one for one in given if isinstance(one, Tensor)]
     seed, seed_value = split_seed(sum_of.seed)
-    tensors = (*read.tensors, *sum_of.tensors, *own)
+    tensors = (*sum_of.tensors, *own)
     if impls.transforms_active() or not impls.direct(*tensors, seed):
         return None
     if torch.is_grad_enabled() and requires_grad(*tensors):
@@ -161,8 +162,8 @@ def _in_one_call(factors, read, sum_of, like, given, count, impl, known) -> Tens
     if out.numel():
         columns = len(sum_of.columns)
         impls.extension().guided_by_rule(
-            out, [with_contiguous_rows(one) for one in read.tensors], _flat((0, read.u, read.delta)), notes.wanted,
-            notes.code, notes.constants, numbers, [with_contiguous_rows(one) for one in sum_of.tensors],
+            out, [with_contiguous_rows(one) for one in sum_of.tensors], sum_of.predictions,
+            _flat((0, read.u, read.delta)), notes.wanted, notes.code, notes.constants, numbers,
             _flat(tuple(sum_of.columns)), notes.places[:columns], -1 if sum_of.seed is None else notes.places[columns],
             seed, seed_value, sum_of.first_sample, torch.get_num_threads(),
         )  # fmt: skip

@@ -50,6 +50,7 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
     });
     return;
   }
+  op.moments.soon[0] = op.moments.soon[1] = {};  // not so soon
   std::vector<double> totals(batch * kGiven);
   if (op.moments.wanted) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kGiven, totals.data(), sums);
   for (int64_t sample = 0; sample < batch; ++sample) {
@@ -63,10 +64,14 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
 
 int place(py::handle list, int index) { return int(PyLong_AsLong(item(list, index).ptr())); }
 
-// Columns 0, 1, 2 are c, u and D: every product, and every sum; and a bit for each that the rule reads.
-Moments moments_of(Tensors tensors, py::handle columns, unsigned wanted) {
-  Moments op{};
-  op.read = columns_of(tensors, columns, py::none(), 0);
+// Columns 0, 1, 2 are c, u and D, of two of the tensors: every product, and every sum; and a bit for each that the rule
+// reads.
+void fill_moments(Moments& op, const Rows* predictions, py::handle columns, unsigned wanted) {
+  op = {};
+  op.read.tensors[0] = predictions[0];
+  op.read.tensors[1] = predictions[1];
+  op.read.tensor_count = 2;
+  op.read.count = pairs_of(columns, op.read.columns, kMostTensors);
   for (int i = 0; i < 3; ++i) {
     for (int j = 0; j < 3; ++j) {
       op.pairs[3 * i + j] = {i, j};
@@ -77,7 +82,6 @@ Moments moments_of(Tensors tensors, py::handle columns, unsigned wanted) {
   }
   op.count = kGiven;
   op.wanted = wanted;
-  return op;
 }
 
 // In place: most of a tape is empty, and copied that costs as much as all else here.
@@ -97,16 +101,18 @@ void fill_tape(Tape& tape, py::handle code, py::handle constants, Tensors number
 
 void bind_rules(py::module_& module) {
   module.def("guided_by_rule",
-             [](Tensor out, Tensors predictions, py::handle moment_columns, unsigned wanted, py::handle code,
-                py::handle constants, Tensors numbers, Tensors tensors, py::handle columns, py::handle factors,
+             [](Tensor out, Tensors tensors, int predictions, py::handle moment_columns, unsigned wanted,
+                py::handle code, py::handle constants, Tensors numbers, py::handle columns, py::handle factors,
                 int scale, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
                static thread_local Guided op;
-               op.moments = moments_of(predictions, moment_columns, wanted);
                fill_tape(op.tape, code, constants, numbers);
                op.combine = {};
                op.combine.read = columns_of(tensors, columns, py::none(), 0);
                for (int k = 0; k < op.combine.read.count; ++k) op.factors[k] = place(factors, k);
                op.combine.outputs[0] = rows(out);
+               fill_moments(op.moments, op.combine.read.tensors + predictions, moment_columns, wanted);
+               if (predictions) op.moments.soon[0] = op.combine.read.tensors[0];
+               op.moments.soon[1] = op.combine.outputs[0];
                op.combine.count = 1;
                op.combine.seed = seed(seed_, seed_value, first_sample);
                op.combine.low = -INFINITY;

@@ -23,20 +23,37 @@ struct Bf16Pair {
   LGD_INLINE float second() const { return bits_as<float>(bits & 0xffff0000u); }
 };
 
+constexpr int64_t kLine = 64;  // bytes
+
+// A line that is to be written soon, and must be had before that.
+LGD_INLINE void ask_for(const void* line) { __builtin_prefetch(line, 1); }
+
+// How far ahead, in bytes, nobody waits for a line: asked for one by one, between the others that are read.
+constexpr int64_t kAhead = 4096;
+
 // out[i] = body(in[i]...), for a body of S, rounded once. To be called from a function with LGD_CLONES.
 template <class S, class E, class Body, class... In>
 LGD_INLINE void map(E* out, int64_t count, const Body& body, const In*... in) {
+  constexpr int64_t kStrip = kLine / int64_t(sizeof(E)), ahead = kAhead / int64_t(sizeof(E));
   constexpr bool kPairs = (std::is_same<E, bf16>::value && ... && std::is_same<In, bf16>::value);
+  const auto some = [&](int64_t first, int64_t last) LGD_LAMBDA {
+    if constexpr (kPairs) {
+      const int64_t even = first + ((last - first) & ~int64_t(1));
+#pragma omp simd
+      for (int64_t i = first; i < even; i += 2)
+        Bf16Pair::of(body(S(Bf16Pair::load(in + i).first())...), body(S(Bf16Pair::load(in + i).second())...))
+            .store(out + i);
+      first = even;
+    }
+#pragma omp simd
+    for (int64_t i = first; i < last; ++i) out[i] = rounded<E>(body(S(to_float(in[i]))...));
+  };
   int64_t done = 0;
-  if constexpr (kPairs) {
-    done = count & ~int64_t(1);
-#pragma omp simd
-    for (int64_t i = 0; i < done; i += 2)
-      Bf16Pair::of(body(S(Bf16Pair::load(in + i).first())...), body(S(Bf16Pair::load(in + i).second())...))
-          .store(out + i);
+  for (; done + ahead + kStrip <= count; done += kStrip) {
+    ask_for(out + done + ahead);
+    some(done, done + kStrip);
   }
-#pragma omp simd
-  for (int64_t i = done; i < count; ++i) out[i] = rounded<E>(body(S(to_float(in[i]))...));
+  some(done, count);
 }
 
 constexpr int kSums = 32;  // side by side, so that no addition waits for the one before it

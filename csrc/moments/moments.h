@@ -12,6 +12,7 @@ struct Moments {
   int same_as[kMostPairs];   // the pair itself, or its mirror image among those before it: not summed again
   int count;
   unsigned wanted = ~0u;  // a bit for each: the rest may be left at 0
+  Rows soon[2];           // what is read, and what is written, right after this: asked for meanwhile; or absent
 };
 
 // Adds to sums[m] the part of pair m in elements [first, last) of one sample. S: float, or double where a tensor is.

@@ -105,7 +105,8 @@ __attribute__((target("avx2,fma"), always_inline)) inline __m256 eight(const bf1
 // All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums. A sum waits four cycles
 // for the one before it, so that where there are few each has several chains.
 template <unsigned Of, class E>
-__attribute__((target("avx2,fma"))) void pair_avx2(const E* a, const E* b, int64_t count, double* out) {
+__attribute__((target("avx2,fma"))) void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon,
+                                                   double* out) {
   constexpr int kWanted = __builtin_popcount(Of), kChains = kWanted <= 3 ? 4 : kWanted <= 5 ? 2 : 1;
   constexpr int64_t kPart = 512 * kChains;  // 64 additions of floats, one after the other, before they go on as doubles
   for (int64_t first = 0; first < count; first += kPart) {
@@ -114,9 +115,14 @@ __attribute__((target("avx2,fma"))) void pair_avx2(const E* a, const E* b, int64
     for (auto& chain : sums)
       for (auto& lanes : chain) lanes = _mm256_setzero_ps();
     int64_t i = first;
-    for (; last - i >= 8 * kChains; i += 8 * kChains)
+    for (; last - i >= 8 * kChains; i += 8 * kChains) {
+      for (int64_t ahead = 0; ahead < 8 * kChains; ahead += kLine / int64_t(sizeof(E))) {
+        if (soon[0]) __builtin_prefetch(soon[0] + i + ahead);
+        if (soon[1]) ask_for(soon[1] + i + ahead);
+      }
       for (int chain = 0; chain < kChains; ++chain)
         add_pair<Of>(eight(a + i + 8 * chain), eight(b + i + 8 * chain), sums[chain]);
+    }
     for (; i < last; i += 8) {
       E ends[2][8] = {};
       for (int64_t j = 0; j < 8 && i + j < last; ++j) ends[0][j] = a[i + j], ends[1][j] = b[i + j];
@@ -136,15 +142,15 @@ __attribute__((target("avx2,fma"))) void pair_avx2(const E* a, const E* b, int64
 
 // The first of these sets that has all that is wanted: fewer sums cost less. The last has all there are.
 template <unsigned Of, unsigned... Others, class E>
-void pair_of(unsigned wanted, const E* a, const E* b, int64_t count, double* out) {
+void pair_of(unsigned wanted, const E* a, const E* b, int64_t count, const E* const* soon, double* out) {
   if constexpr (sizeof...(Others) > 0)
-    if (wanted & ~Of) return pair_of<Others...>(wanted, a, b, count, out);
-  pair_avx2<Of>(a, b, count, out);
+    if (wanted & ~Of) return pair_of<Others...>(wanted, a, b, count, soon, out);
+  pair_avx2<Of>(a, b, count, soon, out);
 }
 template <class E>
-void pair(unsigned wanted, const E* a, const E* b, int64_t count, double* out) {
+void pair(unsigned wanted, const E* a, const E* b, int64_t count, const E* const* soon, double* out) {
   pair_of<kDD, kAB | kBB, kAA | kAD | kDD, kAB | kAD | kBD, kBB | kDD, kAA | kAD | kDD | kA | kD,
-          kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD>(wanted, a, b, count, out);
+          kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD>(wanted, a, b, count, soon, out);
 }
 #endif
 
@@ -194,7 +200,10 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
             [&](auto element) {
               using E = decltype(element);
               auto *a = reinterpret_cast<E*>(buffers[0]), *b = reinterpret_cast<E*>(buffers[1]);
-              pair(op.wanted, block(0, a), block(1, b), count, sums);
+              const E* soon[2];
+              for (int n = 0; n < 2; ++n)
+                soon[n] = op.soon[n].data && op.soon[n].dtype == dtype_of<E>() ? op.soon[n].at<E>(sample, at) : nullptr;
+              pair(op.wanted, block(0, a), block(1, b), count, soon, sums);
             },
             read.tensors[0], read.tensors[1]);
         continue;
