@@ -265,7 +265,7 @@ def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tens
     """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
     if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
         raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")
-    if not torch.compiler.is_compiling() and not 0 <= first_sample < 2**32:
+    if not 0 <= first_sample < 2**32 and not torch.compiler.is_compiling():
         raise ValueError(f"{op}: `first_sample` is {first_sample}, expected an index from 0 to 2^32 - 1")
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
@@ -279,7 +279,7 @@ def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tens
             raise ValueError(f"{op}: `{name}` is on {value.device}, expected {like.device}; {name}.to(...) moves it")
     elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int or an int64 tensor")
-    elif not torch.compiler.is_compiling() and not -(2**63) <= value < 2**63:
+    elif not -(2**63) <= value < 2**63 and not torch.compiler.is_compiling():
         raise ValueError(f"{op}: `{name}` is {value}, expected a value in [-2^63, 2^63)")
 
 
@@ -353,11 +353,11 @@ def readable(tensor: Tensor) -> bool:
 
 
 def smallest(tensor: Tensor) -> float:
-    """The least value, or NaN where there is one; a short vector is quicker as a list."""
-    if tensor.numel() > 64:
+    """The least value of `[B]`, or NaN where there is one."""
+    extension = impls.extension()
+    if extension is None or type(tensor) is not Tensor or tensor.is_neg():
         return tensor.min().item()
-    values = tensor.tolist()
-    return min(values) if sum(values) == sum(values) else min(values, key=lambda value: (value == value, value))
+    return extension.smallest(tensor)
 
 
 def brief(value) -> str:

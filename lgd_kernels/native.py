@@ -26,6 +26,13 @@ def particle_rows(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.flatten(0, 1)
 
 
+def with_particle_rows(tensor: Tensor | None) -> Tensor | None:
+    """[B, m, ...] whose particles are rows a kernel can walk, of all items one after the other: a copy only if not."""
+    if tensor is None or tensor.is_contiguous():
+        return tensor
+    return with_contiguous_rows(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+
 @contextlib.contextmanager
 def current_stream(tensor: Tensor):
     """The address of the current stream of the tensor's GPU, which is the current one for as long as this lasts."""

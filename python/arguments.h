@@ -61,12 +61,12 @@ inline DType dtype(Tensor tensor) {
   throw pybind11::type_error("the kernels take float32, bfloat16, float16 and float64");
 }
 
-// Of the first dimension. (All strides at once take half the time that one of them takes.)
-inline int64_t stride(Tensor tensor) {
+// (All strides at once take half the time that one of them takes.)
+inline int64_t stride(Tensor tensor, int dimension = 0) {
   const auto strides =
       pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor.ptr(), Python::instance().stride));
   if (!strides) throw pybind11::error_already_set();
-  return integer(PySequence_GetItem(strides.ptr(), 0));
+  return integer(PySequence_GetItem(strides.ptr(), dimension));
 }
 
 inline int64_t size(Tensor tensor, int dimension) {

@@ -27,6 +27,17 @@ const char* instruction_set() {
   return "the compiler's baseline";
 #endif
 }
+
+// The least value of a tensor [B], NaN where there is one. What torch takes for that is longer than a small kernel.
+double smallest(Tensor tensor) {
+  const PerSample values = per_sample(tensor, 0);
+  double least = INFINITY;
+  for (int64_t i = size(tensor, 0) - 1; i >= 0 && least == least; --i) {
+    const double value = values.at<double>(i);
+    least = value >= least ? least : value;
+  }
+  return least;
+}
 }  // namespace
 }  // namespace lgd
 
@@ -43,6 +54,7 @@ PYBIND11_MODULE(_C, module) {
   lgd::bind_philox(module);
   lgd::bind_rules(module);
   module.def("instruction_set", &lgd::instruction_set);
+  module.def("smallest", &lgd::smallest);
 #if defined(__GNUC__) && !defined(__clang__)
   module.attr("compiler") = "gcc " __VERSION__;
 #else

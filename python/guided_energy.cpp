@@ -50,14 +50,13 @@ void bind_guided_energy(py::module_& module) {
     const auto op = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample, target, kind, m,
                                      k, target_seed, target_seed_value);
     const EnergyOptions options{beta, lam, unbiased};
-    const Sizes sizes(x);
-    const int64_t batch = sizes.batch / m;
+    const auto [batch, row] = ParticleSizes(x, m);
     auto* sums = static_cast<double*>(address(statistics));
     void *losses = address(loss), *slopes = address(slope);
     py::gil_scoped_release release;
     wide(op.x, op.cond, op.uncond, op.noise, op.target)
-        ? run(op, options, batch, sizes.row, threads, static_cast<double*>(losses), static_cast<double*>(slopes), sums)
-        : run(op, options, batch, sizes.row, threads, static_cast<float*>(losses), static_cast<float*>(slopes), sums);
+        ? run(op, options, batch, row, threads, static_cast<double*>(losses), static_cast<double*>(slopes), sums)
+        : run(op, options, batch, row, threads, static_cast<float*>(losses), static_cast<float*>(slopes), sums);
   });
   module.def("guided_energy_backward",
              [](Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise, Tensor d_target, Tensor to_targets,
@@ -70,12 +69,11 @@ void bind_guided_energy(py::module_& module) {
                                                      target, kind, m, k, target_seed, target_seed_value);
                const auto op = guided_energy_backward_of(d_x, d_cond, d_uncond, d_noise, d_target, to_targets,
                                                          to_particles, forward);
-               const Sizes sizes(x);
-               const int64_t batch = sizes.batch / m;
+               const auto [batch, row] = ParticleSizes(x, m);
                py::gil_scoped_release release;
                wide(forward.x, forward.cond, forward.uncond, forward.noise, forward.target)
-                   ? run<double>(op, batch, sizes.row, threads)
-                   : run<float>(op, batch, sizes.row, threads);
+                   ? run<double>(op, batch, row, threads)
+                   : run<float>(op, batch, row, threads);
              });
   module.def("energy_curve", [](Tensor found, Tensor statistics, Tensor shifts, int64_t m, int64_t k, double beta,
                                 double lam, bool unbiased, int order, int threads) {

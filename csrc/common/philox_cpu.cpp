@@ -15,23 +15,34 @@ struct Group {
   float normals[4][kQuads];
 };
 
-struct Counter {
+// Of some rows, which are samples one after the other, `quads` each.
+struct Counters {
   uint64_t key, quad;
   uint32_t sample, stream;
+  int rows, quads;
 };
 
-LGD_CLONES void fill_words(Group& group, int at, const Counter& from, int quads) {
-  for (int i = 0; i < quads; ++i) {
-    uint32_t words[4] = {uint32_t(from.quad + i), uint32_t((from.quad + i) >> 32), from.sample, from.stream};
-    philox(words, uint32_t(from.key), uint32_t(from.key >> 32));
-    for (int lane = 0; lane < 4; ++lane) group.words[lane][at + i] = words[lane];
-  }
+LGD_CLONES void fill_words(Group& group, const Counters& from) {
+  for (int row = 0, at = 0; row < from.rows; ++row)
+    for (int i = 0; i < from.quads; ++i, ++at) {
+      const uint64_t quad = from.quad + i;
+      uint32_t words[4] = {uint32_t(quad), uint32_t(quad >> 32), from.sample + row, from.stream};
+      philox(words, uint32_t(from.key), uint32_t(from.key >> 32));
+      for (int lane = 0; lane < 4; ++lane) group.words[lane][at] = words[lane];
+    }
 }
+
+LGD_INLINE void normals_of(Group& group, int quads) {
+  for (int pair = 0; pair < 4; pair += 2)
+    for (int i = 0; i < quads; ++i)
+      box_muller(group.words[pair][i], group.words[pair + 1][i], group.normals[pair][i], group.normals[pair + 1][i]);
+}
+LGD_CLONES void fill_normals(Group& group, int quads) { normals_of(group, quads); }
 
 #ifdef LGD_HAS_CLONES
 // The same, 2.5 times as fast as what the compiler finds. A word is the low half of a 64-bit lane: the product reads
 // nothing else, so the high half need not be cleared, and a round is two products, two shifts and four xors.
-__attribute__((target("avx2"))) void fill_words_avx2(Group& group, int at, const Counter& from, int quads) {
+__attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counters& from) {
   const __m256i multiply0 = _mm256_set1_epi64x(0xD2511F53), multiply1 = _mm256_set1_epi64x(0xCD9E8D57);
   const __m256i low_halves = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
   __m256i keys[10][2];
@@ -42,13 +53,13 @@ __attribute__((target("avx2"))) void fill_words_avx2(Group& group, int at, const
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  for (int i = 0; i < quads; i += kLanes) {
+  for (int at = 0, i = 0, row = 0; row < from.rows; at += kLanes) {
     __m256i words[4][kLanes / 4];
     for (int part = 0; part < kLanes / 4; ++part) {
       const __m256i first = _mm256_set1_epi64x(int64_t(from.quad + i + 4 * part));
       words[0][part] = _mm256_add_epi64(first, _mm256_setr_epi64x(0, 1, 2, 3));
       words[1][part] = _mm256_srli_epi64(words[0][part], 32);
-      words[2][part] = _mm256_set1_epi64x(from.sample);
+      words[2][part] = _mm256_set1_epi64x(from.sample + row);
       words[3][part] = _mm256_set1_epi64x(from.stream);
     }
     for (const auto& key : keys)
@@ -63,28 +74,30 @@ __attribute__((target("avx2"))) void fill_words_avx2(Group& group, int at, const
     for (int lane = 0; lane < 4; ++lane)
       for (int part = 0; part < kLanes / 4; ++part) {
         const __m256i packed = _mm256_permutevar8x32_epi32(words[lane][part], low_halves);
-        _mm_store_si128(reinterpret_cast<__m128i*>(group.words[lane] + at + i + 4 * part),
-                        _mm256_castsi256_si128(packed));
+        _mm_store_si128(reinterpret_cast<__m128i*>(group.words[lane] + at + 4 * part), _mm256_castsi256_si128(packed));
       }
+    i = i + kLanes < from.quads ? i + kLanes : (++row, 0);
   }
 }
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in the compiler's own headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// The same with three-way xors, eight quads to a vector. A round waits for the one before: two vectors fill the gaps.
+// The same with three-way xors, eight quads to a vector. A round waits for the one before, and several vectors, of
+// whatever rows, fill the gaps.
 template <int Parts>
-__attribute__((target("avx512f"), always_inline)) inline void words_avx512(Group& group, int at, const Counter& from,
-                                                                           int i) {
+__attribute__((target("avx512f"), always_inline)) inline void words_avx512(Group& group, const Counters& from, int at,
+                                                                           int& row, int& i) {
   constexpr int kXor3 = 0x96;  // the truth table of a ^ b ^ c
   const __m512i multiply0 = _mm512_set1_epi64(0xD2511F53), multiply1 = _mm512_set1_epi64(0xCD9E8D57);
   __m512i words[4][Parts];
   for (int part = 0; part < Parts; ++part) {
-    const __m512i first = _mm512_set1_epi64(int64_t(from.quad + i + 8 * part));
-    words[0][part] = _mm512_add_epi64(first, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    words[0][part] =
+        _mm512_add_epi64(_mm512_set1_epi64(int64_t(from.quad + i)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
     words[1][part] = _mm512_srli_epi64(words[0][part], 32);
-    words[2][part] = _mm512_set1_epi64(from.sample);
+    words[2][part] = _mm512_set1_epi64(from.sample + row);
     words[3][part] = _mm512_set1_epi64(from.stream);
+    i = i + kLanes < from.quads ? i + kLanes : (++row, 0);
   }
   uint32_t key0 = uint32_t(from.key), key1 = uint32_t(from.key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -102,22 +115,21 @@ __attribute__((target("avx512f"), always_inline)) inline void words_avx512(Group
   }
   for (int lane = 0; lane < 4; ++lane)
     for (int part = 0; part < Parts; ++part)
-      _mm512_mask_cvtepi64_storeu_epi32(group.words[lane] + at + i + 8 * part, 0xff, words[lane][part]);
+      _mm512_mask_cvtepi64_storeu_epi32(group.words[lane] + at + kLanes * part, 0xff, words[lane][part]);
 }
 
-__attribute__((target("avx512f"))) void fill_words_avx512(Group& group, int at, const Counter& from, int quads) {
-  int i = 0;
-  for (; i + 16 <= quads; i += 16) words_avx512<2>(group, at, from, i);
-  if (i < quads) words_avx512<1>(group, at, from, i);
+__attribute__((target("avx512f"))) void fill_words_avx512(Group& group, const Counters& from) {
+  const int all = from.rows * from.quads;
+  int at = 0, row = 0, i = 0;
+  for (; at + 4 * kLanes <= all; at += 4 * kLanes) words_avx512<4>(group, from, at, row, i);
+  for (; at < all; at += kLanes) words_avx512<1>(group, from, at, row, i);
 }
 #pragma GCC diagnostic pop
-#endif
 
-LGD_CLONES void fill_normals(Group& group, int quads) {
-  for (int pair = 0; pair < 4; pair += 2)
-    for (int i = 0; i < quads; ++i)
-      box_muller(group.words[pair][i], group.words[pair + 1][i], group.normals[pair][i], group.normals[pair + 1][i]);
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void fill_normals_avx512(Group& group, int quads) {
+  normals_of(group, quads);
 }
+#endif
 
 LGD_CLONES void interleave(const Group& group, int64_t at, float* __restrict out, int64_t count) {
   const float* lanes[4];
@@ -138,20 +150,22 @@ void philox_fill_rows(float* out, int64_t stride, int64_t rows, int64_t count, i
                       uint32_t sample, uint32_t stream) {
   alignas(64) Group group;
   auto words = fill_words;
+  auto normals = fill_normals;
 #ifdef LGD_HAS_CLONES
-  if (__builtin_cpu_supports("avx512f"))
+  if (__builtin_cpu_supports("x86-64-v4")) {
     words = fill_words_avx512;
-  else if (__builtin_cpu_supports("avx2"))
+    normals = fill_normals_avx512;
+  } else if (__builtin_cpu_supports("avx2")) {
     words = fill_words_avx2;
+  }
 #endif
   for (int64_t at = 0; at < count; at += 4 * kQuads) {
     const int wanted = int(count - at < 4 * kQuads ? count - at : 4 * kQuads);
     const int quads = ((wanted + 3) / 4 + kLanes - 1) / kLanes * kLanes, together = kQuads / quads;
     for (int64_t row = 0; row < rows; row += together) {
       const int here = int(rows - row < together ? rows - row : together);
-      for (int j = 0; j < here; ++j)
-        words(group, j * quads, {key, uint64_t(first + at) >> 2, uint32_t(sample + row + j), stream}, quads);
-      fill_normals(group, here * quads);
+      words(group, {key, uint64_t(first + at) >> 2, uint32_t(sample + row), stream, here, quads});
+      normals(group, here * quads);
       for (int j = 0; j < here; ++j) interleave(group, j * quads, out + (row + j) * stride + at, wanted);
     }
   }

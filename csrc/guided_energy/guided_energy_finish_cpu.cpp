@@ -1,13 +1,18 @@
+#include <algorithm>
+
 #include "../common/power.h"
 #include "guided_energy.h"
 
 namespace lgd {
 namespace {
 
-constexpr int kTerms = 24;  // pairs whose powers are taken side by side: more than one vector, since a power is a chain
+constexpr int64_t kTerms =
+    24;  // pairs whose powers are taken side by side: more than one vector, since a power is a chain
+constexpr int kLanes = 4;
 
 struct Terms {
   alignas(64) double square[kTerms], along[kTerms], share[kTerms];
+  int64_t count = 0;
 };
 
 // Pairs that coincide add nothing.
@@ -22,7 +27,10 @@ LGD_CLONES void add_terms(const Terms& of, double beta, Energy& energy) {
     loss[i] = coincide ? 0.0 : of.share[i] * found;
     slope[i] = coincide ? 0.0 : of.share[i] * beta * found / at * of.along[i];
   }
-  for (int i = 0; i < kTerms; ++i) energy.loss += loss[i], energy.slope += slope[i];
+  double losses[kLanes] = {}, slopes[kLanes] = {};  // side by side: an addition waits four cycles for the one before
+  for (int i = 0; i < kTerms; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) losses[lane] += loss[i + lane], slopes[lane] += slope[i + lane];
+  for (int lane = 0; lane < kLanes; ++lane) energy.loss += losses[lane], energy.slope += slopes[lane];
 }
 
 }  // namespace
@@ -30,18 +38,25 @@ LGD_CLONES void add_terms(const Terms& of, double beta, Energy& energy) {
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options) {
   Energy energy{guided_energy_variance(op, item, row), 0};
-  const int64_t count = guided_energy_terms(op, options);
-  for (int64_t first = 0; first < count; first += kTerms) {
-    Terms terms;
-    for (int64_t i = 0; i < kTerms; ++i) {
-      const bool there = first + i < count;
-      const EnergyPair pair = there ? guided_energy_pair(op, statistics, first + i, options) : EnergyPair{1, 0, 0};
-      terms.square[i] = pair.square;
-      terms.along[i] = pair.along;
-      terms.share[i] = pair.share;
+  const int64_t meetings = op.m * op.k, all = guided_energy_terms(op, options);
+  Terms terms;
+  // Pairs of one kind: their squares follow one another, then what goes along, and their shares are the same.
+  const auto add = [&](const double* square, int64_t count, double share) {
+    for (int64_t first = 0, some; first < count; first += some) {
+      some = std::min(count - first, kTerms - terms.count);
+      std::copy_n(square + first, some, terms.square + terms.count);
+      std::copy_n(square + count + first, some, terms.along + terms.count);
+      std::fill_n(terms.share + terms.count, some, share);
+      terms.count += some;
+      if (terms.count == kTerms) add_terms(terms, options.beta, energy), terms.count = 0;
     }
-    add_terms(terms, options.beta, energy);
-  }
+  };
+  const auto share = [&](int64_t term) { return guided_energy_pair(op, statistics, term, options).share; };
+  add(statistics, meetings, share(0));
+  if (all > meetings) add(statistics + 2 * meetings + op.m, op.pairs(), share(meetings));
+  if (!terms.count) return energy;
+  for (int64_t i = terms.count; i < kTerms; ++i) terms.square[i] = 1, terms.along[i] = terms.share[i] = 0;
+  add_terms(terms, options.beta, energy);
   return energy;
 }
 

@@ -6,7 +6,7 @@ import torch
 
 from lgd_kernels import impls
 from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import particle_rows, with_contiguous_rows
+from lgd_kernels.native import with_contiguous_rows, with_particle_rows
 from lgd_kernels.ops.guided_energy.targets import KINDS
 
 
@@ -15,8 +15,8 @@ def forward(
     seed, seed_value, first_sample, target, kind, k, target_seed, target_seed_value, *options,
 ):  # fmt: skip
     m = x.shape[1]
-    x, cond, uncond, noise = (with_contiguous_rows(particle_rows(tensor)) for tensor in (x, cond, uncond, noise))
-    target = with_contiguous_rows(particle_rows(target) if kind == "tensor" else target)
+    x, cond, uncond, noise = (with_particle_rows(tensor) for tensor in (x, cond, uncond, noise))
+    target = with_particle_rows(target) if kind == "tensor" else with_contiguous_rows(target)
     impls.extension().guided_energy(
         loss, slope, statistics, x, cond, uncond, noise, omega, omega_value, table, levels,
         PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value, first_sample, target, KINDS.index(kind),
@@ -30,15 +30,13 @@ def backward(
 ):  # fmt: skip
     m = x.shape[1]
     x, cond, uncond, noise, d_x, d_cond, d_uncond, d_noise = (
-        with_contiguous_rows(particle_rows(tensor))
-        for tensor in (x, cond, uncond, noise, d_x, d_cond, d_uncond, d_noise)
+        with_particle_rows(tensor) for tensor in (x, cond, uncond, noise, d_x, d_cond, d_uncond, d_noise)
     )
-    if kind == "tensor":
-        target, d_target = particle_rows(target), particle_rows(d_target)
+    target = with_particle_rows(target) if kind == "tensor" else with_contiguous_rows(target)
     impls.extension().guided_energy_backward(
         d_x, d_cond, d_uncond, d_noise, d_target, to_targets.contiguous(), to_particles.contiguous(), x, cond, uncond,
         noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value,
-        first_sample, with_contiguous_rows(target), KINDS.index(kind), m, k, *target_seed, torch.get_num_threads(),
+        first_sample, target, KINDS.index(kind), m, k, *target_seed, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 
 from lgd_kernels import impls, native
 from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import particle_rows, with_contiguous_rows
+from lgd_kernels.native import with_contiguous_rows, with_particle_rows
 from lgd_kernels.ops.guided_energy.targets import KINDS
 
 
@@ -18,8 +18,8 @@ def forward(
     batch, m = x.shape[:2]
     chunks = extension.guided_energy_chunks(batch, native.sizes(x)[1] // m)
     parts = statistics.new_empty((batch, chunks, statistics.shape[1]), dtype=torch.float32)
-    x, cond, uncond, noise = (with_contiguous_rows(particle_rows(tensor)) for tensor in (x, cond, uncond, noise))
-    target = with_contiguous_rows(particle_rows(target) if kind == "tensor" else target)
+    x, cond, uncond, noise = (with_particle_rows(tensor) for tensor in (x, cond, uncond, noise))
+    target = with_particle_rows(target) if kind == "tensor" else with_contiguous_rows(target)
     with native.current_stream(loss) as stream:
         extension.guided_energy(
             loss, slope, statistics, parts, x, cond, uncond, noise, omega, omega_value, table, levels,
@@ -33,13 +33,11 @@ def backward(
     table, levels, prediction, churn, churn_value, seed, seed_value, first_sample, target, kind, k, *target_seed,
 ):  # fmt: skip
     m = x.shape[1]
-    d_x, d_cond, d_uncond, d_noise = (particle_rows(tensor) for tensor in (d_x, d_cond, d_uncond, d_noise))
-    x, cond, uncond, noise = (with_contiguous_rows(particle_rows(tensor)) for tensor in (x, cond, uncond, noise))
-    if kind == "tensor":
-        target, d_target = particle_rows(target), particle_rows(d_target)
+    x, cond, uncond, noise = (with_particle_rows(tensor) for tensor in (x, cond, uncond, noise))
+    target = with_particle_rows(target) if kind == "tensor" else with_contiguous_rows(target)
     with native.current_stream(x) as stream:
         impls.cuda_extension().guided_energy_backward(
             d_x, d_cond, d_uncond, d_noise, d_target, to_targets.contiguous(), to_particles.contiguous(), x, cond,
             uncond, noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed,
-            seed_value, first_sample, with_contiguous_rows(target), KINDS.index(kind), m, k, *target_seed, stream,
+            seed_value, first_sample, target, KINDS.index(kind), m, k, *target_seed, stream,
         )  # fmt: skip
