@@ -59,6 +59,10 @@ LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows,
   alignas(64) S value[kTile], slope[kTile], later[kTile];
   double total = 0;
   for (int i = 0; i < rows; ++i) {
+    if constexpr (kSlopes && std::is_same<F, Distance<float>>::value) {
+      if (!same) i = fast_distances({squares, kTile, p, q, rows, columns}, i, total);
+      if (i == rows) break;
+    }
     S* row = squares + i * kTile;
     const S* weights = q;
     if (same) {

@@ -20,6 +20,17 @@ struct MmdKernel {
 // root. Returns how many were done.
 int fast_roots(const float* s, float* value, float* slope, int count);
 
+// Rows of squared distances and all that becomes of them: p_i q_j s^(1/2) is summed up, and s turn into p_i q_j
+// s^(-1/2). The columns fill vectors of 16.
+struct DistanceTile {
+  float* squares;
+  int64_t stride;
+  const float *p, *q;
+  int rows, columns;
+};
+// Row after row, from this one, to the first that has points that coincide or are no numbers: which it is.
+int fast_distances(const DistanceTile& of, int row, double& total);
+
 template <class S>
 struct Distance {  // s^(1/2)
   LGD_INLINE void operator()(const S* s, S* value, S* slope, int count) const {
