@@ -86,20 +86,11 @@ LGD_INLINE void finish_both_indexed(S* const* outputs, const Group<S, S>* groups
   const S* const in[] = {groups[0].in[I]...};
   S *one = outputs[0], *other = outputs[1];
   const S constant = constants[0], its_constant = constants[1];
-  constexpr int64_t kStrip = kLine / int64_t(sizeof(S)), ahead = kAhead / int64_t(sizeof(S));
-  const auto both = [&](int64_t i) LGD_LAMBDA {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
     one[i] = clamped<S>(terms<Plain, Apart, S>(first, in[I][i]...) + constant, low, high);
     other[i] = clamped<S>(terms<Plain, Apart, S>(second, in[I][i]...) + its_constant, low, high);
-  };
-  int64_t done = 0;
-  for (; done + ahead + kStrip <= count; done += kStrip) {
-    ask_for(one + done + ahead);
-    ask_for(other + done + ahead);
-#pragma omp simd
-    for (int64_t i = done; i < done + kStrip; ++i) both(i);
   }
-#pragma omp simd
-  for (int64_t i = done; i < count; ++i) both(i);
 }
 
 template <int Plain, int Apart, class S>
