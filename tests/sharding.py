@@ -1,6 +1,7 @@
 """energy_mmd of samples in several processes: `torchrun tests/sharding.py FOLDER` saves what each one found."""
 
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import distributed
 
 import lgd_kernels as lgd
 from lgd_kernels.learn.distributed import process_group
+from lgd_kernels.ops.energy_mmd.pieces import Side
+from lgd_kernels.ops.energy_mmd.sharded import Parts, _around
 
 CASES = {  # name: (samples of x and y, dimensions, dtype, options)
     "energy": (301, 200, 3, torch.float32, {}),
@@ -80,6 +83,20 @@ def sharded(name, wanted, even, rank, size, **more):
     return measured(x, y, WANTED[wanted], group=distributed.group.WORLD, **options, **more)
 
 
+def around(rank, size):
+    """What a process meets, by rank; and how many parts of others it holds when the next one has come."""
+    counts = [5 + one for one in range(size)]
+    parts = Parts(distributed.group.WORLD, rank, (counts, counts), (False, False))
+    own, met, alive, held = Side(torch.full((1, counts[rank], 1), float(rank)), None), [], [], []
+    for _, y in _around([own, own], [False, True], parts):
+        alive.append(sum(one() is not None for one in held))
+        met.append(y.points.flatten().tolist())
+        if y is not own:
+            held.append(weakref.ref(y.points.untyped_storage()))
+        del y
+    return met, alive
+
+
 def refused(call):
     try:
         call()
@@ -116,6 +133,7 @@ def main(folder):
         found["progress"] = sharded("energy", "x", False, rank, size, progress=lambda *at: heard.append(at))
         only = "x" if rank == 0 else "neither"
         found["one wants"] = sharded("energy", only, False, rank, size)
+        found["around"] = around(rank, size)
         torch.save((found, heard, refusals(rank, size)), folder / f"{size}-{rank}.pt")
 
 

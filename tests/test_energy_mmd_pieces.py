@@ -12,7 +12,7 @@ from mmd import KERNELS, OPTIONS, each_kernel
 
 import lgd_kernels as lgd
 from lgd_kernels import progress
-from lgd_kernels.ops.energy_mmd import pieces
+from lgd_kernels.ops.energy_mmd import pieces, sharded
 
 ROOT = Path(__file__).parents[1]
 each_case = pytest.mark.parametrize("name", sharding.CASES)
@@ -123,18 +123,20 @@ def test_a_group_needs_a_group():
 
 def test_each_two_ranks_meet_once():
     for size in range(1, 8):
-        counts = list(range(3, 3 + size))
-        ends = [sum(counts[:rank]) for rank in range(size + 1)]
-        owner = [rank for rank in range(size) for _ in range(counts[rank])]
         for once in (True, False):
-            met = {}
-            for rank in range(size):
-                for rows in lgd.ops.energy_mmd.sharded._others(rank, counts, once):
-                    for i in range(ends[-1])[rows]:
-                        pair = frozenset((rank, owner[i])) if once else (rank, owner[i])
-                        met[pair, i if not once else owner[i]] = met.get((pair, i if not once else owner[i]), 0) + 1
-            pairs = {pair for pair, _ in met}
-            assert len(pairs) == size * (size - 1) // (2 if once else 1)
+            reached = [(rank, sharded._reach(rank, size, once)) for rank in range(size)]
+            met = [(rank, (rank + step) % size) for rank, reach in reached for step in range(1, reach + 1)]
+            pairs = set(map(frozenset, met)) if once else set(met)
+            assert len(pairs) == len(met) == size * (size - 1) // (2 if once else 1)
+
+
+def test_parts_go_around(processes):
+    """Each process meets those after it in turn, as they are; and has let go of a part when the next but one comes."""
+    size = len(processes)
+    for rank, (found, _, _) in enumerate(processes):
+        met, alive = found["around"]
+        assert met == [[float((rank + step) % size)] * (5 + (rank + step) % size) for step in range(size)]
+        assert max(alive) <= 2
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ A piece is a coefficient times a sum over pairs, without the means' divisors, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,13 +43,13 @@ class Side(NamedTuple):
             return self._full(self.count)
         return self.weights.sum(1, dtype=torch.float64)
 
+    def squares(self) -> Tensor:
+        """sum p^2, `[B]`."""
+        return self._full(self.count) if self.weights is None else self.weights.double().square().sum(1)
+
     def pairs(self, unbiased: bool) -> Tensor:
         """P^2, unbiased without the pairs of a sample with itself, `[B]`."""
-        if not unbiased:
-            return self.total().square()
-        if self.weights is None:
-            return self._full(self.count * (self.count - 1))
-        return self.total().square() - self.weights.double().square().sum(1)
+        return self.total().square() - (self.squares() if unbiased else 0)
 
     def _full(self, value: float) -> Tensor:
         return torch.full(self.points.shape[:1], value, dtype=torch.float64, device=self.points.device)
@@ -67,7 +67,12 @@ class Piece(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many are looked at."""
-        return self.rows.count * ((self.rows.count + 1) // 2 if self.columns is None else self.columns.count)
+        return pairs_within(self.rows.count) if self.columns is None else self.rows.count * self.columns.count
+
+
+def pairs_within(count: int) -> int:
+    """Of so many samples, each with itself too: they add up, however a set is cut."""
+    return count * (count + 1) // 2
 
 
 class Form(NamedTuple):
@@ -81,15 +86,15 @@ class Form(NamedTuple):
 
 
 @torch.no_grad()
-def run(pieces: list[Piece], form: Form, report: Report | None) -> Tensor:
-    """The sum of the pieces `[B]` in float64; gradients are added where they belong. `report` hears of pairs."""
-    loss = torch.zeros_like(pieces[0].value)
+def run(pieces: Iterable[Piece], form: Form, report: Report | None, total: int, loss: Tensor) -> Tensor:
+    """The sum of the pieces and of `loss`, `[B]` in float64; gradients are added where they belong. `report` hears of
+    the total of pairs, and of those that are done."""
+    done = 0
     if report is not None:
-        pieces = [part for piece in pieces for part in _cut(piece)]
-        done, total = 0, sum(piece.pairs for piece in pieces)
         report(0, total)
+        pieces = (part for piece in pieces for part in _cut(piece))
     for piece in pieces:
-        loss += _measured(piece, form)
+        loss = loss + _measured(piece, form)
         if report is not None and piece.pairs:
             done += piece.pairs
             report(done, total)
@@ -106,7 +111,8 @@ def energy_mmd(x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, ta
         if lam:
             share = -lam / 2 / side.pairs(unbiased)
             pieces.append(Piece(side, None, share, share))
-    return attached(x, y, run(pieces, form, report), sides[0].gradient, sides[1].gradient)
+    loss = run(pieces, form, report, sum(piece.pairs for piece in pieces), torch.zeros_like(share))
+    return attached(x, y, loss, sides[0].gradient, sides[1].gradient)
 
 
 def wanted(points: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Samples that lie in several processes: each takes the pairs of its own with all, gathered, and values are added up.
+"""Samples that lie in several processes: each takes the pairs of its own with all, and values are added up.
+
+The parts go around: a process hands on what it has met to the one before it and gets what the one after it has met, so
+it never holds more than its own samples, those it meets and those that are on their way meanwhile.
 
 A process sees n_own k + n_own n pairs of x: an equal share of the work where parts are equal. Where nobody wants the
 gradient to a set, a pair of its samples is looked at in one of their two processes; else in both, for the gradient of
@@ -7,7 +10,7 @@ its own sample. So no gradient travels, and backward does not communicate.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -105,46 +108,97 @@ def energy_mmd(
     report: Report | None,
 ) -> Tensor:
     """x [B, n, D] and y [B, k, D], of this process, to the loss [B] of all."""
-    given = (x, y), (x_weights, y_weights)
     room = [pieces.room_for(one, other, pieces.wanted(one)) for one, other in ((x, y), (y, x))]
-    own = [Side(one.detach(), weights, found) for one, weights, found in zip(*given, room, strict=True)]
-    everyone = [
-        Side(*(one if one is None else _gathered(one.detach(), counts, parts) for one in (points, weights)))
-        for points, weights, counts in zip(*given, parts.counts, strict=True)
+    own = [
+        Side(one.detach(), weights if weights is None else weights.detach(), found)
+        for one, weights, found in zip((x, y), (x_weights, y_weights), room, strict=True)
     ]
-    share = 1 / (everyone[0].total() * everyone[1].total())
-    todo = [Piece(own[0], everyone[1], share, share)]
-    if room[1] is not None:
-        todo.append(Piece(own[1], everyone[0], torch.zeros_like(share), share))
-    for of in (0, 1) if target_term else (0,):
-        if lam:
-            share = -lam / 2 / everyone[of].pairs(unbiased)
-            todo.append(Piece(own[of], None, share, share))
+    *totals, x_squares, y_squares = _added_up([*(one.total() for one in own), *(one.squares() for one in own)], parts)
+    between = 1 / (totals[0] * totals[1])
+    nothing = torch.zeros_like(between)
+    within = [
+        -lam / 2 / (total.square() - (squares if unbiased else 0))
+        for total, squares in zip(totals, (x_squares, y_squares), strict=True)
+    ]
+    size = len(parts.counts[0])
+
+    def meetings(step: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Which set of ours meets which of the process so many ranks on; coefficients of the value and the slope."""
+        yield 0, 1, between, between
+        if room[1] is not None:
+            yield 1, 0, nothing, between
+        for of in ((0, 1) if target_term else (0,)) if lam else ():
             once = not parts.wanted[of]  # one process of two looks at a pair, for both
-            others = (everyone[of][rows] for rows in _others(parts.rank, parts.counts[of], once))
-            todo += [Piece(own[of], some, (1 + once) * share, 2 * share) for some in others]
-    loss = pieces.run(todo, Form(kernel, parameters, unbiased, precision, impl), report)
-    every = [torch.empty_like(loss) for _ in parts.counts[0]]
-    distributed.all_gather(every, loss, group=parts.group)
-    return pieces.attached(x, y, sum(every), *room)  # in the order of ranks: the same bits in all processes
+            if step == 0:
+                yield of, of, within[of], within[of]
+            elif step <= _reach(parts.rank, size, once):
+                yield of, of, (1 + once) * within[of], 2 * within[of]
+
+    def todo() -> Iterator[Piece]:
+        travel = [bool(lam) or parts.wanted[1], True]
+        for step, theirs in enumerate(_around([Side(one.points, one.weights) for one in own], travel, parts)):
+            for of, other, value, slope in meetings(step):
+                yield Piece(own[of], None if step == 0 and of == other else theirs[other], value, slope)
+
+    total = sum(
+        pieces.pairs_within(own[of].count) if step == 0 and of == other
+        else own[of].count * parts.counts[other][(parts.rank + step) % size]
+        for step in range(size) for of, other, *_ in meetings(step)
+    )  # fmt: skip
+    form = Form(kernel, parameters, unbiased, precision, impl)
+    loss = pieces.run(todo(), form, report, total, nothing)
+    return pieces.attached(x, y, _added_up([loss], parts)[0], *room)
 
 
-def _gathered(own: Tensor, counts: list[int], parts: Parts) -> Tensor:
-    """`[B, n, ...]` of all ranks, in their order: parts are sent at the length of the longest."""
-    longest = max(counts)
+def _added_up(own: list[Tensor], parts: Parts) -> Tensor:
+    """Sums over the processes of some numbers, in the order of ranks: the same bits in all."""
+    stacked = torch.stack(own)
+    every = [torch.empty_like(stacked) for _ in parts.counts[0]]
+    distributed.all_gather(every, stacked, group=parts.group)
+    return sum(every)
+
+
+def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[list[Side | None]]:
+    """Our own x and y, those of the next rank, of the one after it, and so on; None of a set that does not travel.
+    While one is met the next is on its way. Parts are sent at the length of the longest."""
+    yield own
+    size = len(parts.counts[0])
+    here = [
+        [_padded(side.points, max(counts)), _padded(side.weights, max(counts))] if goes else [None, None]
+        for side, goes, counts in zip(own, travel, parts.counts, strict=True)
+    ]
+    coming = _handed_on(here, parts) if size > 1 else None
+    for step in range(1, size):
+        here, works = coming
+        for work in works:
+            work.wait()
+        coming = _handed_on(here, parts) if step < size - 1 else None
+        counts = [of[(parts.rank + step) % size] for of in parts.counts]
+        yield [
+            None if points is None else Side(points, weights)[:count]
+            for (points, weights), count in zip(here, counts, strict=True)
+        ]
+
+
+def _handed_on(here: list[list[Tensor | None]], parts: Parts):
+    """To the rank before; what the rank after hands on will be in the first of the results when all works are done."""
+    size, group = len(parts.counts[0]), parts.group
+    coming = [[one if one is None else torch.empty_like(one) for one in side] for side in here]
+    sent, received = ([one for side in sides for one in side if one is not None] for sides in (here, coming))
+    before, after = (distributed.get_global_rank(group, (parts.rank + by) % size) for by in (-1, 1))
+    operations = [distributed.P2POp(distributed.isend, one, before, group) for one in sent]
+    operations += [distributed.P2POp(distributed.irecv, one, after, group) for one in received]
+    return coming, distributed.batch_isend_irecv(operations)
+
+
+def _padded(own: Tensor | None, longest: int) -> Tensor | None:
+    if own is None:
+        return None
     if own.shape[1] < longest:
         own = torch.cat((own, own.new_zeros(own.shape[0], longest - own.shape[1], *own.shape[2:])), 1)
-    every = own.new_empty(len(counts), *own.shape)
-    distributed.all_gather(list(every), own.contiguous(), group=parts.group)
-    if own.shape[0] == 1 and min(counts) == longest:
-        return every.view(1, -1, *own.shape[2:])  # as they came
-    return torch.cat([one[:, :count] for one, count in zip(every, counts, strict=True)], 1)
+    return own.contiguous()
 
 
-def _others(rank: int, counts: list[int], once: bool) -> list[slice]:
-    """The samples of the ranks that this one meets, those after it, in at most two runs: all, or so many that each two
-    ranks meet `once`."""
-    size, ends = len(counts), [0, *accumulate(counts)]
-    reach = (size - 1) // 2 + (size % 2 == 0 and rank < size // 2) if once else size - 1
-    last = rank + 1 + reach
-    return [slice(ends[rank + 1], ends[min(last, size)]), slice(0, ends[max(0, last - size)])]
+def _reach(rank: int, size: int, once: bool) -> int:
+    """How many of the ranks after it a rank meets: all, or so many that each two ranks meet `once`."""
+    return (size - 1) // 2 + (size % 2 == 0 and rank < size // 2) if once else size - 1
