@@ -6,8 +6,8 @@
 namespace lgd {
 namespace {
 
-constexpr int64_t kTerms =
-    24;  // pairs whose powers are taken side by side: more than one vector, since a power is a chain
+// Pairs whose powers are taken side by side: more than one vector, since a power is a chain.
+constexpr int64_t kTerms = 24;
 constexpr int kLanes = 4;
 
 struct Terms {
