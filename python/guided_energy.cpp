@@ -50,7 +50,7 @@ void bind_guided_energy(py::module_& module) {
     const auto op = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample, target, kind, m,
                                      k, target_seed, target_seed_value);
     const EnergyOptions options{beta, lam, unbiased};
-    const auto [batch, row] = ParticleSizes(x, m);
+    const auto [batch, row] = ParticleSizes(Sizes(x), m);
     auto* sums = static_cast<double*>(address(statistics));
     void *losses = address(loss), *slopes = address(slope);
     py::gil_scoped_release release;
@@ -69,7 +69,7 @@ void bind_guided_energy(py::module_& module) {
                                                      target, kind, m, k, target_seed, target_seed_value);
                const auto op = guided_energy_backward_of(d_x, d_cond, d_uncond, d_noise, d_target, to_targets,
                                                          to_particles, forward);
-               const auto [batch, row] = ParticleSizes(x, m);
+               const auto [batch, row] = ParticleSizes(Sizes(x), m);
                py::gil_scoped_release release;
                wide(forward.x, forward.cond, forward.uncond, forward.noise, forward.target)
                    ? run<double>(op, batch, row, threads)

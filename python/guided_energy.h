@@ -15,7 +15,7 @@ inline Rows particles(Tensor tensor, int64_t m) {
 struct ParticleSizes {
   int64_t batch, row;
 
-  explicit ParticleSizes(Tensor x, int64_t m) : batch(Sizes(x).batch), row(Sizes(x).row / m) {}
+  ParticleSizes(const Sizes& items, int64_t m) : batch(items.batch), row(items.row / m) {}
 };
 
 // x, cond, uncond and noise are [B, m, ...], target [B, k, ...] or, as x0, [B, ...].

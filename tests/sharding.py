@@ -10,8 +10,9 @@ from torch import distributed
 
 import lgd_kernels as lgd
 from lgd_kernels.learn.distributed import process_group
+from lgd_kernels.ops.energy_mmd import sharded as sharded_op
 from lgd_kernels.ops.energy_mmd.pieces import Side
-from lgd_kernels.ops.energy_mmd.sharded import Parts, _around
+from lgd_kernels.ops.energy_mmd.sharded import Parts
 
 CASES = {  # name: (samples of x and y, dimensions, dtype, options)
     "energy": (301, 200, 3, torch.float32, {}),
@@ -84,17 +85,29 @@ def sharded(name, wanted, even, rank, size, **more):
 
 
 def around(rank, size):
-    """What a process meets, by rank; and how many parts of others it holds when the next one has come."""
+    """What a process meets, by rank."""
     counts = [5 + one for one in range(size)]
     parts = Parts(distributed.group.WORLD, rank, (counts, counts), (False, False))
-    own, met, alive, held = Side(torch.full((1, counts[rank], 1), float(rank)), None), [], [], []
-    for _, y in _around([own, own], [False, True], parts):
-        alive.append(sum(one() is not None for one in held))
-        met.append(y.points.flatten().tolist())
-        if y is not own:
-            held.append(weakref.ref(y.points.untyped_storage()))
-        del y
-    return met, alive
+    own = Side(torch.full((1, counts[rank], 1), float(rank)), None)
+    return [y.points.flatten().tolist() for _, (_, y) in sharded_op._around([own, own], [False, True], parts)]
+
+
+def held(rank, size, **more):
+    """How many parts of others are there in a call, whenever the next one is asked for."""
+    found, came, handed_on = [], [], sharded_op._handed_on
+
+    def counted(here, parts):
+        found.append(sum(one() is not None for one in came))
+        coming, works = handed_on(here, parts)
+        came.append(weakref.ref(coming[1][0].untyped_storage()))
+        return coming, works
+
+    sharded_op._handed_on = counted
+    try:
+        sharded("energy", "both", True, rank, size, **more)
+    finally:
+        sharded_op._handed_on = handed_on
+    return found
 
 
 def refused(call):
@@ -134,6 +147,7 @@ def main(folder):
         only = "x" if rank == 0 else "neither"
         found["one wants"] = sharded("energy", only, False, rank, size)
         found["around"] = around(rank, size)
+        found["held"] = held(rank, size) + held(rank, size, progress=lambda *at: None)
         torch.save((found, heard, refusals(rank, size)), folder / f"{size}-{rank}.pt")
 
 

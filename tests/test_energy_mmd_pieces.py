@@ -131,12 +131,11 @@ def test_each_two_ranks_meet_once():
 
 
 def test_parts_go_around(processes):
-    """Each process meets those after it in turn, as they are; and has let go of a part when the next but one comes."""
+    """Each process meets those after it in turn, as they are, and holds one of them when it asks for the next."""
     size = len(processes)
     for rank, (found, _, _) in enumerate(processes):
-        met, alive = found["around"]
-        assert met == [[float((rank + step) % size)] * (5 + (rank + step) % size) for step in range(size)]
-        assert max(alive) <= 2
+        assert found["around"] == [[float((rank + step) % size)] * (5 + (rank + step) % size) for step in range(size)]
+        assert found["held"] == 2 * [0, *[1] * (size - 2)]
 
 
 @pytest.fixture

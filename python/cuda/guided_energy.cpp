@@ -24,7 +24,7 @@ void bind_guided_energy_cuda(py::module_& module) {
                                      k, target_seed, target_seed_value);
     const EnergyOutputs out{static_cast<float*>(address(loss)), static_cast<float*>(address(slope)),
                             static_cast<double*>(address(statistics))};
-    const auto [batch, row] = ParticleSizes(x, m);
+    const auto [batch, row] = ParticleSizes(Sizes(x), m);
     check(guided_energy_cuda(op, {beta, lam, unbiased}, batch, row, static_cast<float*>(address(parts)), out,
                              reinterpret_cast<void*>(stream)),
           "guided_energy");
@@ -41,7 +41,7 @@ void bind_guided_energy_cuda(py::module_& module) {
                                               kind, m, k, target_seed, target_seed_value);
         const auto op =
             guided_energy_backward_of(d_x, d_cond, d_uncond, d_noise, d_target, to_targets, to_particles, forward);
-        const auto [batch, row] = ParticleSizes(x, m);
+        const auto [batch, row] = ParticleSizes(Sizes(x), m);
         check(guided_energy_backward_cuda(op, batch, row, reinterpret_cast<void*>(stream)), "guided_energy_backward");
       });
 }

@@ -92,12 +92,13 @@ def run(pieces: Iterable[Piece], form: Form, report: Report | None, total: int, 
     done = 0
     if report is not None:
         report(0, total)
-        pieces = (part for piece in pieces for part in _cut(piece))
+        pieces = _all_cut(pieces)
     for piece in pieces:
         loss = loss + _measured(piece, form)
         if report is not None and piece.pairs:
             done += piece.pairs
             report(done, total)
+        del piece  # and with it samples of another process, before more of them come
     return loss
 
 
@@ -143,6 +144,12 @@ class _Attached(torch.autograd.Function):
         slopes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = (one if one is None else (upstream[:, None, None] * one).to(dtype) for one, dtype in slopes)
         return *grads, None, None, None
+
+
+def _all_cut(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    for piece in pieces:
+        yield from _cut(piece)
+        del piece
 
 
 def _cut(piece: Piece) -> Iterator[Piece]:

@@ -136,9 +136,10 @@ def energy_mmd(
 
     def todo() -> Iterator[Piece]:
         travel = [bool(lam) or parts.wanted[1], True]
-        for step, theirs in enumerate(_around([Side(one.points, one.weights) for one in own], travel, parts)):
+        for step, theirs in _around([Side(one.points, one.weights) for one in own], travel, parts):
             for of, other, value, slope in meetings(step):
                 yield Piece(own[of], None if step == 0 and of == other else theirs[other], value, slope)
+            del theirs  # before the one after the next is on its way
 
     total = sum(
         pieces.pairs_within(own[of].count) if step == 0 and of == other
@@ -158,10 +159,10 @@ def _added_up(own: list[Tensor], parts: Parts) -> Tensor:
     return sum(every)
 
 
-def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[list[Side | None]]:
-    """Our own x and y, those of the next rank, of the one after it, and so on; None of a set that does not travel.
-    While one is met the next is on its way. Parts are sent at the length of the longest."""
-    yield own
+def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[tuple[int, list[Side | None]]]:
+    """How many ranks on, and the x and y that lie there, from our own on; None of a set that does not travel. While one
+    is met the next is on its way. Parts are sent at the length of the longest."""
+    yield 0, own
     size = len(parts.counts[0])
     here = [
         [_padded(side.points, max(counts)), _padded(side.weights, max(counts))] if goes else [None, None]
@@ -170,14 +171,17 @@ def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[list[
     coming = _handed_on(here, parts) if size > 1 else None
     for step in range(1, size):
         here, works = coming
-        for work in works:
-            work.wait()
+        while works:
+            works.pop().wait()  # and forget it: it holds on to what was sent
         coming = _handed_on(here, parts) if step < size - 1 else None
         counts = [of[(parts.rank + step) % size] for of in parts.counts]
-        yield [
-            None if points is None else Side(points, weights)[:count]
-            for (points, weights), count in zip(here, counts, strict=True)
-        ]
+        yield (
+            step,
+            [
+                None if points is None else Side(points, weights)[:count]
+                for (points, weights), count in zip(here, counts, strict=True)
+            ],
+        )
 
 
 def _handed_on(here: list[list[Tensor | None]], parts: Parts):
