@@ -318,6 +318,12 @@ def count(op: str, name: str, value: int) -> None:
         raise ValueError(f"{op}: `{name}` is {value}, expected 1 or more")
 
 
+def flag(op: str, name: str, value: bool) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected True or False")
+
+
 def number(op: str, name: str, value: float, low: float, high: float) -> None:
     """A number of the host in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -34,6 +34,12 @@ def formed(tensors: Sequence[Tensor], columns: list[int], dtype: torch.dtype) ->
     return [wide[plus] if minus < 0 else wide[plus] - wide[minus] for plus, minus in pairs]
 
 
+def every_pair(size: int) -> list[int]:
+    """All pairs of `size` columns, row by row, then (i, -1), a column's own sum."""
+    pairs = [index for i in range(size) for j in range(size) for index in (i, j)]
+    return pairs + [index for i in range(size) for index in (i, -1)]
+
+
 def triangle(size: int) -> list[int]:
     """Pairs of `size` columns, each once: (i, j) for i <= j, then (i, -1), a column's own sum."""
     pairs = [index for i in range(size) for j in range(i, size) for index in (i, j)]

@@ -130,10 +130,10 @@ def _run(factors: Callable, read: _Predictions, sum_of: _Sum, like: Tensor, omeg
         if found is not None:
             return found
 
-    def sums():
+    def sums(centred: bool):
         if step is None:
-            return _wide(moments(read.tensors, columns=(0, read.u, read.delta), impl=impl))
-        return _x0_moments(*step, *read.tensors, impl)
+            return _wide(moments(read.tensors, columns=(0, read.u, read.delta), centred=centred, impl=impl)[:2])
+        return _x0_moments(*step, *read.tensors, centred, impl)
 
     w = omega_at(w, like.new_empty(0, dtype=arithmetic_dtype(like)))
     found = factors(Pair(sums, count), w.expand(like.shape[0]) if w.ndim == 0 else w, *given)
@@ -212,14 +212,18 @@ class _Noted(Pair):
         return self.tape.moment(place)
 
 
-def _x0_moments(x, levels, prediction, cond, uncond, impl):
-    """Of c and u in x0 space, which are nowhere but in registers; D stays a difference of predictions, scaled."""
+def _x0_moments(x, levels, prediction, cond, uncond, centred, impl):
+    """Of c and u in x0 space; D stays a difference of predictions, scaled. They exist in registers alone, except that
+    centred moments are read from the three tensors."""
     wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond)))
     alpha, beta = x0_coefficients(Levels(*(level.to(wide) for level in levels)), prediction)
     none = torch.zeros_like(alpha)
     rows = (alpha, beta, none, none), (alpha, none, beta, none), (none, none, none, beta)
     factors = torch.stack([torch.stack(row, 1) for row in rows], 1)
     columns = 0, 1, 2, (1, 2)
+    if centred:
+        formed = combine((x.to(wide), cond, uncond), factors, columns=columns, impl=impl)
+        return moments(formed, centred=True, impl=impl)[:2]
     return _wide(combine((x, cond, uncond), factors, columns=columns, moments=True, written=0, impl=impl)[1:])
 
 

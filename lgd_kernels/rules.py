@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.levels import Levels, step_coefficients
+from lgd_kernels.tape import PLAIN
 
 _TINY = 1e-300  # keeps 0 / 0 at 0, where c is 0 everywhere
 Number = float | Tensor  # a number, or one for each sample
@@ -35,22 +36,44 @@ class Guidance(NamedTuple):
 
 
 class Pair:
-    """Moments of c, u and D = c - u, `[B]` each: inner products `cc, cu, uu, cd, ud, dd`, sums `c, u, d`; and `count`,
-    the elements of a sample. Read from the data when the first of them is asked for."""
+    """Moments of c, u and D = c - u over a sample, `[B]` each: inner products `cc, cu, uu, cd, ud, dd`, sums `c, u, d`,
+    and `count`, the elements of a sample. `centred` has the inner products of c, u and D less their means.
 
-    def __init__(self, read: Callable[[], tuple[Tensor, Tensor]], count: int) -> None:
+    They are read from the data when a rule first uses one: `read(centred)` returns dots `[B, 3, 3]` and sums, or
+    centred dots and means, from which the others follow."""
+
+    def __init__(self, read: Callable[[bool], tuple[Tensor, Tensor]], count: int) -> None:
         self._read, self._found, self.count = read, None, count
 
     def _at(self, place: int) -> Tensor:
-        """Nine dots, row by row, then three sums."""
-        if self._found is None:
-            dots, sums = self._read()
-            self._found = *dots.flatten(1).unbind(1), *sums.unbind(1)  # all at once: a view of each costs as much again
+        """Nine dots, row by row, three sums, and nine centred dots."""
+        if self._found is None or place >= len(self._found):
+            dots, rest = self._read(place >= PLAIN)
+            centred = ()
+            if place >= PLAIN:
+                centred = dots.flatten(1).unbind(1)
+                dots, rest = dots + self.count * rest.unsqueeze(2) * rest.unsqueeze(1), self.count * rest
+            self._found = *dots.flatten(1).unbind(1), *rest.unbind(1), *centred  # all at once: each view costs as much
         return self._found[place]
 
     cc, cu, uu = property(lambda m: m._at(0)), property(lambda m: m._at(1)), property(lambda m: m._at(4))
     cd, ud, dd = property(lambda m: m._at(2)), property(lambda m: m._at(5)), property(lambda m: m._at(8))
     c, u, d = property(lambda m: m._at(9)), property(lambda m: m._at(10)), property(lambda m: m._at(11))
+
+    @property
+    def centred(self) -> Centred:
+        return Centred(self)
+
+
+class Centred:
+    """Inner products of c, u and D less their means over the sample: `cc / count` is the variance of c. Exactly 0 where
+    a factor is constant."""
+
+    def __init__(self, m: Pair) -> None:
+        self._m = m
+
+    cc, cu, uu = (property(lambda k, at=at: k._m._at(PLAIN + at)) for at in (0, 1, 4))
+    cd, ud, dd = (property(lambda k, at=at: k._m._at(PLAIN + at)) for at in (2, 5, 8))
 
 
 Rule = Callable[[Pair, Tensor], Guidance]
@@ -76,11 +99,16 @@ def interval(m: Pair, omega: Tensor, *, t: Number, low: Number, high: Number) ->
 def rescale(m: Pair, omega: Tensor, *, phi: Number, rule: Rule = cfg) -> Guidance:
     """`g (phi std(c) / std(g) + 1 - phi)`, g by another rule. Lin et al., arXiv 2305.08891, section 3.4.
 
-    std is over all elements of a sample; that of g follows from the same moments. diffusers' guidance_rescale is phi.
+    std is over all elements of a sample; that of g follows from the same moments. Where g is constant it stays as it
+    is. diffusers' guidance_rescale is phi.
     """
+    centred = m.centred
+    cc, cd, dd = centred.cc, centred.cd, centred.dd  # before `rule` reads what follows from them
     cond, delta, x = rule(m, omega)
-    g_sum, gg = cond * m.c + delta * m.d, cond * cond * m.cc + 2 * cond * delta * m.cd + delta * delta * m.dd
-    ratio = ((m.cc - m.c * m.c / m.count) / (gg - g_sum * g_sum / m.count)).sqrt()
+    gg = (cond * cond * cc + 2 * cond * delta * cd + delta * delta * dd).clamp(min=0)
+    constant, kept = gg == 0, cc == 0
+    ratio = (torch.where(constant | kept, 1.0, cc) / torch.where(constant, 1.0, gg)).sqrt()
+    ratio = torch.where(constant, 1.0, torch.where(kept, 0.0, ratio))
     factor = phi * ratio + (1 - phi)
     return Guidance(factor * cond, factor * delta, x)
 

@@ -20,7 +20,8 @@ NAMES = (
     "max", "min", "sqrt", "exp", "log", "abs", "neg", "where",
 )  # fmt: skip
 CODES = {name: code for code, name in enumerate(NAMES)}  # Op in csrc/common/tape.h
-GIVEN, MOST = 12, 200  # places of the moments, before everything else; and of all that is noted
+PLAIN = 12  # moments of c, u, D: nine products, row by row, and three sums
+GIVEN, MOST = PLAIN + 9, 200  # places of these and of nine centred products; and of all values of a rule
 _SAME = {"truediv": "div", "true_divide": "div", "divide": "div", "subtract": "sub", "multiply": "mul",
          "logical_and": "and", "logical_or": "or", "negative": "neg", "greater": "gt", "less": "lt"}  # fmt: skip
 

@@ -1,5 +1,6 @@
 #include "../csrc/moments/moments.h"
 
+#include "../csrc/moments/centring.h"
 #include "columns.h"
 #include "parallel.h"
 
@@ -8,24 +9,34 @@ namespace py = pybind11;
 namespace lgd {
 namespace {
 
-template <class S>
-void run(const Moments& op, int64_t batch, int64_t row, int threads, void* found) {
+// T: of what is found; S, or double where it is centred.
+template <class S, class T>
+void run(const Moments& op, int64_t batch, int64_t row, int threads, T* found) {
   std::vector<double> totals(batch * op.count);
   if (batch * row < kSerial) threads = 1;
   reduce_rows(
       batch, row, threads, op.count, totals.data(),
-      [&](int64_t sample, int64_t first, int64_t last, double* sums) { moments<S>(op, sample, first, last, sums); });
+      [&](int64_t sample, int64_t first, int64_t last, double* sums) { moments<S>(op, sample, first, last, sums); },
+      [&](int64_t sample) {
+        if (op.centred) centre<S>(op.read, sample, row, totals.data() + sample * op.count);
+      });
   for (int64_t sample = 0; sample < batch; ++sample)
-    for (int m = 0; m < op.count; ++m)
-      static_cast<S*>(found)[sample * op.count + m] = S(totals[sample * op.count + op.same_as[m]]);
+    for (int m = 0; m < op.count; ++m) found[sample * op.count + m] = T(totals[sample * op.count + op.same_as[m]]);
+}
+
+template <class S>
+void run(const Moments& op, int64_t batch, int64_t row, int threads, void* found) {
+  if (op.centred) return run<S>(op, batch, row, threads, static_cast<double*>(found));
+  run<S>(op, batch, row, threads, static_cast<S*>(found));
 }
 
 }  // namespace
 
 void bind_moments(py::module_& module) {
   module.def("moments", [](Tensor found, Tensors tensors, py::handle columns, py::handle pairs, py::handle same_as,
-                           Tensor source, int gathered, int threads) {
+                           Tensor source, int gathered, bool centred, int threads) {
     Moments op{};
+    op.centred = centred;
     op.read = columns_of(tensors, columns, source, gathered);
     op.count = pairs_of(pairs, op.pairs, kMostPairs);
     for (int m = 0; m < op.count; ++m) op.same_as[m] = int(PyLong_AsLong(item(same_as, m).ptr()));

@@ -3,7 +3,7 @@
 
 #include "../csrc/combine/combine.h"
 #include "../csrc/common/tape.h"
-#include "../csrc/moments/moments.h"
+#include "../csrc/moments/centring.h"
 #include "columns.h"
 #include "parallel.h"
 
@@ -21,9 +21,25 @@ struct Guided {
   int factors[kMostTensors], scale;  // places of values: of each column, and of the noise (-1: none)
 };
 
-// The coefficients of one sample, from its moments in values[0 .. kGiven).
+// Centred sums at the place of the plain ones become both.
 template <class S>
-void play(const Guided& op, int64_t sample, double* values, S* coefficients, S* scales) {
+void spread(const Moments& op, int64_t sample, int64_t row, double* values) {
+  centre<S>(op.read, sample, row, values);
+  double *means = values + 9, *centred = values + kPlain;
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) centred[3 * i + j] = values[i <= j ? 3 * i + j : 3 * j + i];
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) values[3 * i + j] = centred[3 * i + j] + row * means[i] * means[j];
+  for (int i = 0; i < 3; ++i) means[i] *= row;
+}
+
+// The coefficients of one sample, from the sums of its moments.
+template <class S>
+void play(const Guided& op, int64_t sample, int64_t row, const double* sums, S* coefficients, S* scales) {
+  double values[kMostValues];
+  std::copy_n(sums, kPlain, values);
+  std::fill_n(values + kPlain, kGiven - kPlain + op.tape.count, 0.0);
+  if (op.moments.centred) spread<S>(op.moments, sample, row, values);
   op.tape.play(sample, values);
   const int count = op.combine.read.count;
   for (int k = 0; k < count; ++k) coefficients[sample * count + k] = S(values[op.factors[k]]);
@@ -42,30 +58,25 @@ void run(Guided& op, int64_t batch, int64_t row, int64_t bytes, int threads) {
   const int64_t serial = op.scale >= 0 ? kSerialDrawn : kSerial;
   if (row * bytes <= kCached && (batch >= 4 * threads || batch * row < serial)) {
     for_tasks(batch, batch * row < serial ? 1 : threads, [&](int64_t sample) {
-      double values[kMostValues];
-      std::fill_n(values, kGiven + op.tape.count, 0.0);
-      if (op.moments.wanted) reduce_row(sample, row, kGiven, values, sums);
-      play<S>(op, sample, values, coefficients.data(), scales.data());
+      double found[kPlain] = {};
+      if (op.moments.wanted) reduce_row(sample, row, kPlain, found, sums);
+      play<S>(op, sample, row, found, coefficients.data(), scales.data());
       write(sample, 0, row);
     });
     return;
   }
   op.moments.soon[0] = op.moments.soon[1] = {};  // not so soon
-  std::vector<double> totals(batch * kGiven);
-  if (op.moments.wanted) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kGiven, totals.data(), sums);
-  for (int64_t sample = 0; sample < batch; ++sample) {
-    double values[kMostValues];
-    std::fill_n(values, kGiven + op.tape.count, 0.0);
-    std::copy_n(totals.data() + sample * kGiven, kGiven, values);
-    play<S>(op, sample, values, coefficients.data(), scales.data());
-  }
+  std::vector<double> totals(batch * kPlain);
+  if (op.moments.wanted) reduce_rows(batch, row, batch * row < kSerial ? 1 : threads, kPlain, totals.data(), sums);
+  for (int64_t sample = 0; sample < batch; ++sample)
+    play<S>(op, sample, row, totals.data() + sample * kPlain, coefficients.data(), scales.data());
   for_chunks(batch, row, threads, write, serial);
 }
 
 int place(py::handle list, int index) { return int(PyLong_AsLong(item(list, index).ptr())); }
 
-// Columns 0, 1, 2 are c, u and D, of two of the tensors: every product, and every sum; and a bit for each that the rule
-// reads.
+// Columns 0, 1, 2 are c, u and D, of two of the tensors: every product, and every sum; `wanted` has a bit for each
+// value that the rule reads.
 void fill_moments(Moments& op, const Rows* predictions, py::handle columns, unsigned wanted) {
   op = {};
   op.read.tensors[0] = predictions[0];
@@ -80,8 +91,16 @@ void fill_moments(Moments& op, const Rows* predictions, py::handle columns, unsi
     op.pairs[9 + i] = {i, -1};
     op.same_as[9 + i] = 9 + i;
   }
-  op.count = kGiven;
-  op.wanted = wanted;
+  op.count = kPlain;
+  op.centred = wanted >> kPlain;
+  if (!op.centred) {
+    op.wanted = wanted;
+    return;
+  }
+  op.wanted = 0;
+  for (int m = 0; m < 9; ++m)  // plain products are made of centred ones
+    if ((wanted | wanted >> kPlain) >> m & 1) op.wanted |= 1u << op.same_as[m] | 1u << (9 + m / 3) | 1u << (9 + m % 3);
+  op.wanted |= wanted & (7u << 9);
 }
 
 // In place: most of a tape is empty, and copied that costs as much as all else here.

@@ -85,7 +85,9 @@ def cases(kernel: str) -> list[tuple[str, str]]:
 
 def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
     """The call of a launcher that launches `kernel`."""
-    room, backward = re.fullmatch(r"(\w+?)(_backward|_finish|_points|_pairs|_turn|_select)?_kernel", kernel).groups()
+    room, backward = re.fullmatch(
+        r"(?:centred_)?(\w+?)(_backward|_finish|_points|_pairs|_turn|_select)?_kernel", kernel
+    ).groups()
     batch, data = variant.shape[0], lambda: torch.zeros(variant.shape, dtype=dtype)
     numbers = torch.zeros(batch)
     knots = torch.arange(16.0)
@@ -112,6 +114,8 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
             n for i in range(size) for n in (i, -1)
         ]
         tensors = [data() for _ in range(2 if few else 5)]
+        if kernel == "centred_moments_kernel":
+            return launcher.centred(torch.zeros(batch, len(pairs) // 2, dtype=torch.float64), tensors, columns)
         found = torch.zeros(batch, len(pairs) // 2)
         launcher.forward(found, tensors, columns, pairs, None if few else numbers.long(), 2)
     elif room == "combine":

@@ -29,7 +29,7 @@ def test_triton(kernel, variant, dtype, gpu):
     elif kernel == "guided_energy_backward_kernel":  # likewise: four targets and a particle, where it holds targets
         tensors, per_tensor = 7, 1 if dtype == "fp32" or variant == "plain" else 0
     else:
-        tensors = 2 if kernel in ("guided_score_kernel", "moments_kernel") else 3
+        tensors = 2 if kernel in ("guided_score_kernel", "moments_kernel", "centred_moments_kernel") else 3
         tensors = 1 if kernel.startswith("dynamic_threshold") else tensors
         per_tensor = 1 if dtype == "bf16" else 2  # eight elements to a thread; on gfx942 four, half of them
         if gpu.startswith("gfx"):

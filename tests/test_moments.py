@@ -227,6 +227,7 @@ CASES = {
     "column pair": (dict(columns=((0, -1),)), ValueError, r"`columns\[0\]` is \(0, -1\)"),
     "column float": (dict(columns=(0.5,)), TypeError, r"`columns\[0\]` is 0.5, expected an index i"),
     "column triple": (dict(columns=((0, 1, 1),)), TypeError, r"`columns\[0\]` is \(0, 1, 1\)"),
+    "centred": (dict(centred=1), TypeError, "`centred` is a int, expected True or False"),
     "impl": (dict(impl="cuda"), ValueError, "moments has no 'cuda' implementation"),
 }
 

@@ -37,7 +37,9 @@ struct Instruction {
   int a, b, c;  // places of values; of a constant or a number, where it is among those
 };
 
-constexpr int kGiven = 12;  // moments of c, u, D, as the pair has them: nine products, row by row, and three sums
+// Moments of c, u, D, as `Pair` in lgd_kernels/rules.py has them: nine products, row by row, and three sums; then nine
+// products of deviations from the means.
+constexpr int kPlain = 12, kGiven = 21;
 constexpr int kMostValues = 256;
 
 struct Tape {

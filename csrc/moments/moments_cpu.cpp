@@ -1,5 +1,7 @@
+#include <optional>
+
 #include "../common/loops.h"
-#include "moments.h"
+#include "centring.h"
 
 #ifdef LGD_HAS_CLONES
 #include <immintrin.h>
@@ -11,6 +13,11 @@ namespace {
 template <class S>
 LGD_CLONES void subtract(S* out, const S* plus, const S* minus, int64_t count) {
   map<S>(out, count, [](S p, S m) LGD_LAMBDA { return p - m; }, plus, minus);
+}
+
+template <class S>
+LGD_CLONES void subtract(S* out, const S* in, S shift, int64_t count) {
+  map<S>(out, count, [=](S value) LGD_LAMBDA { return value - shift; }, in);
 }
 
 constexpr int kTogether = 3;  // products of one column with others in a loop, which reads that column once
@@ -64,7 +71,7 @@ void dots(int together, const S* shared, const S* const* others, int64_t count, 
 
 // Of a, b and d = a - b, nine moments: these products and the sums, where they are among the twelve of a call, and its
 // mirror images left out.
-constexpr int kPairMoments = 9;
+constexpr int kPairMoments = 9, kOfPair = 12;
 constexpr int kPairPlaces[] = {0, 1, 2, 4, 5, 8, 9, 10, 11};
 enum Wanted : unsigned {
   kAA = 1 << 0,
@@ -80,9 +87,8 @@ enum Wanted : unsigned {
 
 #ifdef LGD_HAS_CLONES
 template <unsigned Of>
-__attribute__((target("avx2,fma"), always_inline)) inline void add_pair(__m256 x, __m256 y,
+__attribute__((target("avx2,fma"), always_inline)) inline void add_pair(__m256 x, __m256 y, __m256 d,
                                                                         __m256 (&sums)[kPairMoments]) {
-  const __m256 d = _mm256_sub_ps(x, y);
   if (Of & kAA) sums[0] = _mm256_fmadd_ps(x, x, sums[0]);
   if (Of & kAB) sums[1] = _mm256_fmadd_ps(x, y, sums[1]);
   if (Of & kAD) sums[2] = _mm256_fmadd_ps(x, d, sums[2]);
@@ -102,55 +108,90 @@ __attribute__((target("avx2,fma"), always_inline)) inline __m256 eight(const bf1
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-// All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums. A sum waits four cycles
-// for the one before it, so that where there are few each has several chains.
-template <unsigned Of, class E>
-__attribute__((target("avx2,fma"))) void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon,
-                                                   double* out) {
-  constexpr int kWanted = __builtin_popcount(Of), kChains = kWanted <= 3 ? 4 : kWanted <= 5 ? 2 : 1;
-  constexpr int64_t kPart = 512 * kChains;  // 64 additions of floats, one after the other, before they go on as doubles
+// A sum waits four cycles for the one before it, so that where there are few each has several chains.
+constexpr int chains_of(unsigned of) { return __builtin_popcount(of) <= 3 ? 4 : __builtin_popcount(of) <= 5 ? 2 : 1; }
+
+// Adds to out the moments Of one part of a sample, each of a, b and d = a - b less its shift where they are centred.
+template <unsigned Of, bool Centred, class E>
+__attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64_t count, const E* const* soon,
+                                                   const float* shifts, double* out) {
+  constexpr int kChains = chains_of(Of);
+  __m256 sums[kChains][kPairMoments], shift[3];
+  for (auto& chain : sums)
+    for (auto& lanes : chain) lanes = _mm256_setzero_ps();
+  for (int k = 0; k < 3; ++k) shift[k] = Centred ? _mm256_set1_ps(shifts[k]) : _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; count - i >= 8 * kChains; i += 8 * kChains) {
+    for (int64_t ahead = 0; ahead < 8 * kChains; ahead += kLine / int64_t(sizeof(E))) {
+      if (soon[0]) __builtin_prefetch(soon[0] + i + ahead);
+      if (soon[1]) ask_for(soon[1] + i + ahead);
+    }
+    for (int chain = 0; chain < kChains; ++chain) {
+      __m256 x = eight(a + i + 8 * chain), y = eight(b + i + 8 * chain), d = _mm256_sub_ps(x, y);
+      if (Centred) x = _mm256_sub_ps(x, shift[0]), y = _mm256_sub_ps(y, shift[1]), d = _mm256_sub_ps(d, shift[2]);
+      add_pair<Of>(x, y, d, sums[chain]);
+    }
+  }
+  for (; i < count; i += 8) {
+    E ends[2][8] = {};
+    alignas(32) float present[8] = {};  // all bits of a lane, or none
+    for (int64_t j = 0; j < 8 && i + j < count; ++j)
+      ends[0][j] = a[i + j], ends[1][j] = b[i + j], present[j] = bits_as<float>(~0u);
+    __m256 x = eight(ends[0]), y = eight(ends[1]), d = _mm256_sub_ps(x, y);
+    if (Centred) {
+      const __m256 mask = _mm256_load_ps(present);
+      x = _mm256_and_ps(mask, _mm256_sub_ps(x, shift[0]));
+      y = _mm256_and_ps(mask, _mm256_sub_ps(y, shift[1]));
+      d = _mm256_and_ps(mask, _mm256_sub_ps(d, shift[2]));
+    }
+    add_pair<Of>(x, y, d, sums[0]);
+  }
+  for (int m = 0; m < kPairMoments; ++m) {
+    if (!(Of >> kPairPlaces[m] & 1)) continue;
+    __m256 sum = sums[0][m];
+    for (int chain = 1; chain < kChains; ++chain) sum = _mm256_add_ps(sum, sums[chain][m]);
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, sum);
+    out[kPairPlaces[m]] +=
+        double((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + double((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  }
+}
+
+// All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums.
+template <unsigned Of, bool Centred, class E>
+void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon, Centring<float>* centring, double* out) {
+  constexpr int64_t kPart = 512 * chains_of(Of);  // 64 additions of floats to a sum, before they go on as doubles
   for (int64_t first = 0; first < count; first += kPart) {
-    const int64_t last = count - first < kPart ? count : first + kPart;
-    __m256 sums[kChains][kPairMoments];
-    for (auto& chain : sums)
-      for (auto& lanes : chain) lanes = _mm256_setzero_ps();
-    int64_t i = first;
-    for (; last - i >= 8 * kChains; i += 8 * kChains) {
-      for (int64_t ahead = 0; ahead < 8 * kChains; ahead += kLine / int64_t(sizeof(E))) {
-        if (soon[0]) __builtin_prefetch(soon[0] + i + ahead);
-        if (soon[1]) ask_for(soon[1] + i + ahead);
+    const int64_t part = count - first < kPart ? count - first : kPart;
+    const E* ahead[2] = {soon[0] ? soon[0] + first : nullptr, soon[1] ? soon[1] + first : nullptr};
+    if constexpr (!Centred) {
+      pair_part<Of, false>(a + first, b + first, part, ahead, nullptr, out);
+    } else {
+      if (centring->count == 0) {  // a pass of its own over elements that stay in the nearest cache
+        const E* none[2] = {};
+        pair_part<Of, true>(a, b, part, none, centring->shifts, centring->held);
+        centring->begin(part);
       }
-      for (int chain = 0; chain < kChains; ++chain)
-        add_pair<Of>(eight(a + i + 8 * chain), eight(b + i + 8 * chain), sums[chain]);
-    }
-    for (; i < last; i += 8) {
-      E ends[2][8] = {};
-      for (int64_t j = 0; j < 8 && i + j < last; ++j) ends[0][j] = a[i + j], ends[1][j] = b[i + j];
-      add_pair<Of>(eight(ends[0]), eight(ends[1]), sums[0]);
-    }
-    for (int m = 0; m < kPairMoments; ++m) {
-      if (!(Of >> kPairPlaces[m] & 1)) continue;
-      __m256 sum = sums[0][m];
-      for (int chain = 1; chain < kChains; ++chain) sum = _mm256_add_ps(sum, sums[chain][m]);
-      alignas(32) float lanes[8];
-      _mm256_store_ps(lanes, sum);
-      out[kPairPlaces[m]] +=
-          double((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + double((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+      pair_part<Of, true>(a + first, b + first, part, ahead, centring->shifts, centring->held);
+      centring->add(part);
     }
   }
 }
 
 // The first of these sets that has all that is wanted: fewer sums cost less. The last has all there are.
-template <unsigned Of, unsigned... Others, class E>
-void pair_of(unsigned wanted, const E* a, const E* b, int64_t count, const E* const* soon, double* out) {
+template <bool Centred, unsigned Of, unsigned... Others, class... Rest>
+void pair_of(unsigned wanted, Rest&... rest) {
   if constexpr (sizeof...(Others) > 0)
-    if (wanted & ~Of) return pair_of<Others...>(wanted, a, b, count, soon, out);
-  pair_avx2<Of>(a, b, count, soon, out);
+    if (wanted & ~Of) return pair_of<Centred, Others...>(wanted, rest...);
+  pair_avx2<Of, Centred>(rest...);
 }
 template <class E>
-void pair(unsigned wanted, const E* a, const E* b, int64_t count, const E* const* soon, double* out) {
-  pair_of<kDD, kAB | kBB, kAA | kAD | kDD, kAB | kAD | kBD, kBB | kDD, kAA | kAD | kDD | kA | kD,
-          kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD>(wanted, a, b, count, soon, out);
+void pair(const Moments& op, const E* a, const E* b, int64_t count, const E* const* soon, Centring<float>* centring,
+          double* out) {
+  constexpr unsigned kAll = kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD;
+  if (op.centred) return pair_of<true, kAA | kAD | kDD | kA | kD, kAll>(op.wanted, a, b, count, soon, centring, out);
+  pair_of<false, kDD, kAB | kBB, kAA | kAD | kDD, kAB | kAD | kBD, kBB | kDD, kAA | kAD | kDD | kA | kD, kAll>(
+      op.wanted, a, b, count, soon, centring, out);
 }
 #endif
 
@@ -178,6 +219,26 @@ struct Ones {
   }
 };
 
+// Neighbours that share a column are summed together: (i, j), (i, k), ..., or sums, which share a column of ones.
+template <class S>
+void add_products(const Moments& op, const S* const* columns, const S* ones, int64_t count, double* sums) {
+  for (int m = 0; m < op.count;) {
+    const Column own = op.pairs[m];
+    const S* others[kTogether];
+    S found[kTogether];
+    int together = 0;
+    for (; m + together < op.count && together < kTogether; ++together) {
+      const Column next = op.pairs[m + together];
+      const bool shares = own.minus < 0 ? next.minus < 0 : next.minus >= 0 && next.plus == own.plus;
+      if (!shares || op.same_as[m + together] != m + together) break;
+      others[together] = columns[own.minus < 0 ? next.plus : next.minus];
+    }
+    if (together) dots(together, own.minus < 0 ? ones : columns[own.plus], others, count, found);
+    for (int n = 0; n < together; ++n) sums[m + n] += found[n];
+    m += together ? together : 1;  // none: the mirror image of one before
+  }
+}
+
 }  // namespace
 
 // Columns lie in the nearest cache before anything is summed, so that a product costs a load or two from there.
@@ -188,6 +249,8 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
   const bool of_a_pair = std::is_same<S, float>::value && is_pair(op);
   const Columns& read = op.read;
   const int64_t length = of_a_pair && (read.all(dtype_of<S>()) || read.all(DType::bf16)) ? kInPlace : kBlock;
+  std::optional<Centring<S>> centring;
+  if (op.centred) centring.emplace(read, sample);
   for (int64_t at = first; at < last; at += length) {
     const int64_t count = last - at < length ? last - at : length;
     const auto block = [&](int n, auto* buffer) {
@@ -203,7 +266,7 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
               const E* soon[2];
               for (int n = 0; n < 2; ++n)
                 soon[n] = op.soon[n].data && op.soon[n].dtype == dtype_of<E>() ? op.soon[n].at<E>(sample, at) : nullptr;
-              pair(op.wanted, block(0, a), block(1, b), count, soon, sums);
+              pair(op, block(0, a), block(1, b), count, soon, centring ? &*centring : nullptr, sums);
             },
             read.tensors[0], read.tensors[1]);
         continue;
@@ -211,30 +274,30 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
 #endif
     const S *tensors[kMostTensors], *columns[kMostTensors];
     for (int n = 0; n < read.tensor_count; ++n) tensors[n] = block(n, buffers[n]);
-    for (int k = 0; k < read.count; ++k) {
-      const Column column = read.columns[k];
-      columns[k] = tensors[column.plus];
-      if (column.minus < 0) continue;
-      S* difference = buffers[kMostTensors + k];
-      subtract(difference, tensors[column.plus], tensors[column.minus], count);
-      columns[k] = difference;
-    }
-    for (int m = 0; m < op.count;) {
-      // Neighbours that share a column: (i, j), (i, k), ..., or sums, which share a column of ones.
-      const Column own = op.pairs[m];
-      const S* others[kTogether];
-      S found[kTogether];
-      int together = 0;
-      for (; m + together < op.count && together < kTogether; ++together) {
-        const Column next = op.pairs[m + together];
-        const bool shares = own.minus < 0 ? next.minus < 0 : next.minus >= 0 && next.plus == own.plus;
-        if (!shares || op.same_as[m + together] != m + together) break;
-        others[together] = columns[own.minus < 0 ? next.plus : next.minus];
+    const auto add_block = [&](const S* shifts, double* to) {
+      for (int k = 0; k < read.count; ++k) {
+        const Column column = read.columns[k];
+        columns[k] = tensors[column.plus];
+        S* own = buffers[kMostTensors + k];
+        if (column.minus >= 0) subtract(own, columns[k], tensors[column.minus], count), columns[k] = own;
+        if (shifts) subtract(own, columns[k], shifts[k], count), columns[k] = own;
       }
-      if (together) dots(together, own.minus < 0 ? ones.values : columns[own.plus], others, count, found);
-      for (int n = 0; n < together; ++n) sums[m + n] += found[n];
-      m += together ? together : 1;  // none: the mirror image of one before
+      add_products(op, columns, ones.values, count, to);
+    };
+    if (!centring) {
+      add_block(nullptr, sums);
+      continue;
     }
+    if (at == first) {
+      add_block(centring->shifts, centring->held);
+      centring->begin(count);
+    }
+    add_block(centring->shifts, centring->held);
+    centring->add(count);
+  }
+  if (centring) {
+    if (centring->held_count) centring->move();
+    for (int m = 0; m < op.count; ++m) sums[m] += centring->about[m];
   }
   if (!read.inside(sample))
     for (int m = 0; m < op.count; ++m) sums[m] = NAN;

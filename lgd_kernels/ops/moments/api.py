@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lgd_kernels import checks
-from lgd_kernels.columns import Column, flat
+from lgd_kernels.columns import Column, every_pair, flat
 from lgd_kernels.ops.moments import op
 
 
@@ -19,10 +20,48 @@ class Moments(NamedTuple):
     sums: Tensor  # [B, K]
 
 
-def moments(tensors: Sequence[Tensor], *, columns: Sequence[Column] | None = None, impl: str | None = None) -> Moments:
+class CentredMoments(NamedTuple):
+    """Of K columns, for each sample: what `moments(..., centred=True)` returns.
+
+    `dots / count` are the covariances, `means` the means. Two parts of the same samples `merge`.
+    """
+
+    dots: Tensor  # [B, K, K], symmetric
+    means: Tensor  # [B, K]
+    count: int  # elements of a sample
+
+    def merge(self, other: CentredMoments) -> CentredMoments:
+        """The moments of samples whose elements are those of both parts (Chan, Golub and LeVeque, 1983):
+
+            dots = dots_1 + dots_2 + (n_1 n_2 / n) e e^T,   means = means_1 + (n_2 / n) e,   e = means_2 - means_1
+
+        >>> import torch, lgd_kernels as lgd
+        >>> left, right = torch.tensor([[1.0, 2.0]]), torch.tensor([[6.0]])
+        >>> parts = [lgd.moments((part,), centred=True) for part in (left, right)]
+        >>> parts[0].merge(parts[1])
+        CentredMoments(dots=tensor([[[14.]]], dtype=torch.float64), means=tensor([[3.]], dtype=torch.float64), count=3)
+        """
+        total = self.count + other.count
+        share = other.count / max(total, 1)
+        apart = other.means - self.means
+        between = self.count * share * apart.unsqueeze(2) * apart.unsqueeze(1)
+        return CentredMoments(self.dots + other.dots + between, self.means + share * apart, total)
+
+
+def moments(
+    tensors: Sequence[Tensor],
+    *,
+    columns: Sequence[Column] | None = None,
+    centred: bool = False,
+    impl: str | None = None,
+) -> Moments | CentredMoments:
     """Inner products and sums over each sample, of several tensors and of differences of them, in one read.
 
         dots[b, i, j] = sum over elements of column_i[b] column_j[b]        sums[b, i] = that of column_i[b]
+
+    and, with centred=True, of deviations from the mean of each column over the sample:
+
+        dots[b, i, j] = sum over elements of (column_i[b] - means[b, i]) (column_j[b] - means[b, j])
 
     A column is a tensor, or a difference formed in registers before it is multiplied: `moments((c, u), columns=(0,
     (0, 1)))` are the moments of c and of c - u, and `||c - u||^2` is right to 1e-6 however close u lies to c. Put
@@ -33,14 +72,21 @@ def moments(tensors: Sequence[Tensor], *, columns: Sequence[Column] | None = Non
             any strides.
         columns: one to eight, each an index into `tensors` or a pair of indices, `(i, j)` for `tensors[i] -
             tensors[j]`; None takes every tensor as it is.
+        centred: whether means are subtracted first. A variance formed from the other sums, `dots - sums^2 / count`,
+            loses as many digits as (mean / std)^2 has; this one loses none, and is exactly 0 for a constant column.
         impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns `Moments(dots [B, K, K], sums [B, K])`, float32 (float64 where a tensor is). Products are taken in that
     arithmetic and summed in two stages, on the CPU in float64 from block to block: same inputs, same bits, on any
     thread count. Empty samples have moments 0.
 
+    centred=True returns `CentredMoments(dots [B, K, K], means [B, K], count)`, float64. Deviations are taken in the
+    arithmetic above, from the mean of the elements before them; a block's sums are then moved to one origin in float64
+    (exact but for rounding). It costs the same read. A sample with an infinite element has NaN.
+
     Differentiable in the tensors, any number of times; also under vmap, jvp and func.grad, where the reference runs.
-    The backward is a `combine`. `torch.ops.lgd.moments`, the raw operator, is not differentiable.
+    The backward is a `combine`; with centred=True it is plain PyTorch. The raw operators, `torch.ops.lgd.moments` and
+    `torch.ops.lgd.centred_moments`, are not differentiable.
 
     Raises TypeError or ValueError, naming the argument, for a wrong shape, dtype, device, column or impl.
 
@@ -51,13 +97,17 @@ def moments(tensors: Sequence[Tensor], *, columns: Sequence[Column] | None = Non
     >>> lgd.moments((c, u), columns=(0, (0, 1)))
     Moments(dots=tensor([[[25.,  6.],
              [ 6.,  4.]]]), sums=tensor([[7., 2.]]))
+    >>> lgd.moments((c,), centred=True).means
+    tensor([[3.5000]], dtype=torch.float64)
     """
     checks.several("moments", tensors)
     checks.columns("moments", columns, len(tensors))
+    checks.flag("moments", "centred", centred)
     columns = flat(columns, len(tensors))
     size = len(columns) // 2
-    pairs = [index for i in range(size) for j in range(size) for index in (i, j)]
-    for i in range(size):
-        pairs += [i, -1]
-    packed = op.moments(list(tensors), columns, pairs, impl)
-    return Moments(packed[:, : size * size].unflatten(1, (size, size)), packed[:, size * size :])
+    if centred:
+        packed = op.centred_moments(list(tensors), columns, impl)
+    else:
+        packed = op.moments(list(tensors), columns, every_pair(size), impl)
+    dots, rest = packed[:, : size * size].unflatten(1, (size, size)), packed[:, size * size :]
+    return CentredMoments(dots, rest, math.prod(tensors[0].shape[1:])) if centred else Moments(dots, rest)

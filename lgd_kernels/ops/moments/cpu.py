@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lgd_kernels import impls
-from lgd_kernels.columns import same_as
+from lgd_kernels.columns import every_pair, same_as
 from lgd_kernels.native import with_contiguous_rows
 
 
@@ -13,4 +13,11 @@ def forward(found, tensors, columns, pairs, source, gathered):
     tensors = [with_contiguous_rows(tensor) for tensor in tensors]
     source = None if source is None else source.contiguous()
     threads = torch.get_num_threads()
-    impls.extension().moments(found, tensors, columns, pairs, same_as(pairs), source, gathered, threads)
+    impls.extension().moments(found, tensors, columns, pairs, same_as(pairs), source, gathered, False, threads)
+
+
+def centred(found, tensors, columns):
+    tensors = [with_contiguous_rows(tensor) for tensor in tensors]
+    pairs = every_pair(len(columns) // 2)
+    threads = torch.get_num_threads()
+    impls.extension().moments(found, tensors, columns, pairs, same_as(pairs), None, 0, True, threads)

@@ -27,6 +27,12 @@ _library.define(
 )
 
 
+_library.define(
+    "centred_moments(Tensor[] tensors, int[] columns, str? impl) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
 def moments(tensors: list[Tensor], columns: list[int], pairs: list[int], impl: str | None) -> Tensor:
     """The differentiable op: `[B, M]`, an entry for each pair."""
     if impls.through_reference("moments", impl):
@@ -35,6 +41,16 @@ def moments(tensors: list[Tensor], columns: list[int], pairs: list[int], impl: s
         return _Moments.apply(columns, pairs, impl, *tensors)
     forward = _forward if impls.direct(*tensors) else torch.ops.lgd.moments
     return forward(tensors, columns, pairs, None, 0, impl)
+
+
+def centred_moments(tensors: list[Tensor], columns: list[int], impl: str | None) -> Tensor:
+    """The differentiable op: `[B, K K + K]`, products of deviations, then means."""
+    if impls.through_reference("moments", impl):
+        return reference.centred_moments(tensors, columns)
+    if torch.is_grad_enabled() and requires_grad(*tensors):
+        return _CentredMoments.apply(columns, impl, *tensors)
+    forward = _forward_centred if impls.direct(*tensors) else torch.ops.lgd.centred_moments
+    return forward(tensors, columns, impl)
 
 
 class _Moments(torch.autograd.Function):
@@ -67,6 +83,22 @@ class _Moments(torch.autograd.Function):
         return None, None, None, *grads
 
 
+class _CentredMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, columns, impl, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.columns = columns
+        forward = _forward_centred if impls.direct(*tensors) else torch.ops.lgd.centred_moments
+        return forward(list(tensors), columns, impl)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        grads = reference.centred_backward(upstream, tensors, ctx.columns)
+        found = (grad.to(t.dtype) if want else None for grad, t, want in zip(grads, tensors, wanted, strict=True))
+        return None, None, *found
+
+
 def _forward(tensors, columns, pairs, source, gathered, impl):
     impl = impls.choose("moments", impl, tensors[0].device, *(tensor.dtype for tensor in tensors))
     if impl == "reference":
@@ -78,6 +110,22 @@ def _forward(tensors, columns, pairs, source, gathered, impl):
     return found
 
 
+def _forward_centred(tensors, columns, impl):
+    impl = impls.choose("moments", impl, tensors[0].device, *(tensor.dtype for tensor in tensors))
+    if impl == "reference":
+        return reference.centred_moments(tensors, columns).contiguous()
+    found = _allocate_centred(tensors, columns, impl)
+    if not found.numel() or not tensors[0].numel():
+        return found.zero_()
+    impls.launcher("moments", impl).centred(found, tensors, columns)
+    return found
+
+
+def _allocate_centred(tensors, columns, impl):
+    size = len(columns) // 2
+    return tensors[0].new_empty((tensors[0].shape[0], size * size + size), dtype=reference.centred_dtype(tensors[0]))
+
+
 def _allocate(tensors, columns, pairs, source, gathered, impl):
     batch = tensors[0].shape[0] if source is None else source.shape[0]
     return tensors[0].new_empty((batch, len(pairs) // 2), dtype=arithmetic_dtype(*tensors))
@@ -85,4 +133,6 @@ def _allocate(tensors, columns, pairs, source, gathered, impl):
 
 for _device in ("CPU", "CUDA", "MPS", "XPU"):
     _library.impl("moments", _forward, _device)
+    _library.impl("centred_moments", _forward_centred, _device)
 torch.library.register_fake("lgd::moments", _allocate, lib=_library)
+torch.library.register_fake("lgd::centred_moments", _allocate_centred, lib=_library)

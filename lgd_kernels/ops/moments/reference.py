@@ -30,6 +30,49 @@ def moments(
     return torch.stack([sum_samples(term) for term in terms], 1)
 
 
+def centred_moments(tensors: Sequence[Tensor], columns: list[int]) -> Tensor:
+    """`[B, K K + K]`: products of the columns less their means, row by row, and the means; in float64."""
+    apart, means = _deviations(tensors, columns)
+    return torch.stack([*((one * other).sum(1) for one in apart for other in apart), *means], 1)
+
+
+def centred_backward(upstream: Tensor, tensors: Sequence[Tensor], columns: list[int]) -> list[Tensor]:
+    """Gradients to the tensors. With G that of the products, to column i: sum_j (G + G^T)_ij (column_j - mean_j), and
+    the gradient of its mean, over the number of elements."""
+    apart, _ = _deviations(tensors, columns)
+    size, count = len(apart), max(1, apart[0].shape[1])
+    products, to_means = upstream[:, : size * size].unflatten(1, (size, size)), upstream[:, size * size :]
+    products = products + products.transpose(1, 2)
+    grads = [torch.zeros_like(apart[0])] * len(tensors)
+    for i, (plus, minus) in enumerate(zip(columns[::2], columns[1::2], strict=True)):
+        to_column = sum((products[:, i, j, None] * one for j, one in enumerate(apart)), to_means[:, i, None] / count)
+        grads[plus] = grads[plus] + to_column
+        if minus >= 0:
+            grads[minus] = grads[minus] - to_column
+    return [grad.reshape(tensor.shape) for grad, tensor in zip(grads, tensors, strict=True)]
+
+
+def _deviations(tensors: Sequence[Tensor], columns: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Each column less its mean, `[B, elements]`, and the means `[B]`. The mean is taken of what lies beyond the first
+    element, so that the deviations of a constant are exactly 0."""
+    found = formed(tensors, columns, arithmetic_dtype(*tensors))
+    found = [
+        column.reshape(len(column), -1) if column.numel() else column.new_zeros(len(column), 0) for column in found
+    ]
+    found = [column.to(centred_dtype(column)) for column in found]
+    if not found[0].shape[1]:
+        return found, [column.sum(1) for column in found]
+    origins = [column[:, :1].detach() for column in found]
+    beyond = [(column - origin).mean(1, keepdim=True) for column, origin in zip(found, origins, strict=True)]
+    apart = [column - origin - mean for column, origin, mean in zip(found, origins, beyond, strict=True)]
+    return apart, [(origin + mean).squeeze(1) for origin, mean in zip(origins, beyond, strict=True)]
+
+
+def centred_dtype(like: Tensor) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
 def moments_backward(upstream: Tensor, tensors: Sequence[Tensor], columns: list[int], pairs: list[int]) -> list[Tensor]:
     """Gradients to the tensors, in the arithmetic dtype: a combine of the columns, and a constant for the sums."""
     coefficients, constant = to_combine(upstream, len(tensors), columns, pairs)
