@@ -1,5 +1,6 @@
 """Fused kernels for learned guidance of diffusion models. `python -m lgd_kernels info` says what runs here."""
 
+from lgd_kernels.churn import churn_from_eta
 from lgd_kernels.impls import available_impls, why_not
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
@@ -14,7 +15,7 @@ from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.ops.guided_step.api import guided_step
 from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.philox import philox_normal
-from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear, churn_from_eta
+from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
 
 __all__ = [
     "EDM",

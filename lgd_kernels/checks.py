@@ -16,6 +16,8 @@ from lgd_kernels import impls
 from lgd_kernels.columns import MOST, Column
 from lgd_kernels.levels import PREDICTIONS, Levels, OmegaLookup
 
+DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+NO_DATA_IN_EPS = "where an eps prediction says nothing of the data; start below t = 1, or predict x0, v or flow"
 DATA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -171,10 +173,17 @@ def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Te
     _device(op, "omega.c", value.c, like_name, like)
 
 
+def prediction_name(op: str, value: str) -> None:
+    """What the network returns, by our name for it."""
+    if value not in PREDICTIONS:
+        ours = DIFFUSERS_PREDICTIONS.get(value) if isinstance(value, str) else None
+        hint = f"; did you mean {ours!r}?" if ours else ""
+        raise ValueError(f"{op}: `prediction` is {value!r}, expected one of {', '.join(PREDICTIONS)}{hint}")
+
+
 def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor) -> None:
     """Five tensors `[B]` of one float dtype that need no gradient, and in order where that can be seen."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"{op}: `prediction` is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+    prediction_name(op, prediction)
     if not isinstance(value, Levels):
         raise TypeError(
             f"{op}: `levels` is a {type(value).__name__}, expected lgd_kernels.Levels, as a schedule's levels(t, s) "
@@ -190,10 +199,7 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
                 "of t there (levels(t, s) takes t first)"
             )
         if prediction == "eps" and smallest(value.signal_t) == 0:
-            raise ValueError(
-                f"{op}: `levels.signal_t` is 0 in one sample, where an eps prediction says nothing of the data; "
-                "start below t = 1, or predict x0, v or flow"
-            )
+            raise ValueError(f"{op}: `levels.signal_t` is 0 in one sample, {NO_DATA_IN_EPS}")
 
 
 def _alike(value: Levels, like: Tensor) -> bool:

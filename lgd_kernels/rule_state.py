@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lgd_kernels import checks
 from lgd_kernels.levels import Levels, step_coefficients
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.rules import Guidance, Number, Pair, Rule
@@ -107,6 +108,7 @@ class Feedback:
     ) -> None:
         """After a step from x at t to x_s at s."""
 
+        checks.prediction_name("Feedback.update", prediction)
         a, b, v = step_coefficients(Levels(*(level.double() for level in levels)), prediction, 1.0)
         one, none = torch.ones_like(a), torch.zeros_like(a)
         rows = (one, -a, -b, none), (none, none, none, one)  # x' - mu_c, and D

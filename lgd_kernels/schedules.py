@@ -1,13 +1,13 @@
 """Schedules: from a time to the noise levels of a step.
 
 A schedule says what its time argument is, what data and noise weigh there, `x_t = signal x0 + noise z`, and how the
-unit interval (0 = data, 1 = noise) maps onto its times, so that a sampler can be written once for all of them. And the
-churn of a step with these levels that others name by its eta.
+unit interval (0 = data, 1 = noise) maps onto its times, so that a sampler can be written once for all of them.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 
 import torch
@@ -49,8 +49,9 @@ class Schedule:
                 through the step's coefficients.
 
         Differentiable in t and s as PyTorch is; the ops take levels as constants.
-        Raises ValueError for s >= t and for times outside `span`, where they are on the CPU (never a device sync);
-        on a GPU an s after t gives a negative gap, and NaN in the step.
+        s = t is the step that leaves the sample as it is. Raises ValueError for s > t, and for times that are NaN,
+        infinite or outside `span`, where they are on the CPU (never a device sync); on a GPU an s after t gives a
+        negative gap, and NaN in the step.
 
         >>> import torch, lgd_kernels as lgd
         >>> lgd.RectifiedFlow().levels(torch.tensor([0.75]), torch.tensor([0.5])).gap
@@ -74,21 +75,24 @@ class Schedule:
         if t.dtype not in (torch.float32, torch.float64) and not (self._counts(t)):
             raise TypeError(f"{name}: `t` has dtype {t.dtype}, expected {self._dtypes}")
         if readable(t):
-            if bool((s >= t).any()):
+            if bool((s > t).any()):
                 raise ValueError(
-                    f"{name}: `s` must be nearer the data than `t`, s < t, in every sample; got s = {brief(s)}, "
-                    f"t = {brief(t)}"
+                    f"{name}: `s` must be nearer the data than `t`, or equal to it, in every sample; got "
+                    f"s = {brief(s)}, t = {brief(t)}"
                 )
-            low, high = self.span
-            if bool(s.min() < low) or bool(t.max() > high):
-                raise ValueError(f"{name}: times must lie in [{low:g}, {high:g}]; got s = {brief(s)}, t = {brief(t)}")
+            (low, high), first, last = self.span, s.min().item(), t.max().item()  # of NaN among others, NaN
+            if not (low <= first and last <= high and last < math.inf):
+                span = f"[{low:g}, {high:g}]{'' if high < math.inf else ' and be finite'}"
+                raise ValueError(f"{name}: times must lie in {span}; got s = {brief(s)}, t = {brief(t)}")
         return t, s
 
     def _like(self, time: Tensor | float, other: Tensor, name: str) -> Tensor:
         """A number as a tensor like the other time."""
         if isinstance(time, Tensor):
             return time
-        if not other.is_floating_point() and time != int(time):
+        if isinstance(time, bool) or not isinstance(time, (numbers.Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name}: a time is a {type(time).__name__}, expected a tensor [B] or a number")
+        if not other.is_floating_point() and not (math.isfinite(time) and time == int(time)):
             raise TypeError(f"{name}: a time is {time}, expected an integer, as the other time has dtype {other.dtype}")
         return torch.full_like(other if other.is_floating_point() else other.long(), time)
 
@@ -165,6 +169,15 @@ class VPLinear(Schedule):
 
     span = (0.0, 1.0)
 
+    def __post_init__(self) -> None:
+        _numbers("VPLinear", beta_min=self.beta_min, beta_max=self.beta_max)
+        if self.beta_min > self.beta_max:
+            raise ValueError(
+                f"VPLinear: `beta_min` is {self.beta_min:g}, expected at most `beta_max`, {self.beta_max:g}"
+            )
+        if not isinstance(self.scaled, bool):
+            raise TypeError(f"VPLinear: `scaled` is {self.scaled!r}, expected True or False")
+
     @classmethod
     def ddpm(cls) -> VPLinear:
         """1000 steps of beta 1e-4 to 0.02."""
@@ -183,7 +196,8 @@ class VPLinear(Schedule):
         # (signal_s^2 noise_t^2 - signal_t^2 noise_s^2) / (sum), whose numerator is signal_s^2 - signal_t^2
         (signal_t, noise_t), (signal_s, noise_s) = self._levels(t.double()), self._levels(s.double())
         risen = -torch.expm1(-self._between(s.double(), t.double()))
-        return (signal_s**2 * risen / (signal_s * noise_t + signal_t * noise_s)).to(t.dtype)
+        total = signal_s * noise_t + signal_t * noise_s
+        return (signal_s**2 * risen / torch.where(total == 0, 1, total)).to(t.dtype)  # 0/0 at s = t = 0
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -torch.log(torch.expm1(self._between(torch.zeros_like(t), t)))
@@ -221,6 +235,13 @@ class EDM(Schedule):
 
     span = (0.0, math.inf)
 
+    def __post_init__(self) -> None:
+        _numbers("EDM", sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"EDM: `sigma_min` is {self.sigma_min:g}, expected less than `sigma_max`, {self.sigma_max:g}"
+            )
+
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
 
@@ -255,6 +276,14 @@ class Discrete(Schedule):
 
     def __post_init__(self) -> None:
         alphas = self.alphas_cumprod
+        if not isinstance(alphas, Tensor):
+            raise TypeError(
+                f"Discrete: `alphas_cumprod` is a {type(alphas).__name__}, expected a tensor [N]; torch.as_tensor(...)"
+            )
+        if not alphas.is_floating_point():
+            raise TypeError(f"Discrete: `alphas_cumprod` has dtype {alphas.dtype}, expected floating point")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"Discrete: `dtype` is {self.dtype}, expected torch.float32 or torch.float64")
         if alphas.ndim != 1 or not alphas.numel():
             raise ValueError(f"Discrete: `alphas_cumprod` has shape {list(alphas.shape)}, expected [N]")
         if alphas.device.type == "cpu":
@@ -266,6 +295,7 @@ class Discrete(Schedule):
     @classmethod
     def ddpm(cls, steps: int = 1000, **options) -> Discrete:
         """The table of DDPM: beta linear from 1e-4 to 0.02 (at 1000 steps)."""
+        checks.count("Discrete.ddpm", "steps", steps)
         scale = 1000 / steps
         betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
         return cls(torch.cumprod(1 - betas, 0), **options)
@@ -273,6 +303,7 @@ class Discrete(Schedule):
     @classmethod
     def stable_diffusion(cls, steps: int = 1000, **options) -> Discrete:
         """The table of Stable Diffusion: sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (at 1000 steps)."""
+        checks.count("Discrete.stable_diffusion", "steps", steps)
         scale = 1000 / steps
         betas = torch.linspace((8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5, steps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, 0), **options)
@@ -314,43 +345,13 @@ class Discrete(Schedule):
         return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
 
 
-def churn_from_eta(eta: float | Tensor, levels: Levels) -> Tensor:
-    """The churn of a step that adds the noise of DDIM's eta, as diffusers uses it; in between 0 and 1 they differ.
-
-        r     = (signal_t / signal_s) (noise_s / noise_t),  h = sqrt(1 - eta^2 (1 - r^2))
-        churn = eta sqrt((1 + r) / (1 + h))                 # churn^2 = (1 - h) / (1 - r), without its cancellation
-
-    so that the step adds `eta noise_s sqrt(1 - r^2) z`, sigma(eta) of DDIM. At 1 it is the ancestral Euler sampler.
-
-    Args:
-        eta: in [0, 1], a float or `[B]` of any float dtype.
-        levels: `schedule.levels(t, s)`; every sample may have its own times.
-
-    Returns churn `[B]`, in the dtype of the levels: exactly 0 where eta is 0 and exactly 1 where it is 1. Given as a
-    tensor, `guided_step` asks for `noise` or `seed` even where it is 0.
-
-    The ops take churn as a constant: no gradient flows to eta. Raises TypeError or ValueError, naming the argument; an
-    eta outside [0, 1] that cannot be seen without a device sync gives NaN in the step.
-
-    Source: arXiv 2010.02502, Eq. 16; the conversion is ours.
-
-    >>> import torch, lgd_kernels as lgd
-    >>> levels = lgd.RectifiedFlow().levels(torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.25]))
-    >>> lgd.churn_from_eta(0.5, levels)
-    tensor([0.4209, 0.3660])
-    """
-    gap = getattr(levels, "gap", None)
-    if isinstance(levels, Levels) and (not isinstance(gap, Tensor) or gap.ndim != 1):
-        raise ValueError(
-            f"churn_from_eta: `levels.gap` is {brief(gap)}, expected a tensor [B]; schedule.levels(t, s) makes levels"
-        )
-    checks.levels("churn_from_eta", levels, "x0", "levels.gap", gap)
-    checks.unit("churn_from_eta", "eta", eta, "levels.gap", gap)
-    eta = eta.to(gap.dtype) if isinstance(eta, Tensor) else eta
-    stays = gap == 0  # 0/0 at s = t = 0 and at s = t = 1
-    r = 1 - gap / torch.where(stays, 1, levels.signal_s * levels.noise_t)
-    h = torch.sqrt((1 - eta) * (1 + eta) + (eta * r) ** 2)  # is r to the last bit at eta = 1
-    return eta * torch.sqrt((1 + r) / (1 + h))
+def _numbers(name: str, **values: float) -> None:
+    """Positive and finite, each of them."""
+    for argument, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: `{argument}` is a {type(value).__name__}, expected a float")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: `{argument}` is {value:g}, expected a positive finite number")
 
 
 def _sin_quarter(t: Tensor) -> Tensor:

@@ -280,14 +280,21 @@ def test_schedules_compare_by_what_they_are():
 HALF, THIRD = torch.tensor([0.5, 0.5]), torch.tensor([0.3, 0.3])
 FLOW, TABLE = lgd.RectifiedFlow(), lgd.Discrete(torch.linspace(0.9, 0.1, 10))
 FOUR = torch.tensor([4, 4])
+SOME = torch.tensor([0.3, torch.nan])
+NAN = [(SOME, THIRD), (HALF, SOME), (HALF, torch.nan), (SOME, SOME)]
 
 
 @pytest.mark.parametrize(
     ("schedule", "t", "s", "error", "message"),
     [
-        (FLOW, THIRD, HALF, ValueError, r"s < t, in every sample; got s = \[0.5, 0.5\], t = \[0.3, 0.3\]"),
-        (FLOW, HALF, torch.tensor([0.3, 0.5]), ValueError, r"s < t, in every sample"),  # s = t is no step
-        (TABLE, FOUR, FOUR, ValueError, r"Discrete.levels: `s` must be nearer the data"),
+        (FLOW, THIRD, HALF, ValueError, r"or equal to it, in every sample; got s = \[0.5, 0.5\], t = \[0.3, 0.3\]"),
+        (FLOW, HALF, torch.tensor([0.3, 0.6]), ValueError, r"`s` must be nearer the data than `t`"),
+        (TABLE, FOUR, FOUR + 1, ValueError, r"Discrete.levels: `s` must be nearer the data"),
+        *((one, *pair, ValueError, "times must lie in") for one in (FLOW, lgd.EDM(), lgd.VPCosine()) for pair in NAN),
+        (lgd.EDM(), HALF + torch.inf, THIRD, ValueError, r"times must lie in \[0, inf\] and be finite; got"),
+        (TABLE, FOUR, float("nan"), TypeError, "a time is nan, expected an integer"),
+        (TABLE, FOUR, float("inf"), TypeError, "a time is inf, expected an integer"),
+        (FLOW, HALF, "0.3", TypeError, r"a time is a str, expected a tensor \[B\] or a number"),
         (FLOW, 0.5, 0.3, TypeError, r"`t` and `s` are numbers, expected tensors \[B\]: torch.full"),
         (FLOW, HALF, THIRD[:1], ValueError, r"`s` is \[1\] torch.float32 on cpu, expected that of `t`: \[2\]"),
         (FLOW, HALF, THIRD.double(), ValueError, r"`s` is \[2\] torch.float64 .* `t`: \[2\] torch.float32"),
@@ -328,3 +335,45 @@ def test_refuses_a_fraction_of_an_index():
 def test_refuses_tables(alphas, message):
     with pytest.raises(ValueError, match=message):
         lgd.Discrete(alphas)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each(ALL)
+def test_a_step_of_no_length_is_the_identity(schedule, dtype):
+    """At every time, both ends among them; in a batch with steps that move."""
+    at = times(schedule, dtype, 11)
+    levels = wide(schedule).levels(at, at) if dtype == torch.float64 else schedule.levels(at, at)
+    assert torch.equal(levels.gap, torch.zeros_like(levels.gap)) and torch.stack(levels).isfinite().all()
+    x, g = torch.randn(2, 11, 3, generator=torch.Generator().manual_seed(0), dtype=dtype).unbind(0)
+    for churn in (0.0, 1.0):
+        assert torch.equal(lgd.guided_step(x, g, g, 0.0, levels, prediction="flow", churn=churn, seed=1), x)
+    mixed = schedule.levels(at[1:], torch.where(torch.arange(10) % 2 == 0, at[1:], at[:-1]))
+    assert (mixed.gap[::2] == 0).all() and (mixed.gap[1::2] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: lgd.EDM(sigma_min=-1.0), ValueError, "EDM: `sigma_min` is -1, expected a positive finite number"),
+        (lambda: lgd.EDM(sigma_min=0.0), ValueError, "EDM: `sigma_min` is 0"),
+        (lambda: lgd.EDM(sigma_min=math.nan), ValueError, "EDM: `sigma_min` is nan"),
+        (lambda: lgd.EDM(sigma_max=math.inf), ValueError, "EDM: `sigma_max` is inf"),
+        (lambda: lgd.EDM(sigma_min=80.0, sigma_max=0.002), ValueError, "`sigma_min` is 80, expected less than"),
+        (lambda: lgd.EDM(rho=0.0), ValueError, "EDM: `rho` is 0"),
+        (lambda: lgd.EDM(rho="7"), TypeError, "EDM: `rho` is a str, expected a float"),
+        (lambda: lgd.VPLinear(beta_min=math.nan), ValueError, "VPLinear: `beta_min` is nan"),
+        (lambda: lgd.VPLinear(beta_min=-0.1), ValueError, "VPLinear: `beta_min` is -0.1"),
+        (lambda: lgd.VPLinear(beta_max=math.inf), ValueError, "VPLinear: `beta_max` is inf"),
+        (lambda: lgd.VPLinear(20.0, 0.1), ValueError, "VPLinear: `beta_min` is 20, expected at most `beta_max`, 0.1"),
+        (lambda: lgd.VPLinear(0.1, 20.0, scaled=1), TypeError, "VPLinear: `scaled` is 1, expected True or False"),
+        (lambda: lgd.Discrete([0.9, 0.5]), TypeError, "`alphas_cumprod` is a list, expected a tensor"),
+        (lambda: lgd.Discrete(torch.tensor([1, 0])), TypeError, "`alphas_cumprod` has dtype torch.int64"),
+        (lambda: lgd.Discrete(torch.tensor([0.9, 0.5]), torch.float16), TypeError, "`dtype` is torch.float16"),
+        (lambda: lgd.Discrete(torch.tensor([0.9, 0.9])), ValueError, "must decrease"),
+        (lambda: lgd.Discrete.ddpm(0), ValueError, "Discrete.ddpm: `steps` is 0, expected 1 or more"),
+        (lambda: lgd.Discrete.stable_diffusion(-5), ValueError, "Discrete.stable_diffusion: `steps` is -5"),
+    ],
+)  # fmt: skip
+def test_refuses_numbers_of_no_schedule(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

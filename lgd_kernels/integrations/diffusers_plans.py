@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import solvers
-from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, churn_from_eta
+from lgd_kernels.churn import churn_from_eta
+from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule
 from lgd_kernels.solvers import StepPlan
 
 DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels import checks
 from lgd_kernels.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, ...], t [N], condition [N, ...]) -> prediction [N, ...]
@@ -47,8 +47,7 @@ class Frozen:
             raise ValueError("Frozen: `denoiser` is in training mode, expected evaluation mode; denoiser.eval()")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"Frozen: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"Frozen: `prediction` is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        checks.prediction_name("Frozen", prediction)
         if null is None or isinstance(null, bool) or not (isinstance(null, (int, Tensor)) or callable(null)):
             raise TypeError(
                 f"Frozen: `null` is {null!r}, expected the condition that means none: a class index, an embedding, or "
