@@ -5,6 +5,11 @@ Every function here takes a schedule and the times of a run, `[N + 1]` from the 
 sample, the guided prediction and what it remembered. Coefficients are computed in float64 where the times are (integers
 of `Discrete` follow its dtype: `Discrete(..., dtype=torch.float64)`). Times `[N + 1, B]` give every sample of a batch
 a run of its own.
+
+A step between two equal times leaves the sample as it is, and what the solver remembers too: the steps after it are
+those of the run without it. (`consistency` adds fresh noise there, and `edm_euler` and `edm_heun` churn, as they do in
+every step.) A single time makes a plan of no calls. TypeError or ValueError name the plan and the argument; values are
+checked on the CPU, never with a device sync.
 """
 
 from __future__ import annotations
@@ -15,8 +20,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks, step_rows
-from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients, x0_coefficients
+from lgd_kernels import checks, plan_checks, step_rows
+from lgd_kernels import plan_tables as tables
+from lgd_kernels.levels import (
+    Levels,
+    OmegaLookup,
+    arithmetic_dtype,
+    omega_at,
+    per_sample,
+    step_coefficients,
+    x0_coefficients,
+)
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.rules import Rule
@@ -47,6 +61,7 @@ class StepPlan:
     times: Tensor  # [N] or [N, B], of each call of the network
     table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of what was kept before
     start: float | Tensor = 0.0  # a number, or [B]
+    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that leave both things it remembers
 
     def __len__(self) -> int:
         return self.table.shape[0]
@@ -64,7 +79,8 @@ class StepPlan:
         """Times and table there; the table in `dtype`. Once, before the loop: then a step copies nothing."""
         start = self.start.to(device) if isinstance(self.start, Tensor) else self.start
         table = self.table.to(device, dtype or self.table.dtype)
-        return replace(self, times=self.times.to(device), table=table, start=start)
+        stays = None if self.stays is None else self.stays.to(device)
+        return replace(self, times=self.times.to(device), table=table, start=start, stays=stays)
 
     def step(
         self,
@@ -104,7 +120,7 @@ class StepPlan:
         short = seed is None and isinstance(index, int)
         if short and step_rows.fits(self.table, x, omega, cond, uncond, noise, *history):
             found = step_rows.step(self, index, x, cond, uncond, omega, history, noise, impl)
-            return self._and_kept(found.unbind(0), history)
+            return self._and_kept(found.unbind(0), history, index)
         tensors = [tensor for tensor in (x, cond, uncond, *history) if tensor is not None]
         wide, batch = arithmetic_dtype(*tensors, noise), x.shape[0]
         table = self.table.to(x.device, wide)
@@ -127,13 +143,18 @@ class StepPlan:
         elif seed is not None:
             drawn = {"noise_scale": row[..., 3], "seed": seed, "first_sample": first_sample}
         found = combine(tensors, torch.stack(factors, -1), columns=columns, impl=impl, **drawn)
-        return self._and_kept(found, history)
+        return self._and_kept(found, history, index)
 
-    def _and_kept(self, found: tuple[Tensor, ...], history: tuple[Tensor, ...]):
+    def _and_kept(self, found: tuple[Tensor, ...], history: tuple[Tensor, ...], index: int | Tensor):
         """The next sample, and what the next step asks for."""
         if not self.remembers:
             return found[0], None
-        return found if not self.deep else (found[0], (found[1], *history[:1]))
+        if not self.deep:
+            return found
+        if self.stays is not None and len(history) == 2:
+            stays = self._row(self.stays[..., None, None].to(found[1].device), index, found[1].shape[0])
+            history = (torch.where(per_sample(stays, found[1]), history[1], history[0]),)
+        return found[0], (found[1], *history[:1])
 
     def _row(self, table: Tensor, index: int | Tensor, batch: int) -> Tensor:
         if table.ndim == 4 and table.shape[1] != batch:
@@ -150,8 +171,12 @@ class StepPlan:
             raise ValueError("StepPlan.step: `noise` and `seed` were both given, expected one of them")
         if isinstance(index, Tensor) or self.table.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        asked = self.table[index, ..., 0, :].reshape(-1, self.table.shape[-1]).ne(0).any(0)
-        _, _, remembered, drawn, *before = asked.tolist()
+        asked = self.table[index].reshape(-1, self.table.shape[-1]).abs().sum(0).tolist()
+        if any(math.isnan(one) for one in asked):
+            raise ValueError(
+                f"StepPlan.step: factors of step {index} are NaN, as where the signal is 0, {checks.NO_DATA_IN_EPS}"
+            )
+        _, _, remembered, drawn, *before = asked
         if (remembered and depth == 0) or (any(before) and depth < 2):
             said = "None" if depth == 0 else "what one step returned"
             raise ValueError(f"StepPlan.step: `kept` is {said} in step {index}, expected what the step before returned")
@@ -170,21 +195,28 @@ def one_step(
     """The step of `guided_step`, at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and for EDM,
     ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, churn being `[N]`, or `[N, B]` as the times.
 
-    With `to` `[N]`, step i goes from `times[i]` to `to[i]`, and times are `[N]` too.
+    With `to` `[N]`, step i goes from `times[i]` to `to[i]`, and times are `[N]` too, in any order.
 
     Source: arXiv 2510.00815, Eq. 2; 2010.02502.
     """
-    at = times[:-1] if to is None else times
-    a, b, v = step_coefficients(schedule.levels(at, times[1:] if to is None else to), prediction, churn)
-    return StepPlan(at, _table(a, b, z=v))
+    if to is None:
+        levels = _levels("one_step", schedule, times, prediction)
+    else:
+        plan_checks.ends("one_step", times, to)
+        levels = plan_checks.levels("one_step", schedule, times, to, prediction)
+    plan_checks.churn("one_step", churn, levels.gap)
+    a, b, v = step_coefficients(levels, prediction, churn)
+    return _plan("one_step", times[:-1] if to is None else times, tables.output(a, b, z=v))
 
 
 def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") -> StepPlan:
     """To the data and back: `x_s = signal_s x0(x, g) + noise_s z`, the step in which nothing of x stays (h = 0), as
     consistency models and LCM take it. Source: arXiv 2303.01469, Algorithm 1; 2310.04378."""
-    levels = _levels(schedule, times)
+    levels = _levels("consistency", schedule, times, prediction)
     alpha, beta = x0_coefficients(levels, prediction)
-    return StepPlan(times[:-1], _table(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s))
+    return _plan(
+        "consistency", times[:-1], tables.output(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s)
+    )
 
 
 def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **churning) -> StepPlan:
@@ -198,11 +230,11 @@ def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **c
 
     Source: Karras et al., arXiv 2206.00364, Algorithm 2, without its correction.
     """
-    raised, added = _raised(sigmas, **churning)
-    a, b, _ = step_coefficients(_levels(EDM(), torch.cat((raised, sigmas[-1:])), sigmas[1:]), prediction, 0.0)
+    raised, added = tables.raised("edm_euler", sigmas, prediction, **churning)
+    a, b, _ = step_coefficients(EDM().levels(raised, sigmas[1:]), prediction, 0.0)
     if not after:
-        return StepPlan(sigmas[:-1], _table(a, b, z=a * added))
-    return StepPlan(raised, _table(a, b, z=_late(added)), _start(added))
+        return _plan("edm_euler", sigmas[:-1], tables.output(a, b, z=a * added))
+    return _plan("edm_euler", raised, tables.output(a, b, z=tables.late(added)), tables.first_noise(added))
 
 
 def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
@@ -214,17 +246,18 @@ def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
 
     Source: Karras et al., arXiv 2206.00364, Algorithm 2.
     """
-    raised, added = _raised(sigmas, **churning)
+    raised, added = tables.raised("edm_heun", sigmas, prediction, **churning)
     t, s, h = raised, sigmas[1:], sigmas[1:] - raised
-    x, g = _slope(t, prediction)
-    first = torch.cat((_table(1 + h * x, h * g), _table(1 + h / 2 * x, h / 2 * g)), -2)
+    x, g = tables.slope(t, prediction)
+    first = torch.cat((tables.output(1 + h * x, h * g), tables.output(1 + h / 2 * x, h / 2 * g)), -2)
     ends, none = s == 0, torch.zeros_like(h)
-    x, g = (torch.where(ends, none, h / 2 * one) for one in _slope(torch.where(ends, 1.0, s), prediction))
+    x, g = (torch.where(ends, none, h / 2 * one) for one in tables.slope(s, prediction))
     x, kept = torch.where(ends, 1.0, x), torch.where(ends, none, 1.0)  # where it ends, the sample stays
-    second = torch.cat((_table(x, g, kept=kept, z=_late(added)), _table(none, none)), -2)
-    calls = torch.stack((torch.ones_like(ends), ~ends), 1).reshape(2 * len(h), -1).any(-1)
+    second = torch.cat((tables.output(x, g, kept=kept, z=tables.late(added)), tables.output(none, none)), -2)
+    calls = torch.stack((torch.ones_like(ends), ~ends), 1).flatten(0, 1)
+    calls = calls.any(-1) if calls.ndim == 2 else calls
     times, table = torch.stack((t, s), 1).flatten(0, 1), torch.stack((first, second), 1).flatten(0, 1)
-    return StepPlan(times[calls], table[calls], _start(added))
+    return _plan("edm_heun", times[calls], table[calls], tables.first_noise(added))
 
 
 def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
@@ -234,12 +267,15 @@ def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
 
     k-diffusion's and diffusers' LMS with order 2. The integrals of the interpolating line are exact here.
     """
-    h = sigmas.diff(dim=0)
-    share = torch.cat((torch.zeros_like(h[:1]), h[1:] / (2 * h[:-1])))
-    x, g = _slope(sigmas[:-1], prediction)
+    plan_checks.sigmas("adams_bashforth", sigmas, prediction)
+    h = sigmas[1:] - sigmas[:-1]
+    last = tables.last_moved(h != 0)
+    share = torch.where((last >= 0) & (h != 0), h / (2 * tables.of_last(h, last, 1.0)), 0.0)
+    x, g = tables.slope(sigmas[:-1], prediction)
     forward = h * (1 + share)
-    table = _table(1 + forward * x, forward * g, kept=-h * share)
-    return StepPlan(sigmas[:-1], torch.cat((table, _table(x, g)), -2))
+    table = tables.output(1 + forward * x, forward * g, kept=-h * share)
+    table = torch.cat((table, tables.remembered(x, g, (last >= 0) & (h == 0))), -2)
+    return _plan("adams_bashforth", sigmas[:-1], table)
 
 
 def dpm_solver_2m(
@@ -257,14 +293,15 @@ def dpm_solver_2m(
     First order in the first step, in one to s = 0, where h is infinite, and where `first_order` `[N]` says so. Kept is
     x0. Source: Lu et al., arXiv 2211.01095.
     """
-    levels = _levels(schedule, times)
+    levels = _levels("dpm_solver_2m", schedule, times, prediction)
+    plan_checks.first_order("dpm_solver_2m", first_order, levels.gap)
     a, b, v = step_coefficients(levels, "x0", float(stochastic))
-    _, ratio, _ = _ratios(levels, first_order)
+    _, ratio, _, stays, _ = tables.ratios(levels, first_order)
     share = ratio / 2
     alpha, beta = x0_coefficients(levels, prediction)
     ahead = b * (1 + share)
-    table = _table(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
-    return StepPlan(times[:-1], torch.cat((table, _table(alpha, beta)), -2))
+    table = tables.output(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
+    return _plan("dpm_solver_2m", times[:-1], torch.cat((table, tables.remembered(alpha, beta, stays)), -2))
 
 
 def unipc(
@@ -295,75 +332,34 @@ def unipc(
     """
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"unipc: `variant` is {variant!r}, expected bh1 or bh2")
-    levels = _levels(schedule, times)
+    levels = _levels("unipc", schedule, times, prediction)
+    plan_checks.first_order("unipc", first_order, levels.gap)
     a, b, _ = step_coefficients(levels, "x0", 0.0)
-    h, ratio, second = _ratios(levels, first_order)
+    h, ratio, second, stays, last = tables.ratios(levels, first_order)
     none = torch.zeros_like(h)
     size = -torch.expm1(-h) if variant == "bh2" else h
-    new, old = _corrected(h, ratio, second, size)
+    new, old = tables.corrected(h, ratio, second, size)
     size = levels.signal_s * size
     ahead = torch.where(second, size * ratio / 2, none)
     new, old = (torch.where(torch.isfinite(size), size * one, none) for one in (new, old))
-    new, old = (a * torch.cat((torch.zeros_like(one[:1]), one[:-1])) for one in (new, old))  # at the next call
+    new, old = (a * tables.of_last(one, last, 0.0) for one in (new, old))  # at the next call that moves
+    new, old = (torch.where(levels.gap == 0, none, one) for one in (new, old))
     alpha, beta = x0_coefficients(levels, prediction)
     to_x0 = new + b + ahead
-    table = _table(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
-    table = torch.cat((table, _table(alpha, beta)), -2)
+    table = tables.output(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
+    table = torch.cat((table, tables.remembered(alpha, beta, stays)), -2)
     before = torch.stack((-old, none), -1).unsqueeze(-1)
-    return StepPlan(times[:-1], torch.cat((table, before), -1))
+    some = not checks.readable(stays) or bool(stays.any())
+    return _plan("unipc", times[:-1], torch.cat((table, before), -1), stays=stays if some else None)
 
 
-def _ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """h of every step; its ratio to the one before, 0 where a step is of first order; and which are of second."""
-    h = -torch.log1p(-levels.gap / (levels.signal_s * levels.noise_t))
-    ratio = torch.cat((torch.full_like(h[:1], torch.inf), h[1:] / h[:-1]))
-    second = torch.isfinite(ratio) & (h > 0)
-    if first_order is not None:
-        second = second & ~first_order.reshape(first_order.shape + (1,) * (h.ndim - first_order.ndim))
-    return h, torch.where(second, ratio, torch.zeros_like(h)), second
+def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: str) -> Levels:
+    plan_checks.times(plan, "times", times)
+    return plan_checks.levels(plan, schedule, times[:-1], times[1:], prediction)
 
 
-def _corrected(h: Tensor, ratio: Tensor, second: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """What UniPC's corrector adds to a prediction, in units of signal_s B: factors of the newest difference of x0 and
-    of the one before it. `size`: B."""
-    one = 1 + torch.expm1(-h) / h
-    first, then = one / size, (1 - 2 * one / h) / size
-    share = (first - then) * ratio / (1 + ratio)
-    half = torch.full_like(h, 0.5)
-    return torch.where(second, first - share, half), torch.where(second, (share - 0.5) * ratio, torch.zeros_like(h))
-
-
-def _levels(schedule: Schedule, times: Tensor, to: Tensor | None = None) -> Levels:
-    return schedule.levels(times[:-1], times[1:] if to is None else to)
-
-
-def _table(x: Tensor, g: Tensor, kept: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-    """One output: `[N, 1, 4]`, or `[N, B, 1, 4]`."""
-    none = torch.zeros_like(x)
-    return torch.stack((x, g, none if kept is None else kept, none if z is None else z), -1).unsqueeze(-2)
-
-
-def _slope(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """`(x - x0) / sigma` as factors of x and of the prediction, at signal 1."""
-    one = torch.ones_like(sigma)
-    alpha, beta = x0_coefficients(Levels(one, sigma, one, sigma, sigma), prediction)
-    return (1 - alpha) / sigma, -beta / sigma
-
-
-def _late(added: Tensor) -> Tensor:
-    """The noise of a step goes in at the end of the one before."""
-    return torch.cat((added[1:], torch.zeros_like(added[:1])))
-
-
-def _start(added: Tensor) -> float | Tensor:
-    return float(added[0]) if added.ndim == 1 else added[0]
-
-
-def _raised(
-    sigmas: Tensor, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """sigma_hat of every step, and how much noise gets there: `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
-    at = sigmas[:-1]
-    gamma = min(s_churn / len(at), math.sqrt(2) - 1)
-    gamma = torch.where((at >= s_tmin) & (at <= s_tmax), gamma, 0.0).to(at.dtype)
-    return at * (1 + gamma), s_noise * at * torch.sqrt(gamma * (2 + gamma))
+def _plan(
+    plan: str, times: Tensor, table: Tensor, start: float | Tensor = 0.0, stays: Tensor | None = None
+) -> StepPlan:
+    plan_checks.finite(plan, table)
+    return StepPlan(times, table, start, stays)
