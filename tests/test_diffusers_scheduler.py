@@ -238,6 +238,22 @@ def test_a_scheduler_is_saved_and_loaded(run, tmp_path):
     assert type(theirs).from_config(ours.config).config.items() >= same.items()
 
 
+dpm = diffusers.DPMSolverMultistepScheduler
+
+
+class DDIMScheduler(diffusers.schedulers.scheduling_utils.SchedulerMixin, diffusers.ConfigMixin):
+    """diffusers' in name only."""
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, clip_sample=False, thresholding=False, prediction_type="epsilon"):
+        pass
+
+
+class Halved(diffusers.DDIMScheduler):
+    def step(self, model_output, *args, **options):
+        return super().step(model_output / 2, *args, **options)
+
+
 @pytest.mark.parametrize(
     "scheduler, said",
     [
@@ -246,6 +262,21 @@ def test_a_scheduler_is_saved_and_loaded(run, tmp_path):
         (lambda: diffusers.DPMSolverMultistepScheduler(solver_type="heun"), "solver_type='heun'"),
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
         (lambda: diffusers.UniPCMultistepScheduler(), "UniPCMultistepScheduler, expected one of"),
+        (
+            lambda: diffusers.EulerDiscreteScheduler(prediction_type="flow_prediction"),
+            "prediction_type='flow_prediction'",
+        ),
+        (
+            lambda: dpm(prediction_type="flow_prediction"),
+            "prediction_type='flow_prediction', expected one of epsilon, sample",
+        ),
+        (lambda: dpm(prediction_type="v_prediction", use_flow_sigmas=True), "'v_prediction' with use_flow_sigmas=True"),
+        (
+            lambda: DDIMScheduler(clip_sample=False),
+            r"`scheduler` is a test_diffusers_scheduler.DDIMScheduler, expected one",
+        ),
+        (lambda: Halved(clip_sample=False), "`scheduler` is a Halved, whose step is its own, expected DDIMScheduler's"),
+        (lambda: None, "`scheduler` is a builtins.NoneType, expected one of DDIMScheduler"),
     ],
 )
 def test_schedulers_that_are_refused(scheduler, said):
@@ -261,7 +292,5 @@ def test_steps_that_are_refused():
     ours.step(x, ours.timesteps[0], x)
     with pytest.raises(ValueError, match="step 1 of this run; set_begin_index"):
         ours.step(x, ours.timesteps[5], x)
-    with pytest.raises(ValueError, match="`eta` is 0.5 for EulerDiscreteScheduler"):
-        ours.step(x, ours.timesteps[1], x, eta=0.5)
     with pytest.raises(ValueError, match="set_timesteps"):
         FusedScheduler(diffusers.EulerDiscreteScheduler()).step(x, 1.0, x)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 
+import diffusers
 import torch
 from torch import Tensor
 
 from lgd_kernels import solvers
+from lgd_kernels.checks import DIFFUSERS_PREDICTIONS, brief
 from lgd_kernels.churn import churn_from_eta
 from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule
 from lgd_kernels.solvers import StepPlan
@@ -19,7 +21,6 @@ DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 DPM = "DPMSolverMultistepScheduler"
 KINDS = (DDIM, FLOW, EULER, ANCESTRAL, DPM)
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 LINEAR = {  # settings with which a step is no longer linear with factors of the times alone, or another solver
     DDIM: {"clip_sample": False, "thresholding": False},
     FLOW: {"invert_sigmas": False},
@@ -33,6 +34,16 @@ LINEAR = {  # settings with which a step is no longer linear with factors of the
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     },
 }
+STEP = (  # methods that a subclass with the same step leaves alone
+    "step",
+    "scale_model_input",
+    "convert_model_output",
+    "dpm_solver_first_order_update",
+    "multistep_dpm_solver_second_order_update",
+    "_sigma_to_alpha_sigma_t",
+    "_get_variance",
+)
+ROUNDING = 1e-5  # of a sigma: what two spacings may differ by where they meet
 
 
 class VPSigma(Schedule):
@@ -58,9 +69,23 @@ def check_kind(kind: str | None) -> None:
         raise ValueError(f"FusedScheduler: `scheduler` is a {kind}, expected one of {', '.join(KINDS)}")
 
 
-def check(kind: str, config: dict) -> None:
+def kind_of(scheduler) -> str | None:
+    """Which of `KINDS` it is, or is a subclass of."""
+    return next((kind for kind in KINDS if isinstance(scheduler, getattr(diffusers, kind))), None)
+
+
+def check(scheduler) -> None:
     """Whether a scheduler's step is a StepPlan's. Raises ValueError that says what to change."""
-    check_kind(kind)
+    kind, made = kind_of(scheduler), type(scheduler)
+    if kind is None:
+        check_kind(f"{made.__module__}.{made.__qualname__}")
+    base, config = getattr(diffusers, kind), scheduler.config
+    for name in STEP:
+        if getattr(made, name, None) is not getattr(base, name, None):
+            raise ValueError(
+                f"FusedScheduler: `scheduler` is a {made.__qualname__}, whose {name} is its own, expected {kind}'s"
+            )
+    _prediction(kind, config)
     for name, value in LINEAR[kind].items():
         if config[name] not in (value if isinstance(value, tuple) else (value,)):
             raise ValueError(
@@ -77,18 +102,18 @@ def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
         eta: DDIM's.
         begins: the plan of a first step, wherever it is taken: solvers that remember have nothing to remember yet.
     """
-    kind, config = type(scheduler).__name__, scheduler.config
-    prediction = "flow" if kind == FLOW else PREDICTIONS[config["prediction_type"]]
-    if eta and kind != DDIM:
-        raise ValueError(f"FusedScheduler: `eta` is {eta} for {kind}, expected 0: it is a parameter of {DDIM}")
+    kind, config = kind_of(scheduler), scheduler.config
+    prediction = _prediction(kind, config)
     if kind == DDIM:
         t = scheduler.timesteps.cpu().long()
+        if not bool(((t >= 0) & (t < config["num_train_timesteps"])).all()):
+            raise ValueError(f"timesteps are {brief(t)}, expected 0 to {config['num_train_timesteps'] - 1}")
         s = t - config["num_train_timesteps"] // scheduler.num_inference_steps
         s = s.clamp(min=-1 if config["set_alpha_to_one"] else 0)
         schedule = Discrete(scheduler.alphas_cumprod.cpu(), dtype=torch.float64)
         churn = churn_from_eta(float(eta), schedule.levels(t, s)) if eta else 0.0
         return solvers.one_step(schedule, t, to=s, prediction=prediction, churn=churn)
-    sigmas = scheduler.sigmas.cpu().double()
+    sigmas = _falling(scheduler.sigmas[: len(scheduler.timesteps) + 1].cpu().double())
     if kind == FLOW and config["stochastic_sampling"]:
         return solvers.consistency(RectifiedFlow(), sigmas, prediction=prediction)
     if kind == DPM:
@@ -106,6 +131,27 @@ def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
     return solvers.one_step(schedule, sigmas, prediction=prediction, churn=float(kind == ANCESTRAL))
 
 
+def _prediction(kind: str, config: dict) -> str:
+    """Our name for what its network predicts. Raises ValueError where its step is not that of such a prediction."""
+    if kind == FLOW:
+        return "flow"
+    name, flow = config["prediction_type"], kind == DPM and config["use_flow_sigmas"]
+    names = {**DIFFUSERS_PREDICTIONS} | ({"original_sample": "x0"} if kind == EULER else {})
+    names.pop("v_prediction" if flow else "flow_prediction")
+    if name not in names:
+        when = " with use_flow_sigmas=True" if flow else ""
+        raise ValueError(
+            f"FusedScheduler: {kind} has prediction_type={name!r}{when}, expected one of {', '.join(names)}"
+        )
+    return names[name]
+
+
+def _falling(sigmas: Tensor) -> Tensor:
+    """A spacing and the sigma it ends at are rounded apart: up by as much is no step. diffusers takes it as one."""
+    lowest = sigmas.cummin(0).values
+    return lowest if bool((sigmas - lowest <= ROUNDING * lowest).all()) else sigmas
+
+
 def times_of(scheduler) -> Tensor:
     """What t and s an omega is asked about: `[N + 1]` float32, of any diffusers scheduler's run.
 
@@ -114,7 +160,8 @@ def times_of(scheduler) -> Tensor:
     `RectifiedFlow`, and at last 0.
     """
     times, config = scheduler.timesteps.float(), scheduler.config
-    flow = "FlowMatch" in type(scheduler).__name__ or "FlowMatch" in config.get("fused", "")
+    names = [config.get("fused", ""), *(kind.__name__ for kind in type(scheduler).__mro__)]
+    flow = any("FlowMatch" in name for name in names)
     flow = flow or config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
     if flow:
         times = times / config["num_train_timesteps"]

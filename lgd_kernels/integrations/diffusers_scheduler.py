@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -22,8 +24,9 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         scheduler: DDIM, FlowMatchEulerDiscrete, EulerDiscrete, EulerAncestralDiscrete or DPMSolverMultistep (order 1 or
-            2, midpoint, also its SDE), with settings that keep a step linear: no clip_sample, no thresholding.
-            Its configuration is taken, and all else that is asked for (timesteps, add_noise, ...) is answered by it.
+            2, midpoint, also its SDE), or a subclass that leaves its step alone, with settings that keep a step linear:
+            no clip_sample, no thresholding. Its configuration is taken, and all else that is asked for (timesteps,
+            add_noise, ...) is answered by it.
 
     Steps count up from `begin_index`, or from where the first timestep stands, as diffusers' do. A timestep `[B]`, of
     the scheduler's timesteps, places each sample by itself, and counts nothing.
@@ -44,9 +47,9 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
-        kind = type(scheduler).__name__
-        plans.check(kind, scheduler.config)
-        self.inner, self.seed, self.begin_index = scheduler, None, None
+        plans.check(scheduler)
+        kind = plans.kind_of(scheduler)
+        self.inner, self.kind, self.seed = scheduler, kind, None
         self._reset()
         known = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         self.register_to_config(**known | {"fused": kind})
@@ -62,10 +65,24 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["inner"], name) if "inner" in self.__dict__ else super().__getattr__(name)
+        if "inner" not in self.__dict__:
+            return super().__getattr__(name)
+        found = getattr(self.__dict__["inner"], name)
+        return self._at_our_step(found) if name in ("add_noise", "scale_noise") else found
 
     def __len__(self) -> int:
         return len(self.inner)
+
+    def _at_our_step(self, method):
+        """The scheduler's method, told which step comes next: once a run is on its way, they add the noise of that."""
+
+        @functools.wraps(method)
+        def told(*args, **kwargs):
+            if hasattr(self.inner, "_step_index"):
+                self.inner._step_index = self.step_index
+            return method(*args, **kwargs)
+
+        return told
 
     @property
     def step_index(self) -> int | None:
@@ -75,6 +92,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where the run begins, for pipelines that begin in the middle."""
         self.begin_index = begin_index
+        if hasattr(self.inner, "set_begin_index"):
+            self.inner.set_begin_index(begin_index)
 
     def set_timesteps(
         self,
@@ -84,21 +103,28 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         sigmas: list | None = None,
         mu: float | None = None,
     ) -> None:
-        """Lays out a run, and works out its factors. What the scheduler itself does not take, it refuses."""
+        """Lays out a run, and works out its factors. What the scheduler itself does not take, it refuses; a run that is
+        no plan raises ValueError: without steps, with sigmas that rise or are NaN, an epsilon prediction at signal 0.
+        """
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(
+                f"FusedScheduler.set_timesteps: `num_inference_steps` is {num_inference_steps}, expected 1 or more"
+            )
         options = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
-        self.inner.set_timesteps(
-            num_inference_steps, device=device, **{name: value for name, value in options.items() if value is not None}
-        )
+        options = {name: value for name, value in options.items() if value is not None}
+        self.inner.set_timesteps(num_inference_steps, device=device, **options)
         self._reset()
         self._listed = self.inner.timesteps.tolist()
+        if not self._listed:
+            raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} laid out no timesteps, expected 1 or more")
         self._made[0.0, False], self._made[0.0, True] = (self._plan(0.0, begins) for begins in (False, True))
         self._scales = torch.ones(len(self._listed) + 1)
-        if type(self.inner).__name__ in (plans.EULER, plans.ANCESTRAL):
+        if self.kind in (plans.EULER, plans.ANCESTRAL):
             self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1).float()
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """What the network is given: the sample, for sigmas of a variance exploding run over sqrt(1 + sigma^2)."""
-        if type(self.inner).__name__ not in (plans.EULER, plans.ANCESTRAL):
+        if self.kind not in (plans.EULER, plans.ANCESTRAL):
             return sample
         index = self._place(timestep, sample)
         index = torch.tensor([index]) if isinstance(index, int) else index
@@ -128,7 +154,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             model_output: the prediction, guided or, with `uncond`, conditional: then guided on the way, in the same
                 pass, with `omega` and `rule` as in `guided_step`.
             timestep: of this run: a number, 0-dim, or `[B]`.
-            eta: DDIM's.
+            eta: DDIM's, in [0, 1]; others ignore it, as pipelines pass it to whatever takes it.
             generator, variance_noise: of schedulers that draw; or set `seed`.
 
         Raises ValueError for a timestep that is not the one to come (`[B]`: not of this run), where the host can see
@@ -136,9 +162,9 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         """
         if not self._made:
             raise ValueError("FusedScheduler.step: no run was laid out; call set_timesteps(steps, device=...) first")
-        index = self._place(timestep, sample)
-        plan = self._on(float(eta), self._kept is None, sample)
-        drawn = self._noise(float(eta), index, sample, model_output, generator, variance_noise)
+        index, eta = self._place(timestep, sample), float(eta) if self.kind == plans.DDIM else 0.0
+        plan = self._on(eta, self._kept is None, sample)
+        drawn = self._noise(eta, index, sample, model_output, generator, variance_noise)
         moved, self._kept = plan.step(
             index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn
         )
@@ -152,7 +178,10 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     def _plan(self, eta: float, begins: bool):
         """In float64, with a row of NaN for what is not in this run."""
-        plan = plans.plan_of(self.inner, eta, begins=begins)
+        try:
+            plan = plans.plan_of(self.inner, eta, begins=begins)
+        except ValueError as error:
+            raise ValueError(f"FusedScheduler: {self.kind} laid out a run that is refused: {error}") from error
         self._draws[eta] = bool((plan.table[:, 0, 3] != 0).any())
         nothing = torch.full_like(plan.table[:1], torch.nan)
         return plans.StepPlan(plan.times, torch.cat((plan.table, nothing)))
@@ -221,6 +250,5 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             each = torch.arange(sample.shape[0], device=sample.device)
             seed = self.seed if isinstance(self.seed, Tensor) and self.seed.ndim else each + self.seed
             return {"seed": seed + (index << 32)}
-        wide = type(self.inner).__name__ == plans.DPM
-        dtype = torch.float32 if wide else prediction.dtype
+        dtype = torch.float32 if self.kind == plans.DPM else prediction.dtype
         return {"noise": randn_tensor(prediction.shape, generator=generator, device=prediction.device, dtype=dtype)}
