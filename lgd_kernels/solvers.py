@@ -8,7 +8,7 @@ a run of its own.
 
 A step between two equal times leaves the sample as it is, and what the solver remembers too: the steps after it are
 those of the run without it. (`consistency` adds fresh noise there, and `edm_euler` and `edm_heun` churn, as they do in
-every step.) A single time makes a plan of no calls. TypeError or ValueError name the plan and the argument; values are
+every step.) A single time makes a plan of no calls. TypeError and ValueError name the plan and the argument; values are
 checked on the CPU, never with a device sync.
 """
 
@@ -349,7 +349,7 @@ def unipc(
     table = tables.output(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
     table = torch.cat((table, tables.remembered(alpha, beta, stays)), -2)
     before = torch.stack((-old, none), -1).unsqueeze(-1)
-    some = not checks.readable(stays) or bool(stays.any())
+    some = checks.readable(stays) and bool(stays.any())  # unread, the step after has a corrector of first order
     return _plan("unipc", times[:-1], torch.cat((table, before), -1), stays=stays if some else None)
 
 

@@ -98,6 +98,36 @@ def test_a_whole_run(name, dtype, limit, eta, last):
     assert (found - expected).abs().max() <= limit * expected.abs().max()
 
 
+@pytest.mark.parametrize("places", [(0, 0), (1, 2), (2, 2, 2), (5, 5)], ids=str)
+@each_sampler
+def test_sigmas_that_repeat(name, places):
+    """The run without them. (k-diffusion's 2M divides by 0 in the step after one.)"""
+    once = sigmas_of(5)
+    again = torch.cat((once, once[list(places)])).sort(descending=True).values
+    given = {float(t): noise(i) for i, t in enumerate(once)}
+    options = {"noise_sampler": lambda t, s: given[float(t)]} if name == "ancestral" else {}
+    expected, found = (FORMULAS[name][1](model, noise(), one, **options) for one in (once, again))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@each_sampler
+def test_runs_of_one_sigma_and_runs_that_are_refused(name):
+    sampler = FORMULAS[name][1]
+    assert torch.equal(sampler(model, noise(), torch.tensor([3.0])), noise())
+    for wrong in (
+        sigmas_of(5).flip(0),
+        torch.tensor([3.0, torch.nan, 0.0]),
+        torch.tensor([torch.inf, 1.0]),
+        noise()[:0, 0, 0, 0],
+    ):
+        with pytest.raises(ValueError, match="`(times|sigmas)`"):
+            sampler(model, noise(), wrong)
+    if name == "ancestral":
+        for options in ({"eta": torch.nan}, {"s_noise": -1.0}, {"s_noise": torch.inf}):
+            with pytest.raises(ValueError, match=f"sample_euler_ancestral: `{next(iter(options))}` is"):
+                sampler(model, noise(), sigmas_of(5), **options)
+
+
 @each_sampler
 def test_the_callback_is_called_once_a_step(name):
     seen, sigmas = [], sigmas_of(5)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers
+from lgd_kernels import plan_checks, solvers
 from lgd_kernels.rules import Rule
 from lgd_kernels.sampler import seed_of
 from lgd_kernels.schedules import EDM
@@ -92,9 +92,12 @@ def sample_euler_ancestral(
     Noise comes from `noise_sampler(sigma, sigma_next)`; or, with `seed` (an int, a 0-dim tensor or `[B]`), is drawn
     inside the kernel, step i from seed + (i << 32); else from `torch.randn_like`, as there.
     """
+    plan_checks.sigmas("sample_euler_ancestral", _host(sigmas), "x0")
+    plan_checks.churning("sample_euler_ancestral", eta=eta, s_noise=s_noise)
     t, s = _host(sigmas)[:-1], _host(sigmas)[1:]
-    up = torch.minimum(s, eta * torch.sqrt(s * s * (t - s) * (t + s)) / t)
-    kept = torch.sqrt((s - up) * (s + up)) / t
+    over = torch.where(t == 0, 1.0, t)
+    up = torch.minimum(s, eta * torch.sqrt(s * s * (t - s) * (t + s)) / over)
+    kept = torch.where(t == s, 1.0, torch.sqrt((s - up) * (s + up)) / over)
     none = torch.zeros_like(kept)
     plan = StepPlan(t, torch.stack((kept, 1 - kept, none, s_noise * up), -1).unsqueeze(1))
     return _run(model, x, sigmas, plan, extra_args, callback, impl, noise_sampler or _like(x, seed), seed)
