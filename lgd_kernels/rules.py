@@ -185,9 +185,10 @@ def cfg_plus_plus(levels: Levels, lam: Number, churn: Number = 0.0) -> Tensor:
     """The omega `[B]` with which plain guidance is CFG++: `lam signal_s / B - 1`, B the step's factor of x0.
 
     CFG++ renoises with u instead of with the guided prediction; in a DDIM step that is a weight that depends on the
-    times. Chung et al., arXiv 2406.08070; lam in [0, 1] is theirs.
+    times; 0 at s = t, where no prediction has a weight. Chung et al., arXiv 2406.08070; lam in [0, 1] is theirs.
     """
-    return lam * levels.signal_s / step_coefficients(levels, "x0", churn).guided - 1
+    factor, stays = step_coefficients(levels, "x0", churn).guided, levels.gap == 0
+    return torch.where(stays, 0.0, lam * levels.signal_s / torch.where(stays, 1.0, factor) - 1)
 
 
 def composable(weights: Tensor) -> Tensor:

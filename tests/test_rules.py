@@ -268,6 +268,9 @@ def test_cfg_plus_plus(churn, generator):
     a, b, _ = (column(value) for value in step_coefficients(levels, "x0", churn))
     expected = a * x + b * u + column(levels.signal_s) * 0.6 * (c - u)
     assert_exact(found, expected)
+    t = torch.linspace(0.2, 1, x.shape[0], dtype=torch.float64)
+    stays = lgd.RectifiedFlow().levels(t, t)
+    assert torch.equal(lgd.guided_step(x, c, u, rules.cfg_plus_plus(stays, 0.6, churn), stays), x)
 
 
 def test_more_predictions(generator):
