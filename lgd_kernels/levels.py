@@ -32,6 +32,13 @@ class Levels(NamedTuple):
     noise_s: Tensor
     gap: Tensor
 
+    def __repr__(self) -> str:
+        return f"Levels({', '.join(f'{name}={shown(value)}' for name, value in zip(self._fields, self, strict=True))})"
+
+    def to(self, *args, **options) -> Levels:
+        """All five on another device or in another dtype (float32 or float64); arguments as in `torch.Tensor.to`."""
+        return Levels(*(tensor.to(*args, **options) for tensor in self))
+
 
 class OmegaLookup(NamedTuple):
     """Where in a table each sample finds its omega; made by `OmegaTable.at`, read inside the kernels."""
@@ -42,6 +49,14 @@ class OmegaLookup(NamedTuple):
     c: Tensor  # [B] int64
     s: Tensor  # [B]
     t: Tensor  # [B]
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{name}={shown(getattr(self, name))}" for name in ("c", "s", "t"))
+        return f"OmegaLookup({where}, values {list(self.values.shape)} {kind(self.values)})"
+
+    def to(self, device: torch.device | str) -> OmegaLookup:
+        """Table and places on another device."""
+        return OmegaLookup(*(tensor.to(device) for tensor in self))
 
 
 class StepCoefficients(NamedTuple):
@@ -138,6 +153,27 @@ def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
     else:
         total = total.index_put((cells.flatten(),), spread, accumulate=True)  # sorted first, so no float atomics
     return total.view(lookup.values.shape).to(lookup.values.dtype)
+
+
+def shown(value) -> str:
+    """A tensor in one line, for a repr: its values where they can be read for nothing, else its shape."""
+    from lgd_kernels.checks import brief  # which imports this module
+
+    return brief(value)
+
+
+def span(values: Tensor) -> str:
+    """The first and the last of `[N]`, for a repr, where they can be read for nothing; else the shape."""
+    from lgd_kernels.checks import readable
+
+    if values.ndim != 1 or not readable(values):
+        return str(list(values.shape))
+    return f"{values[0]:g} to {values[-1]:g}"
+
+
+def kind(tensor: Tensor) -> str:
+    """Dtype and device, for a repr."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lgd_kernels import checks
 from lgd_kernels.checks import brief, readable
-from lgd_kernels.levels import Levels
+from lgd_kernels.levels import Levels, span
 
 
 class Schedule:
@@ -273,6 +273,10 @@ class Discrete(Schedule):
     _tables: dict = field(default_factory=dict, repr=False)  # per device
 
     _dtypes = "integers (t.long()); -1 is the data"
+
+    def __repr__(self) -> str:
+        alphas, dtype = self.alphas_cumprod, str(self.dtype).removeprefix("torch.")
+        return f"Discrete({alphas.numel()} steps, alphas_cumprod {span(alphas)}, {dtype})"
 
     def __post_init__(self) -> None:
         alphas = self.alphas_cumprod

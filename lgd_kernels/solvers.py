@@ -26,8 +26,10 @@ from lgd_kernels.levels import (
     Levels,
     OmegaLookup,
     arithmetic_dtype,
+    kind,
     omega_at,
     per_sample,
+    span,
     step_coefficients,
     x0_coefficients,
 )
@@ -37,7 +39,7 @@ from lgd_kernels.rules import Rule
 from lgd_kernels.schedules import EDM, Schedule
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepPlan:
     """A run of N calls of the network. After call i, with g the guided prediction at `times[i]` and z fresh noise,
 
@@ -46,6 +48,9 @@ class StepPlan:
 
     `times [N, B]` with a `table [N, B, P, 4]` are a run of its own for each sample. A table of five factors has one
     more, of what was kept a call earlier, which is handed on and not written again.
+
+    `ends` are the times at which a step from `times[i]` ends: `omega(c, s, t)` is asked for s = ends[i], t = times[i].
+    For the second call of a Heun step that is the end of the next step. A plan made by hand may leave them out.
 
     `start` is the noise to add to the first sample, for samplers that add noise before they call the network.
 
@@ -61,7 +66,12 @@ class StepPlan:
     times: Tensor  # [N] or [N, B], of each call of the network
     table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of what was kept before
     start: float | Tensor = 0.0  # a number, or [B]
+    ends: Tensor | None = None  # as times: where a step that starts at each of them ends, the s of omega(c, s, t)
     stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that leave both things it remembers
+
+    def __repr__(self) -> str:
+        table = f"table {list(self.table.shape)} {kind(self.table)}"
+        return f"StepPlan({len(self)} calls, times {span(self.times)}, {table})"
 
     def __len__(self) -> int:
         return self.table.shape[0]
@@ -79,8 +89,8 @@ class StepPlan:
         """Times and table there; the table in `dtype`. Once, before the loop: then a step copies nothing."""
         start = self.start.to(device) if isinstance(self.start, Tensor) else self.start
         table = self.table.to(device, dtype or self.table.dtype)
-        stays = None if self.stays is None else self.stays.to(device)
-        return replace(self, times=self.times.to(device), table=table, start=start, stays=stays)
+        ends, stays = (one if one is None else one.to(device) for one in (self.ends, self.stays))
+        return replace(self, times=self.times.to(device), table=table, start=start, ends=ends, stays=stays)
 
     def step(
         self,
@@ -206,7 +216,8 @@ def one_step(
         levels = plan_checks.levels("one_step", schedule, times, to, prediction)
     plan_checks.churn("one_step", churn, levels.gap)
     a, b, v = step_coefficients(levels, prediction, churn)
-    return _plan("one_step", times[:-1] if to is None else times, tables.output(a, b, z=v))
+    at, ends = (times[:-1], times[1:]) if to is None else (times, to)
+    return _plan("one_step", at, ends, tables.output(a, b, z=v))
 
 
 def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") -> StepPlan:
@@ -214,9 +225,8 @@ def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") ->
     consistency models and LCM take it. Source: arXiv 2303.01469, Algorithm 1; 2310.04378."""
     levels = _levels("consistency", schedule, times, prediction)
     alpha, beta = x0_coefficients(levels, prediction)
-    return _plan(
-        "consistency", times[:-1], tables.output(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s)
-    )
+    table = tables.output(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s)
+    return _plan("consistency", times[:-1], times[1:], table)
 
 
 def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **churning) -> StepPlan:
@@ -233,8 +243,8 @@ def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **c
     raised, added = tables.raised("edm_euler", sigmas, prediction, **churning)
     a, b, _ = step_coefficients(EDM().levels(raised, sigmas[1:]), prediction, 0.0)
     if not after:
-        return _plan("edm_euler", sigmas[:-1], tables.output(a, b, z=a * added))
-    return _plan("edm_euler", raised, tables.output(a, b, z=tables.late(added)), tables.first_noise(added))
+        return _plan("edm_euler", sigmas[:-1], sigmas[1:], tables.output(a, b, z=a * added))
+    return _plan("edm_euler", raised, sigmas[1:], tables.output(a, b, z=tables.late(added)), tables.first_noise(added))
 
 
 def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
@@ -257,7 +267,8 @@ def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
     calls = torch.stack((torch.ones_like(ends), ~ends), 1).flatten(0, 1)
     calls = calls.any(-1) if calls.ndim == 2 else calls
     times, table = torch.stack((t, s), 1).flatten(0, 1), torch.stack((first, second), 1).flatten(0, 1)
-    return _plan("edm_heun", times[calls], table[calls], tables.first_noise(added))
+    after = torch.stack((s, torch.cat((s[1:], torch.zeros_like(s[:1])))), 1).flatten(0, 1)  # below the last sigma: 0
+    return _plan("edm_heun", times[calls], after[calls], table[calls], tables.first_noise(added))
 
 
 def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
@@ -275,7 +286,7 @@ def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
     forward = h * (1 + share)
     table = tables.output(1 + forward * x, forward * g, kept=-h * share)
     table = torch.cat((table, tables.remembered(x, g, (last >= 0) & (h == 0))), -2)
-    return _plan("adams_bashforth", sigmas[:-1], table)
+    return _plan("adams_bashforth", sigmas[:-1], sigmas[1:], table)
 
 
 def dpm_solver_2m(
@@ -301,7 +312,7 @@ def dpm_solver_2m(
     alpha, beta = x0_coefficients(levels, prediction)
     ahead = b * (1 + share)
     table = tables.output(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
-    return _plan("dpm_solver_2m", times[:-1], torch.cat((table, tables.remembered(alpha, beta, stays)), -2))
+    return _plan("dpm_solver_2m", times[:-1], times[1:], torch.cat((table, tables.remembered(alpha, beta, stays)), -2))
 
 
 def unipc(
@@ -350,7 +361,7 @@ def unipc(
     table = torch.cat((table, tables.remembered(alpha, beta, stays)), -2)
     before = torch.stack((-old, none), -1).unsqueeze(-1)
     some = checks.readable(stays) and bool(stays.any())  # unread, the step after has a corrector of first order
-    return _plan("unipc", times[:-1], torch.cat((table, before), -1), stays=stays if some else None)
+    return _plan("unipc", times[:-1], times[1:], torch.cat((table, before), -1), stays=stays if some else None)
 
 
 def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: str) -> Levels:
@@ -359,7 +370,12 @@ def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: str) -> Le
 
 
 def _plan(
-    plan: str, times: Tensor, table: Tensor, start: float | Tensor = 0.0, stays: Tensor | None = None
+    plan: str,
+    times: Tensor,
+    ends: Tensor,
+    table: Tensor,
+    start: float | Tensor = 0.0,
+    stays: Tensor | None = None,
 ) -> StepPlan:
     plan_checks.finite(plan, table)
-    return StepPlan(times, table, start, stays)
+    return StepPlan(times, table, start, ends, stays)

@@ -9,6 +9,7 @@ import lgd_kernels as lgd
 from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
 from lgd_kernels.learn.objective import sample_times
 from lgd_kernels.learn.pooled import joined
+from lgd_kernels.levels import OmegaLookup, omega_at
 
 FLOW = lgd.RectifiedFlow()
 KNOTS = torch.linspace(0, 1, 5)
@@ -181,7 +182,8 @@ def test_conditions_share(data):
 def test_a_table_holds_what_a_lookup_reads(data):
     table = fit_table(data[0], *data[1:], KNOTS, KNOTS)
     i, j = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
-    read = table(torch.zeros(25, dtype=torch.int64), KNOTS[i.flatten()], KNOTS[j.flatten()]).view(5, 5)
+    c, s, t = torch.zeros(25, dtype=torch.int64), KNOTS[i.flatten()], KNOTS[j.flatten()]  # s after t too
+    read = omega_at(OmegaLookup(table.values, KNOTS, KNOTS, c, s, t), table.values).view(5, 5)
     assert torch.equal(read, table.values[0])
     assert torch.equal(read[3, :4], torch.stack([read[0, 1], read[0, 1], read[1, 2], read[2, 3]]))  # from the diagonal
 

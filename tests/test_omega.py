@@ -1,9 +1,5 @@
-"""Where omega comes from: the network, its table, the forms of few numbers, and the files they are kept in."""
+"""Where omega comes from: the network, its table, and the forms of few numbers."""
 
-import json
-import os
-import pickle
-import sys
 from functools import partial
 
 import pytest
@@ -11,11 +7,10 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import rules
-from lgd_kernels.omega import files
-from lgd_kernels.omega.files import described, load, save, schedule_of
 from lgd_kernels.omega.floor import above_zero
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.omega.table import TableModule
 
 FLOW = lgd.RectifiedFlow()
 SCHEDULES = [FLOW, lgd.VPCosine(), lgd.VPLinear.stable_diffusion(), lgd.EDM(sigma_max=10.0), lgd.Discrete.ddpm(20)]
@@ -137,6 +132,7 @@ def test_network_takes_the_times_of_its_schedule(schedule):
         (lambda: OmegaNetwork(FLOW, None, 4).bake(torch.zeros(1), torch.ones(1)), "`conditions` is missing"),
         (lambda: Interval(1.0, 0.8, 0.2), "low = 0.8 and high = 0.2"),
         (lambda: Constant(float("nan")), "omega is nan, expected a finite number"),
+        (lambda: OmegaNetwork(FLOW, initial=float("inf")), "initial is inf, expected above 0"),
     ],
 )
 def test_refuses(make, message):
@@ -197,6 +193,54 @@ def test_forms_say_what_they_are():
         assert torch.equal(form(None, s, t), torch.zeros(4))  # never below 0
 
 
+KNOTS = torch.linspace(0, 1, 4)
+EACH_OMEGA = {
+    "network": OmegaNetwork(FLOW, classes=2),
+    "table": lgd.OmegaTable(torch.rand(2, 4, 4), KNOTS, KNOTS),
+    "table, learned": TableModule(lgd.OmegaTable(torch.rand(2, 4, 4), KNOTS, KNOTS)),
+    "constant": Constant(1.0),
+    "interval": Interval(1.0, 0.2, 0.8),
+    "clamp-linear": ClampLinear(1.0, -0.5),
+}
+
+
+@pytest.mark.parametrize("name", EACH_OMEGA)
+def test_the_end_of_a_step_comes_first(name):
+    """omega(c, s, t), unlike levels(t, s): exchanged, they are refused where they can be read."""
+    omega, c = EACH_OMEGA[name], torch.tensor([0, 1])
+    s, t = torch.tensor([0.1, 0.6]), torch.tensor([0.5, 0.6])  # s = t is a step of no length
+    expected = omega(c, s, t)
+    assert torch.equal(omega(c, t=t, s=s), expected)
+    with pytest.raises(ValueError, match="`s` is 0.5 and `t` is 0.1 in sample 0, expected s <= t: .* takes s first"):
+        omega(c, t, s)
+    hidden = torch.vmap(lambda t, s: omega(c, t, s))(t[None], s[None])  # not read in a transform
+    assert hidden.shape == (1, 2) and hidden.isfinite().all()
+
+
+def test_a_picture_has_t_to_the_right(tmp_path):
+    """omega = t, from the second knot on: what stands further right is larger, and nothing stands where s >= t."""
+    table = lgd.OmegaTable(KNOTS.expand(2, 4, 4), KNOTS, KNOTS)
+    figure = table.plot(tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    *panels, _ = figure.axes  # the last is the bar of colours
+    assert [panel.get_xlabel() for panel in panels] == ["t", "t"] and panels[0].get_ylabel() == "s"
+    for panel in panels:
+        sheet = torch.tensor(panel.images[0].get_array().filled(float("nan")))  # [row: s, column: t]
+        assert torch.equal(sheet.isnan(), ~torch.ones_like(sheet, dtype=torch.bool).triu(1))
+        torch.testing.assert_close(sheet[0, 14:], torch.linspace(0, 1, 41)[14:].double(), check_dtype=False)
+
+
+def test_a_picture_of_other_times():
+    """As far as the knots reach, or in the unit times of a schedule."""
+    sigmas = torch.tensor([0.0, 1.0, 80.0])
+    table = lgd.OmegaTable(torch.ones(1, 3, 2), sigmas, sigmas[1:])
+    assert table.plot().axes[0].images[0].get_extent() == [0, 80, 0, 80]
+    assert table.plot(schedule=lgd.EDM()).axes[0].images[0].get_extent() == [0, 1, 0, 1]
+    steps = torch.tensor([-1.0, 500.0, 999.0])
+    table = lgd.OmegaTable(torch.ones(1, 3, 2), steps, steps[1:])
+    assert table.plot(schedule=lgd.Discrete.ddpm()).axes[0].images[0].get_extent() == [0, 1, 0, 1]
+
+
 def test_an_interval_is_the_rule_of_that_name():
     t = torch.linspace(0, 1, 11)
     rule = partial(rules.interval, t=t, low=0.3, high=0.7)
@@ -213,147 +257,3 @@ def test_forms_are_learned(form):
     assert all(p.grad.abs() > 0 for p in form.parameters())
     optimizer.step()
     assert (form(None, s, t) - 2 * before).square().mean() < before.square().mean()
-
-
-def everything():
-    torch.manual_seed(0)
-    knots = torch.linspace(0, 1, 3)
-    return {
-        "network": OmegaNetwork(FLOW, classes=3, hidden=8),
-        "network of Discrete": OmegaNetwork(lgd.Discrete.ddpm(20), embedding=4, hidden=8).double(),
-        "table": lgd.OmegaTable(torch.rand(2, 3, 3).half(), knots, knots),
-        "constant": Constant(0.5),
-        "interval": Interval(0.95, 0.2, 0.8),
-        "clamp-linear": ClampLinear(1.0, -0.5),
-    }
-
-
-def arguments(omega, schedule):
-    count = torch.arange(4) % 2
-    return (torch.randn(4, 4) if getattr(omega, "embedding", None) else count, *times(4, schedule))
-
-
-@pytest.mark.parametrize("name", everything())
-def test_comes_back_bit_for_bit(name, tmp_path):
-    omega = everything()[name]
-    schedule = getattr(omega, "schedule", FLOW)
-    save(tmp_path / "omega", omega, schedule)
-    state = torch.get_rng_state()
-    again = load(tmp_path / "omega", schedule)
-    assert torch.equal(torch.get_rng_state(), state) and type(again) is type(omega)
-    assert os.listdir(tmp_path) == ["omega"]
-    where = arguments(omega, schedule)
-    assert torch.equal(again(*where), omega(*where))
-    if isinstance(again, torch.nn.Module):
-        again(*where).sum().backward()  # and can be learned further
-        assert all(p.requires_grad and p.grad is not None for p in again.parameters())
-        before, after = omega.state_dict(), again.state_dict()
-        assert all(before[key].dtype == after[key].dtype for key in before)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_schedules_are_described_exactly(schedule):
-    text = json.dumps(described(schedule))
-    again = schedule_of(json.loads(text))
-    assert described(again) == described(schedule) and type(again) is type(schedule)
-    s, t = times(5, schedule)
-    assert all(torch.equal(a, b) for a, b in zip(again.levels(t, s), schedule.levels(t, s), strict=True))
-    assert all(described(schedule) != described(other) for other in SCHEDULES if other is not schedule)
-
-
-def rewrite(path, header=None, drop=None, **tensors):
-    """The same file with another header or other tensors."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(path, framework="pt") as file:
-        found = file.metadata(), {name: file.get_tensor(name) for name in file.keys() if name != drop}
-    save_file({**found[1], **tensors}, path, {**found[0], **(header or {})})
-
-
-FOREIGN = {
-    "version": ({"header": {"version": "2"}}, "has version 2, expected 1; update"),
-    "kind": ({"header": {"kind": "oracle"}}, "holds a oracle, expected one of network"),
-    "format": ({"header": {"format": "other"}}, "holds no omega: its format is other"),
-    "header": ({"header": {"settings": "{"}}, "the header of .* cannot be read"),
-    "schedule": ({"header": {"schedule": '{"name": "Mine"}'}}, "the schedule is Mine, expected one of"),
-    "unknown setting": ({"header": {"settings": '{"depth": 3}'}}, "does not hold what its header says"),
-    "size": ({"header": {"settings": '{"classes": 3, "hidden": 1000000000}'}}, r"expected floats \[1000000000"),
-    "kind of others": ({"header": {"kind": "table"}}, "expected values, s_knots, t_knots"),
-    "missing": ({"drop": "head.0.bias"}, "it holds the tensors"),
-    "too many": ({"more": torch.zeros(1)}, "it holds the tensors"),
-    "shape": ({"head.0.bias": torch.zeros(9)}, r"`head.0.bias` is torch.float32 \[9\], expected floats \[8\]"),
-    "dtype": ({"head.0.bias": torch.zeros(8, dtype=torch.int64)}, "`head.0.bias` is torch.int64"),
-    "NaN": ({"head.0.bias": torch.full((8,), torch.nan)}, "`head.0.bias` is not finite"),
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_refuses_what_does_not_fit(case, tmp_path):
-    change, message = FOREIGN[case]
-    save(tmp_path / "omega", OmegaNetwork(FLOW, classes=3, hidden=8))
-    rewrite(tmp_path / "omega", **change)
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path / "omega")
-
-
-def test_refuses_other_files(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (exec, ("raise SystemExit('a pickle was executed')",))
-
-    (tmp_path / "pickle").write_bytes(pickle.dumps(Trap()))
-    (tmp_path / "empty").write_bytes(b"")
-    save(tmp_path / "cut", Constant(1.0))
-    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-1])
-    for name in ("pickle", "empty", "cut"):
-        with pytest.raises(ValueError, match="is no safetensors file, or a damaged one"):
-            load(tmp_path / name)
-    from safetensors.torch import save_file
-
-    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match="holds no omega: its format is None"):
-        load(tmp_path / "foreign")
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nothing")
-
-
-def test_refuses_another_schedule(tmp_path):
-    save(tmp_path / "omega", OmegaNetwork(lgd.Discrete.ddpm(20), 3, hidden=8))
-    with pytest.raises(
-        ValueError, match=r"was saved with the schedule Discrete of 20 steps, expected RectifiedFlow\(\)"
-    ):
-        load(tmp_path / "omega", FLOW)
-    with pytest.raises(ValueError, match="was saved with the schedule"):
-        load(tmp_path / "omega", lgd.Discrete.ddpm(21))
-    with pytest.raises(ValueError, match="but omega was made for"):
-        save(tmp_path / "omega", OmegaNetwork(FLOW, 3), lgd.EDM())
-    with pytest.raises(ValueError, match="`schedule` is missing; the times of a table"):
-        save(tmp_path / "omega", everything()["table"])
-    with pytest.raises(TypeError, match="`omega` is a Linear, expected one of OmegaNetwork"):
-        save(tmp_path / "omega", torch.nn.Linear(1, 1))
-
-    class Own(lgd.RectifiedFlow):
-        pass
-
-    with pytest.raises(TypeError, match="`schedule` is a Own.*cannot be saved"):
-        save(tmp_path / "omega", Interval(1.0, 0.0, 1.0), Own())
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    save(tmp_path / "omega", Constant(1.0))
-
-    def broken(descriptor):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
-        save(tmp_path / "omega", Constant(2.0))
-    assert os.listdir(tmp_path) == ["omega"] and float(load(tmp_path / "omega").omega.detach()) == 1.0
-
-
-def test_says_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install 'lgd_kernels\[safetensors\]'"):
-        files.save(tmp_path / "omega", Constant(1.0))
-    assert os.listdir(tmp_path) == []

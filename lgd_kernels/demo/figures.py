@@ -12,6 +12,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lgd_kernels.omega.plot import heat
+
 COLOURS = {
     "unguided": "#8a8f98", "constant": "#d08c2e", "interval": "#3a7ca5", "per class": "#7fb3a2", "learned": "#b3263e",
     "baked": "#d4717f", "fitted": "#6a4c93", "L2": "#b7a99a",
@@ -88,18 +90,14 @@ def omega_heat(seeds: list[dict], omega: Tensor) -> Figure:
     share = wrong_share(seeds)
     order = np.argsort(share, kind="stable")
     classes = [*order[:2], *order[-2:]]
-    n = omega.shape[0]
-    values = np.ma.masked_where(~np.triu(np.ones((n, n), bool), 1)[..., None].repeat(10, 2), omega.numpy())
     figure = Figure(figsize=(11.5, 3.1))
     panels = figure.subplots(1, 4, sharey=True)
-    top = max(values[..., classes].max(), 0.1)
+    steps = torch.ones(omega.shape[:2], dtype=torch.bool).triu(1)
+    top = max(float(omega[steps][:, classes].max()), 0.1)
     for panel, c in zip(panels, classes, strict=True):
-        image = panel.imshow(
-            values[..., c], origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=top, cmap="magma_r", aspect="equal"
-        )
+        image = heat(panel, omega[..., c], f"class {c}: {100 * share[c]:.0f} % of captions wrong", top)
         step = 1 / len(seeds[0]["omega_path"])
         panel.plot([step, 1], [0, 1 - step], color="#3a7ca5", lw=1)
-        panel.set(title=f"class {c}: {100 * share[c]:.0f} % of captions wrong", xlabel="t")
     panels[0].set_ylabel("s")
     figure.colorbar(image, ax=panels, label="omega", shrink=0.9)
     return figure

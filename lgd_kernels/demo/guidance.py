@@ -105,7 +105,8 @@ def learned_table(omega: OmegaNetwork | OmegaTable, schedule: Schedule, steps: i
 def omega_grid(
     omega: OmegaNetwork | OmegaTable, schedule: Schedule, u_s: Tensor, u_t: Tensor, classes: int = 10
 ) -> Tensor:
-    """omega [..., classes] at unit times u_s, u_t of any one shape."""
+    """omega [..., classes] at unit times u_s, u_t of any one shape; that of s = t where s would be after t."""
+    u_s = torch.minimum(u_s, u_t)
     s, t = (schedule.from_unit(u).flatten().repeat_interleave(classes) for u in (u_s, u_t))
     c = torch.arange(classes).repeat(u_s.numel())
     return omega(c, s, t).view(*u_s.shape, classes)

@@ -12,6 +12,7 @@ from lgd_kernels.demo.measures import spread
 from lgd_kernels.demo.mixture_claims import tested
 from lgd_kernels.demo.mixture_study import METHODS
 from lgd_kernels.demo.plane import undoing
+from lgd_kernels.omega.plot import heat as omega_heat
 
 OF_METHOD = {**COLOURS, "loss constant": "#e3bd7c", "loss interval": "#8fb8d1"}
 OF_CLASS = ("#2a7f8e", "#c8553d", "#6a4c93")
@@ -165,12 +166,9 @@ def heat(shown: list[dict], steps: int) -> Figure:
     panels = figure.subplots(1, len(sheets), sharey=True)
     for panel, (title, sheet) in zip(panels, sheets.items(), strict=True):
         held = np.triu(np.ones_like(sheet, bool), 1)
-        image = panel.imshow(
-            np.ma.masked_where(~held, sheet), origin="lower", extent=(0, 1, 0, 1), cmap="magma_r", vmin=0,
-            vmax=max(1.0, float(sheet[held].max())),
-        )  # fmt: skip
+        image = omega_heat(panel, sheet, title, max(1.0, float(sheet[held].max())))
         panel.plot([1 / steps, 1], [0, 1 - 1 / steps], color="#3a7ca5", lw=1)
-        panel.set(title=title, xlabel="t", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        panel.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         figure.colorbar(image, ax=panel, shrink=0.55)
     panels[0].set_ylabel("s")
     return figure

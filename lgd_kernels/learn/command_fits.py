@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lgd_kernels.learn.batches import Batches
 from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
 from lgd_kernels.learn.particles import curve
+from lgd_kernels.omega import plot
 from lgd_kernels.omega.files import save as save_omega
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.progress import Track
@@ -21,7 +21,6 @@ from lgd_kernels.schedules import Schedule
 
 SMOOTH = (3.0, 10.0, 30.0, 100.0)
 EDGES = 21  # what the ends of an interval may be, in even steps of unit time
-SHOWN = 6  # conditions in a picture
 Omega = nn.Module | OmegaTable
 
 
@@ -48,7 +47,7 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
     if args.omega == "table":
         s_knots, t_knots = knots(schedule, args.knots)
         table = fit_table(curves, c, s, t, s_knots, t_knots, conditions=classes, smooth=SMOOTH, **of_loss)
-        found["table"] = OmegaTable(*(one.to(device) for one in (table.values, table.s_knots, table.t_knots)))
+        found["table"] = table.to(device)
     return found
 
 
@@ -79,7 +78,7 @@ def save(
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         conditions = c if classes is None else torch.arange(classes, device=c.device)
-        draw(args.out / "omega.png", found[args.omega], schedule, conditions)
+        plot.draw(found[args.omega], conditions, schedule).savefig(args.out / "omega.png", dpi=120)
 
 
 def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -116,26 +115,3 @@ def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Te
     else:
         lines += ["x_s = lgd_kernels.guided_step(x, cond, uncond, omega(c, s, t), schedule.levels(t, s))"]
     return "\n".join(lines)
-
-
-@torch.no_grad()
-def draw(path: Path, omega: Omega, schedule: Schedule, conditions: Tensor, points: int = 41) -> None:
-    """omega over s and t, in unit time, for the first few conditions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    u = torch.linspace(0, 1, points, device=conditions.device)
-    i, j = torch.triu_indices(points, points, 1, device=conditions.device)  # s < t
-    s, t = schedule.from_unit(u[i]), schedule.from_unit(u[j])
-    shown = conditions[:SHOWN]
-    maps = torch.full((len(shown), points, points), math.nan)
-    for k, c in enumerate(shown):
-        maps[k, j.cpu(), i.cpu()] = omega(c[None].expand(len(s), *c.shape), s, t).float().cpu()
-    figure = Figure(figsize=(2.4 * len(shown) + 1, 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    top = float(maps.nan_to_num(0).max()) or 1.0
-    for k, panel in enumerate(figure.subplots(1, len(shown), squeeze=False)[0]):
-        image = panel.imshow(maps[k].numpy(), origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=top, cmap="viridis")
-        panel.set(title=f"condition {k}", xlabel="s", ylabel="t" if k == 0 else "")
-    figure.colorbar(image, ax=figure.axes, label="omega")
-    figure.savefig(path, dpi=120)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.learn.pooled import POINTS, Curves, Problem, alone, count, joined, only, summed
-from lgd_kernels.levels import table_cells
+from lgd_kernels.levels import OmegaLookup, omega_at, table_cells
 from lgd_kernels.omega.forms import Constant, Interval
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
@@ -121,9 +121,9 @@ def fit_table(
         candidates = [candidates[int(torch.stack(found).argmin())]]
     values = fitted(problem, candidates[0]).view(shape)
 
-    table = OmegaTable(values, s_knots, t_knots)  # now each knot takes what a lookup reads there
     i, j, k = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-    return OmegaTable(table(i, s_knots[j], t_knots[k]).view(shape).to(s_knots.dtype), s_knots, t_knots)
+    read = omega_at(OmegaLookup(values, s_knots, t_knots, i, s_knots[j], t_knots[k]), values)
+    return OmegaTable(read.view(shape).to(s_knots.dtype), s_knots, t_knots)  # each knot takes what a lookup reads there
 
 
 def fit_constant(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels.omega.floor import above_zero
+from lgd_kernels.omega.table import in_order
 
 
 class Constant(nn.Module):
@@ -26,7 +27,8 @@ class Constant(nn.Module):
         self.omega = _number("Constant", "omega", omega)
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c is not looked at; s and t `[B]` -> omega `[B]`."""
+        """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
+        in_order("Constant", s, t)
         return above_zero(self.omega).expand(t.shape)
 
 
@@ -57,7 +59,8 @@ class Interval(nn.Module):
         self.register_buffer("high", torch.tensor(float(high), dtype=torch.float64))
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c and s are not looked at; t `[B]` -> omega `[B]`."""
+        """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
+        in_order("Interval", s, t)
         inside = (t > self.low.to(t.dtype)) & (t <= self.high.to(t.dtype))
         return torch.where(inside, above_zero(self.omega), torch.zeros_like(self.omega))
 
@@ -83,7 +86,8 @@ class ClampLinear(nn.Module):
         self.slope = _number("ClampLinear", "slope", slope)
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c and s are not looked at; t `[B]` -> omega `[B]`."""
+        """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
+        in_order("ClampLinear", s, t)
         return above_zero(self.intercept + self.slope * t.to(self.slope.dtype))
 
 

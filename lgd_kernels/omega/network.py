@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.levels import OmegaLookup, omega_at
 from lgd_kernels.omega.floor import above_zero
-from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.omega.table import OmegaTable, in_order
 from lgd_kernels.schedules import Schedule
 
 LOG_SNR_LIMIT = 10.0
@@ -66,7 +69,7 @@ class OmegaNetwork(nn.Module):
         for name, size in (("classes", classes), ("embedding", embedding), ("hidden", hidden)):
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"OmegaNetwork: {name} is {size!r}, expected a number of 1 or more")
-        if not initial > 0:
+        if not 0 < initial < math.inf:
             raise ValueError(f"OmegaNetwork: initial is {initial}, expected above 0: the last weights are scaled by it")
         self.schedule, self.classes, self.embedding = schedule, classes, embedding
         self.hidden, self.initial = hidden, initial
@@ -83,8 +86,13 @@ class OmegaNetwork(nn.Module):
             self.head[-1].bias.fill_(initial)
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c `[B]` int64, `[B, embedding]` or None; s and t `[B]`, times of the schedule -> omega `[B]`."""
+        """c `[B]` int64, `[B, embedding]` or None; s and t `[B]`, s <= t, times of the schedule -> omega `[B]`."""
         self._check(c, s, t)
+        in_order("OmegaNetwork", s, t)
+        return self._omega(c, s, t)
+
+    def _omega(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        """For s after t too, where a table has corners."""
         weight = self.head[-1].weight
         log_snr = torch.stack([self.schedule.log_snr(time) for time in (s, t)], -1)  # [B, 2]
         hidden = self.time(log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT).to(weight.dtype) / LOG_SNR_LIMIT)
@@ -131,7 +139,9 @@ class OmegaNetwork(nn.Module):
             s, t = s.floor().to(s_knots.dtype), t.floor().to(t_knots.dtype)  # the schedule counts: the integer below
         exact = self._over(conditions, s, t)  # [C, S - 1, T - 1]
         c, i, j = torch.meshgrid(*(torch.arange(size, device=s.device) for size in exact.shape), indexing="ij")
-        found = table(c.flatten(), s[i.flatten()], t[j.flatten()]).view_as(exact)
+        s_at, t_at = (time.to(table.s_knots.dtype) for time in (s[i.flatten()], t[j.flatten()]))
+        lookup = OmegaLookup(table.values, table.s_knots, table.t_knots, c.flatten(), s_at, t_at)
+        found = omega_at(lookup, exact).view_as(exact)
         error = (found - exact).abs()[:, s[:, None] < t[None, :]]
         return table, float(error.max()) if error.numel() else float("nan")
 
@@ -141,7 +151,9 @@ class OmegaNetwork(nn.Module):
         shape = (count, len(s), len(t))
         c, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
         c, i, j = (index.to(s.device) for index in (c, i, j))
-        return self(None if conditions is None else conditions[c], s[i], t[j]).view(shape)
+        c = None if conditions is None else conditions[c]
+        self._check(c, s[i], t[j])
+        return self._omega(c, s[i], t[j]).view(shape)
 
     def _check(self, c: Tensor | None, s: Tensor, t: Tensor) -> None:
         if s.ndim != 1 or s.shape != t.shape:

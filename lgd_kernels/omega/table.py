@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.checks import DATA_DTYPES, readable
-from lgd_kernels.levels import OmegaLookup, omega_at
+from lgd_kernels.checks import DATA_DTYPES, readable, smallest
+from lgd_kernels.levels import OmegaLookup, kind, omega_at, span
+from lgd_kernels.schedules import Schedule
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -47,16 +52,19 @@ class OmegaTable:
                 )
             if knots.device != values.device:
                 raise ValueError(f"OmegaTable: `{name}` is on {knots.device}, expected {values.device} like `values`")
-            if readable(knots) and not bool((knots.diff() > 0).all()):
-                raise ValueError(f"OmegaTable: `{name}` must increase strictly, got {knots.tolist()}")
+            if readable(knots) and not bool((knots.diff() > 0).all() and knots.isfinite().all()):
+                finite = "" if bool(knots.isfinite().all()) else " and be finite"
+                raise ValueError(f"OmegaTable: `{name}` must increase strictly{finite}, got {knots.tolist()}")
         self.values, self.s_knots, self.t_knots = values, s_knots.detach(), t_knots.detach()
 
     def at(self, c: Tensor | None, s: Tensor, t: Tensor) -> OmegaLookup:
         """Where each sample looks: condition c `[B]` (integers), times s and t `[B]` (float32 or float64, alike).
 
-        A table with one condition takes None for c. Times that count steps, those of `Discrete`, are integers: they
-        are looked up as numbers. Otherwise nothing is computed here. c outside [0, C) raises where it can be seen, and
-        is NaN in the step elsewhere.
+        A step goes from t to s, nearer the data: s <= t, and s comes first, as in omega(c, s, t). (`Schedule.levels`
+        takes t first.) A table with one condition takes None for c. Times that count steps, those of `Discrete`, are
+        integers: they are looked up as numbers. Otherwise nothing is computed here. ValueError for c outside [0, C) and
+        for s > t, where the values can be read; elsewhere c outside [0, C) gives NaN in the step, and s > t the value
+        next to the diagonal.
         """
         _tensors("OmegaTable.at", s=s, t=t)
         if c is None and self.values.shape[0] == 1:
@@ -93,12 +101,82 @@ class OmegaTable:
                 f"OmegaTable.at: `c` reaches from {int(c.min())} to {int(c.max())}, expected conditions in "
                 f"[0, {self.values.shape[0]})"
             )
+        if readable(s) and smallest(t - s) < 0:
+            in_order("OmegaTable.at", s, t)
         return OmegaLookup(self.values, self.s_knots, self.t_knots, c.long(), s, t)
 
     def __call__(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """omega `[B]` itself, for a look at it; differentiable in `values`."""
         lookup = self.at(c, s, t)
         return omega_at(lookup, torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32)))
+
+    def __repr__(self) -> str:
+        knots = f"s_knots {span(self.s_knots)}, t_knots {span(self.t_knots)}"
+        return f"OmegaTable(values {list(self.values.shape)} {kind(self.values)}, {knots})"
+
+    def to(self, *args, **options) -> OmegaTable:
+        """A table on another device, or with values of another dtype; arguments as in `torch.Tensor.to`.
+
+        Knots are moved and keep their dtype. Differentiable: a gradient to the values flows to those of this table.
+
+        >>> import torch, lgd_kernels as lgd
+        >>> table = lgd.OmegaTable(torch.ones(3, 1, 1), torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> table.to("cpu", torch.bfloat16).values.dtype
+        torch.bfloat16
+        """
+        values = self.values.to(*args, **options)
+        if values.dtype not in DATA_DTYPES:
+            raise TypeError(
+                f"OmegaTable.to: the dtype is {values.dtype}, expected float32, bfloat16, float16 or float64"
+            )
+        moved = copy.copy(self)
+        moved.values = values
+        moved.s_knots, moved.t_knots = (knots.to(values.device) for knots in (self.s_knots, self.t_knots))
+        return moved
+
+    def save(self, path: str | os.PathLike, schedule: Schedule) -> None:
+        """Write the table to a safetensors file; `lgd_kernels.omega.files.load` reads it. `schedule`: whose times the
+        knots are.
+
+        >>> import tempfile, torch, lgd_kernels as lgd
+        >>> from lgd_kernels.omega.files import load
+        >>> table = lgd.OmegaTable(torch.ones(3, 1, 1), torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table.save(folder + "/omega.safetensors", lgd.RectifiedFlow())
+        ...     load(folder + "/omega.safetensors").values.shape
+        torch.Size([3, 1, 1])
+        """
+        from lgd_kernels.omega import files
+
+        files.save(path, self, schedule)
+
+    def plot(self, path: str | os.PathLike | None = None, schedule: Schedule | None = None) -> Any:
+        """Draw omega over t (to the right) and s (upwards), one panel for each of the first few conditions.
+
+        Args:
+            path: where to write the picture: .png, .pdf or what else matplotlib writes.
+            schedule: whose times the knots are; the axes are then unit times, 0 at the data and 1 at the noise.
+                Without it they are times, as far as the knots reach.
+
+        Returns the matplotlib figure. Raises ImportError where matplotlib is not installed.
+
+        >>> import torch, lgd_kernels as lgd
+        >>> knots = torch.linspace(0, 1, 5)
+        >>> figure = lgd.OmegaTable(torch.ones(2, 5, 5), knots, knots).plot()
+        >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
+        ('t', 's')
+        """
+        from lgd_kernels.omega import plot
+
+        ends = (
+            min(float(self.s_knots[0]), float(self.t_knots[0])),
+            max(float(self.s_knots[-1]), float(self.t_knots[-1])),
+        )
+        conditions = torch.arange(self.values.shape[0], device=self.values.device)
+        figure = plot.draw(self, conditions, schedule, ends)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
 
 
 class TableModule(nn.Module):
@@ -138,6 +216,17 @@ class TableModule(nn.Module):
     def table(self) -> OmegaTable:
         """A copy of it as it is now."""
         return OmegaTable(self.values.detach().clone(), self.s_knots, self.t_knots)
+
+
+def in_order(where: str, s: Tensor, t: Tensor) -> None:
+    """ValueError where a step would end before it starts: s > t, in a sample whose values can be read."""
+    if readable(s) and readable(t) and s.shape == t.shape and bool((s > t).any()):
+        first = int((s > t).flatten().int().argmax())
+        raise ValueError(
+            f"{where}: `s` is {s.flatten()[first]:g} and `t` is {t.flatten()[first]:g} in sample {first}, expected "
+            "s <= t: a step goes from t to s, nearer the data, and omega(c, s, t) takes s first; pass them in that "
+            "order, or as s=..., t=..."
+        )
 
 
 def _tensors(where: str, **arguments: Tensor) -> None:
