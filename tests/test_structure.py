@@ -178,7 +178,7 @@ def test_what_rooms_share_knows_no_room():
 @pytest.mark.parametrize("path", files(".py", under=PACKAGE / "omega"), ids=name_of)
 def test_omega_knows_no_op(path):
     """Rooms and samplers take an omega, however it was learned."""
-    allowed = {f"lgd_kernels.{name}" for name in ("checks", "levels", "schedules")}
+    allowed = {f"lgd_kernels.{name}" for name in ("checks", "files_atomic", "levels", "schedules")}
     assert {name for name in ours(imports(path)) if not name.startswith("lgd_kernels.omega")} <= allowed | {
         "lgd_kernels"
     }

@@ -1,12 +1,16 @@
 """omega in a safetensors file: what it is, what it was learned with, and nothing that runs.
 
 tensors   the parameters and buffers of a module; values, s_knots and t_knots of a table
-header    format "lgd_kernels.omega" · version · kind · settings (JSON) · schedule (JSON, or null)
+header    format "lgd_kernels.omega" · version · kind · settings (JSON) · schedule (JSON, or null) · digest
+
+The digest is the SHA-256 of the whole file, in hex, with 64 zeros in its own place. The first files had none: a header
+of exactly the other five entries needs none, any other header does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,13 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import schedules
+from lgd_kernels import files_atomic, schedules
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.schedules import Schedule
 
 FORMAT, VERSION = "lgd_kernels.omega", 1
+FIRST = {"format", "version", "kind", "settings", "schedule"}  # the header of files without a digest
+BLANK = "0" * 64  # stands for the digest while it is computed
+DAMAGED = "its digest does not fit: its content is not what was written"
+UNREADABLE = (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError)  # RecursionError is a RuntimeError
 KINDS = {
     "network": OmegaNetwork,
     "table": OmegaTable,
@@ -42,7 +50,8 @@ def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Sched
         schedule: whose times s and t are. A network knows its own; a constant needs none; for the rest it must be
             given, since a table of times means nothing without it.
 
-    Raises TypeError or ValueError for anything else, ImportError where safetensors is not installed.
+    Raises TypeError or ValueError for anything else, and for tensors that `load` would refuse, such as NaN; ImportError
+    where safetensors is not installed.
 
     >>> import tempfile, torch, lgd_kernels as lgd
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -74,26 +83,41 @@ def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Sched
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    _write(Path(path), _safetensors().torch.save(tensors, header))
+    try:
+        _made(kind, settings, schedule and schedule_of(described(schedule)), tensors)
+    except UNREADABLE as error:
+        raise ValueError(f"save: `omega` could not be loaded again: {error}") from error
+    content = _safetensors().torch.save(tensors, {**header, "digest": BLANK})
+    files_atomic.write(path, content.replace(BLANK.encode(), _digest(content), 1))
 
 
 def load(path: str | os.PathLike, schedule: Schedule | None = None, device: str = "cpu") -> nn.Module | OmegaTable:
     """Read what `save` wrote: the same values, bit for bit, and no code but ours runs.
+
+    The tensors are copies: what happens to the file afterwards does not reach them.
 
     Args:
         schedule: if given, the file must have been saved with this one.
         device: where the tensors shall be.
 
     Raises ValueError, naming the file and what is wrong with it, for anything that `save` did not write: no
-    safetensors file, a foreign one, another version or kind, another schedule, tensors that are missing, of another
-    shape or not finite. Random state is left alone, and a header that lies about sizes allocates nothing.
+    safetensors file, a foreign one, a damaged or edited one (every bit counts), another version or kind, another
+    schedule or one that is none (negative betas, sigma_max below sigma_min), tensors that are missing, of another shape
+    or dtype or not finite, knots that do not increase. Random state is left alone, and a header that lies about sizes
+    allocates nothing.
     """
     path = Path(path)
-    header, tensors = _read(path, device)
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"load: {path} is a safetensors file, but holds no omega: its format is {header.get('format')}"
-        )
+    header, tensors, intact = _read(path)
+    try:
+        found = _found(path, header, tensors, schedule)
+    except ValueError as error:
+        raise error if intact else ValueError(f"{error} ({DAMAGED})") from error
+    if not intact:
+        raise ValueError(f"load: {path} is damaged: {DAMAGED}")
+    return found.to(device)
+
+
+def _found(path: Path, header: dict[str, str], tensors: dict[str, Tensor], schedule: Schedule | None):
     if header.get("version") != str(VERSION):
         raise ValueError(
             f"load: {path} has version {header.get('version')}, expected {VERSION}; update lgd_kernels, or save again"
@@ -104,13 +128,17 @@ def load(path: str | os.PathLike, schedule: Schedule | None = None, device: str 
     try:
         settings, saved = json.loads(header["settings"]), json.loads(header["schedule"])
         own = None if saved is None else schedule_of(saved)
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"load: the header of {path} cannot be read: {error}") from error
+    if saved is None and kind != "constant":
+        raise ValueError(
+            f"load: the header of {path} names no schedule; the times of a {kind} mean nothing without one"
+        )
     if schedule is not None and saved is not None and described(schedule) != saved:
         raise ValueError(f"load: {path} was saved with the schedule {_brief(own)}, expected {_brief(schedule)}")
     try:
         return _made(kind, settings, own, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"load: {path} does not hold what its header says, a {kind}: {error}") from error
 
 
@@ -137,7 +165,7 @@ def described(schedule: Schedule) -> dict:
 
 
 def schedule_of(description: dict) -> Schedule:
-    """The other way. ValueError or TypeError for what `described` did not make."""
+    """The other way. An error for what `described` did not make, and for numbers that make no schedule."""
     settings = dict(description)
     name = settings.pop("name", None)
     if name not in SCHEDULES:
@@ -146,19 +174,27 @@ def schedule_of(description: dict) -> Schedule:
         dtype, values = settings["alphas_cumprod"]
         settings["alphas_cumprod"] = torch.tensor(values, dtype=_dtype(dtype))
         settings["dtype"] = _dtype(settings["dtype"])
-    return SCHEDULES[name](**settings)
+    schedule = SCHEDULES[name](**settings)
+    times = schedule.from_unit(torch.linspace(0, 1, 1025, dtype=torch.float64))
+    rises = bool((times.diff() > 0).all()) or name == "Discrete"  # a short table rounds times together
+    signal, noise = (level.double() for level in schedule.signal_noise(times))
+    slack = 1e-12 * noise[-1]  # where levels saturate, rounding is not monotone
+    falls = bool((signal.diff() <= slack).all() and (noise.diff() >= -slack).all() and noise[-1] > noise[0] >= 0)
+    if not rises or not falls:
+        raise ValueError(
+            f"{_brief(schedule)} is no schedule: from data to noise, times and noise must rise and signal must not"
+        )
+    return schedule
 
 
 def _made(kind: str, settings: dict, schedule: Schedule | None, tensors: dict[str, Tensor]) -> nn.Module | OmegaTable:
+    """Of tensors on the CPU. A ValueError says what does not fit."""
     if kind == "table":
         _fit(tensors, {name: None for name in ("values", "s_knots", "t_knots")})
         return OmegaTable(**tensors)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         module = OmegaNetwork(schedule, **settings) if kind == "network" else KINDS[kind](*START[kind])
     _fit(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()})
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"`{name}` is not finite")
     if kind == "interval" and not tensors["low"] <= tensors["high"]:
         raise ValueError(f"low = {float(tensors['low'])} is above high = {float(tensors['high'])}")
     module.load_state_dict(tensors, assign=True)
@@ -174,27 +210,44 @@ def _fit(tensors: dict[str, Tensor], expected: dict[str, torch.Size | None]) -> 
                 f"`{name}` is {tensors[name].dtype} {list(tensors[name].shape)}, expected floats"
                 + (f" {list(shape)}" if shape is not None else "")
             )
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"`{name}` is not finite")
 
 
-def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], bool]:
+    """(header, tensors, whether the digest fits). The file is read, not mapped: rewriting a mapped file would change
+    the tensors, and truncating it would end the process."""
     safetensors = _safetensors()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"load: {path} is a folder or a device, expected a safetensors file")
+    wrong = f"load: {path} is no safetensors file, or a damaged one"
+    with open(path, "rb") as file:
+        length = file.read(8)
+        size = int.from_bytes(length, "little")
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{wrong}: its header is longer than the file")
+        head = file.read(size)
+        try:
+            header = dict(json.loads(head).get("__metadata__", {}))
+        except (AttributeError, *UNREADABLE) as error:
+            raise ValueError(f"{wrong}: {error}") from error
+        if header.get("format") != FORMAT:
+            raise ValueError(
+                f"load: {path} is a safetensors file, but holds no omega: its format is {header.get('format')}"
+            )
+        content = length + head + file.read()
     try:
-        with safetensors.safe_open(path, framework="pt", device=device) as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"load: {path} is no safetensors file, or a damaged one: {error}") from error
+        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
+    except (safetensors.SafetensorError, AssertionError, *UNREADABLE) as error:
+        raise ValueError(f"{wrong}: {error}") from error
+    written = header.get("digest")
+    if written is None:
+        return header, tensors, header.keys() <= FIRST
+    return header, tensors, _digest(content.replace(written.encode(), BLANK.encode(), 1)) == written.encode()
 
 
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _safetensors():
