@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels.levels import OmegaLookup
+from lgd_kernels.omega.table import OmegaTable, TableModule
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.rules import Rule
 from lgd_kernels.solvers import StepPlan
@@ -18,8 +20,9 @@ def sample(
     plan: StepPlan,
     cond: Tensor,
     uncond: Tensor | None = None,
-    omega: float | Tensor = 0.0,
+    omega: float | Tensor | OmegaLookup | OmegaTable | Callable[[Tensor | None, Tensor, Tensor], Tensor] = 0.0,
     *,
+    condition: Tensor | None = None,
     rule: Rule | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
@@ -34,9 +37,14 @@ def sample(
         plan: of `lgd_kernels.solvers`; `plan.to(device)` beforehand spares copies. Made of times `[N + 1, B]` it takes
             every sample through times of its own.
         cond, uncond: conditions, whatever the denoiser takes; without uncond nothing is guided.
-        omega: a float; `[B]`; or the whole table `[N, B]`, one row for each call of the network. omega does not depend
-            on x, so a learned one is worked out before the loop. Calls where all of it is 0 leave the unconditional
-            network out, without a rule: limited intervals cost what they should.
+        omega: a float; `[B]`; `[N, B]`, one row for each call of the network; or an `OmegaTable`, a network or any
+            other function `omega(c, s, t) -> [B]` of times of the plan's schedule. A function is called once, before
+            the loop, with N * B rows: t is the time of a call, s where a step from there ends (`plan.ends`). (What
+            `table.at` returns is one weight for each sample, the same in all calls.) Calls where all of omega is 0
+            leave the unconditional network out, without a rule: limited intervals cost what they should.
+        condition: the c of such a function, integers `[B]` or vectors `[B, E]`. By default `cond` where it is that (a
+            table takes integers only), else None: a table of one condition, and functions that do not look at c, need
+            none.
         rule: as in `guided_step`, in the space of the prediction.
         seed: of solvers that draw: an int, a 0-dim int64 tensor or `[B]`. Each step draws from `seed + (step << 32)`,
             so seeds that are apart by less than 2^32 share no noise.
@@ -50,9 +58,16 @@ def sample(
     >>> cond, uncond = torch.tensor([[3.0]]), torch.tensor([[1.0]])
     >>> sample(lambda x, t, c: c.expand_as(x), torch.zeros(1, 2), plan, cond, uncond, 0.5)
     tensor([[4., 4.]])
+    >>> knots = torch.linspace(0, 1, 3)
+    >>> table = lgd.OmegaTable(torch.full((10, 3, 3), 0.5), knots, knots)
+    >>> label = torch.tensor([7])
+    >>> sample(lambda x, t, c: c.expand_as(x), torch.zeros(1, 2), plan, cond, uncond, table, condition=label)
+    tensor([[4., 4.]])
     """
 
     batch, steps = x.shape[0], len(plan)
+    if callable(omega) and uncond is not None:
+        omega = _run_of(omega, condition, cond, plan, x)
     if isinstance(omega, Tensor) and omega.ndim == 2 and omega.shape != (steps, batch):
         raise ValueError(
             f"sample: `omega` has shape {list(omega.shape)}, expected [N, B] = [{steps}, {batch}], a row for each call "
@@ -76,6 +91,47 @@ def sample(
         if callback is not None:
             callback(i, x)
     return x
+
+
+def _run_of(omega: Callable, condition: Tensor | None, cond: Tensor, plan: StepPlan, x: Tensor) -> Tensor:
+    """omega(c, s, t) of every call and sample, `[N, B]`."""
+    batch, steps = x.shape[0], len(plan)
+    if plan.ends is None:
+        raise ValueError(
+            "sample: `plan.ends` is None, expected the times where steps end, which omega(c, s, t) is a function of; "
+            "dataclasses.replace(plan, ends=...) sets them"
+        )
+    c = _condition(omega, cond, batch) if condition is None else condition
+    if c is not None and (not isinstance(c, Tensor) or c.shape[:1] != (batch,)):
+        said = list(c.shape) if isinstance(c, Tensor) else f"a {type(c).__name__}"
+        raise ValueError(f"sample: `condition` is {said}, expected a tensor [B] or [B, E] with B = {batch}")
+    c = None if c is None else c.to(x.device).repeat(steps, *(1,) * (c.ndim - 1))
+    s, t = (times.to(x.device).reshape(steps, -1).expand(steps, batch).flatten() for times in (plan.ends, plan.times))
+    found = omega(c, s, t)
+    if not isinstance(found, Tensor) or found.shape != t.shape:
+        said = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"sample: `omega` returned {said}, expected a tensor {list(t.shape)}, a weight for each of its s and t"
+        )
+    return found.view(steps, batch)
+
+
+def _condition(omega: Callable, cond: Tensor, batch: int) -> Tensor | None:
+    """What omega takes for c where nothing else was given."""
+    table = isinstance(omega, (OmegaTable, TableModule))
+    if table and len(omega.values) == 1:
+        return None
+    if isinstance(cond, Tensor) and cond.shape[:1] == (batch,):
+        labels = cond.ndim == 1 and not cond.is_floating_point() and not cond.is_complex() and cond.dtype != torch.bool
+        if labels or (cond.ndim == 2 and cond.is_floating_point() and not table):
+            return cond
+    if not table and getattr(omega, "classes", None) is None and getattr(omega, "embedding", None) is None:
+        return None
+    said = f"{cond.dtype} {list(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
+    raise TypeError(
+        f"sample: `cond` is {said}, which does not say what c is in omega(c, s, t) of the {type(omega).__name__}; "
+        f"pass condition=..., integers [B] = [{batch}], or vectors [B, E] for a network of embeddings"
+    )
 
 
 def _guided(omega: float | Tensor, steps: int) -> list[bool]:

@@ -1,5 +1,6 @@
 """The sampling loop."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import rules, solvers, testing
+from lgd_kernels.omega.forms import Constant, Interval
+from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.omega.table import TableModule
 from lgd_kernels.sampler import sample
 
 OMEGA = torch.tensor([0.5, 1.5, 3.0])
@@ -40,6 +44,143 @@ def test_is_the_loop(stochastic, rule, generator):
     found = sample(denoiser, x, plan, cond, uncond, OMEGA, rule=rule, seed=7, callback=lambda i, x: seen.append((i, x)))
     assert torch.equal(found, by_hand(x, plan, cond, uncond, OMEGA, 7, rule))
     assert [i for i, _ in seen] == list(range(8)) and torch.equal(seen[-1][1], found)
+
+
+KNOTS = torch.linspace(0, 1, 5)
+LABELS = torch.tensor([3, 0, 2])
+STEPS = {  # (s, t) of every call, by hand, for sigmas or times 4, 2, 1, 0
+    "one_step": (lambda times: solvers.one_step(lgd.EDM(), times, churn=1.0), [(2, 4), (1, 2), (0, 1)]),
+    "one_step, to": (
+        lambda times: solvers.one_step(lgd.EDM(), times[:-1], to=times[:-1] / 4),
+        [(1, 4), (0.5, 2), (0.25, 1)],
+    ),
+    "consistency": (lambda times: solvers.consistency(lgd.EDM(), times), [(2, 4), (1, 2), (0, 1)]),
+    "edm_euler": (solvers.edm_euler, [(2, 4), (1, 2), (0, 1)]),
+    "edm_euler, churn": (
+        lambda times: solvers.edm_euler(times, s_churn=0.75, s_tmax=2.0),  # gamma = 1/4
+        [(2, 4), (1, 2.5), (0, 1.25)],
+    ),
+    "edm_euler, before": (lambda times: solvers.edm_euler(times, s_churn=0.75, after=False), [(2, 4), (1, 2), (0, 1)]),
+    "edm_heun": (solvers.edm_heun, [(2, 4), (1, 2), (1, 2), (0, 1), (0, 1)]),
+    "edm_heun, not to 0": (lambda times: solvers.edm_heun(times[:-1]), [(2, 4), (1, 2), (1, 2), (0, 1)]),
+    "edm_heun, churn": (
+        lambda times: solvers.edm_heun(times, s_churn=0.75),
+        [(2, 5), (1, 2), (1, 2.5), (0, 1), (0, 1.25)],
+    ),
+    "adams_bashforth": (solvers.adams_bashforth, [(2, 4), (1, 2), (0, 1)]),
+    "dpm_solver_2m": (lambda times: solvers.dpm_solver_2m(lgd.EDM(), times), [(2, 4), (1, 2), (0, 1)]),
+    "unipc": (lambda times: solvers.unipc(lgd.EDM(), times), [(2, 4), (1, 2), (0, 1)]),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "of each sample"])
+@pytest.mark.parametrize("solver", STEPS)
+def test_a_function_is_asked_for_every_step(solver, own, generator):
+    """Once, before the loop, at the times by hand; the samples are those of the same weights as a table `[N, B]`."""
+    x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
+    make, by_hand = STEPS[solver]
+    times = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    plan = make(times[:, None].expand(4, 3) if own else times)
+    s, t = (torch.tensor(one, dtype=torch.float64)[:, None].expand(-1, 3) for one in zip(*by_hand, strict=True))
+    calls = []
+
+    def omega(c, s, t):
+        calls.append((c, s, t))
+        return c + s + 2 * t
+
+    found = sample(denoiser, x, plan, cond, uncond, omega, condition=LABELS, seed=1)
+    ((c, *asked),) = calls
+    assert torch.equal(c, LABELS.repeat(len(plan)))
+    torch.testing.assert_close(torch.stack(asked), torch.stack((s.flatten(), t.flatten())), rtol=1e-12, atol=0)
+    assert torch.equal(found, sample(denoiser, x, plan, cond, uncond, LABELS + s + 2 * t, seed=1))
+
+
+def labelled(x, t, c):
+    return torch.tanh(x * (1 - t.to(x.dtype))[:, None] + c[:, None] / 10)
+
+
+OMEGAS = {
+    "table": lgd.OmegaTable(3 * torch.rand(10, 5, 5, generator=torch.Generator().manual_seed(0)), KNOTS, KNOTS),
+    "learned": TableModule(lgd.OmegaTable(torch.rand(10, 5, 5), KNOTS, KNOTS)).requires_grad_(False),
+    "network": OmegaNetwork(lgd.RectifiedFlow(), classes=10).requires_grad_(False),
+    "interval": Interval(1.5, 0.3, 0.7).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", OMEGAS)
+def test_c_is_cond_where_that_is_labels(name, generator):
+    x, omega = testing.sample((3, 30), torch.float32, generator), OMEGAS[name]
+    plan = solvers.dpm_solver_2m(lgd.RectifiedFlow(), TIMES)
+    found = sample(labelled, x, plan, LABELS, torch.full((3,), 10), omega)
+    expected, kept = x, None
+    for i in range(8):
+        t, s = TIMES[i].expand(3), TIMES[i + 1].expand(3)
+        cond, uncond = labelled(expected, t, LABELS), labelled(expected, t, torch.full((3,), 10))
+        expected, kept = plan.step(i, expected, cond, uncond, omega(LABELS, s, t), kept)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_c_where_cond_is_no_label(generator):
+    """A vector for a network of embeddings; nothing where omega does not look at it."""
+    x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
+    plan = solvers.one_step(lgd.RectifiedFlow(), TIMES)
+    run = functools.partial(sample, denoiser, x, plan, cond, uncond)
+    vectors = OmegaNetwork(lgd.RectifiedFlow(), embedding=1).requires_grad_(False)
+    assert torch.equal(run(vectors), run(vectors, condition=cond))
+    assert torch.equal(run(Constant(0.5).requires_grad_(False)), run(torch.full((8, 3), 0.5)))
+    one = lgd.OmegaTable(torch.full((1, 5, 5), 0.5), KNOTS, KNOTS)
+    assert torch.equal(run(one), run(torch.full((8, 3), 0.5)))
+    labels = torch.tensor([5, 6, 7])  # of the denoiser, not of a table with one condition
+    found = sample(labelled, x, plan, labels, 0 * labels, one)
+    assert torch.equal(found, sample(labelled, x, plan, labels, 0 * labels, torch.full((8, 3), 0.5)))
+    for omega in (OMEGAS["table"], OMEGAS["learned"]):
+        with pytest.raises(
+            TypeError, match=r"`cond` is torch.float32 \[3, 1\], .*; pass condition=..., integers \[B\]"
+        ):
+            run(omega)
+        assert run(omega, condition=LABELS).isfinite().all()  # the hint
+    with pytest.raises(TypeError, match="`cond` is a dict, which does not say what c is in .* of the OmegaNetwork"):
+        sample(lambda x, t, c: x, x, plan, {}, {}, OMEGAS["network"])
+
+
+def test_an_omega_of_0_leaves_the_network_out(generator):
+    x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
+    plan, calls = solvers.one_step(lgd.RectifiedFlow(), TIMES), []
+    counted = lambda x, t, c: calls.append(c is uncond) or denoiser(x, t, c)  # noqa: E731
+    sample(counted, x, plan, cond, uncond, Interval(2.0, 0.3, 0.7).requires_grad_(False))
+    assert sum(calls) == int(((plan.times > 0.3) & (plan.times <= 0.7)).sum()) == 3 and len(calls) == 11
+
+
+def test_gradient_of_a_table_that_was_looked_up(generator):
+    x, (cond, uncond) = testing.sample((3, 30), torch.float64, generator), conditions(generator)
+    plan = solvers.one_step(lgd.RectifiedFlow(), TIMES)
+    values = torch.rand(4, 5, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    table = lgd.OmegaTable(values, KNOTS, KNOTS)
+    run = functools.partial(sample, denoiser, x, plan, cond.double(), uncond.double())
+    (found,) = torch.autograd.grad(run(table, condition=LABELS).sum(), values)
+    ends = TIMES[1:, None].expand(8, 3).flatten()
+    rows = table(LABELS.repeat(8), ends, TIMES[:-1, None].expand(8, 3).flatten()).view(8, 3)
+    (expected,) = torch.autograd.grad(run(rows).sum(), values)
+    assert torch.equal(found, expected) and expected.abs().sum() > 0
+
+
+def test_refuses_functions(generator):
+    x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
+    plan = solvers.one_step(lgd.RectifiedFlow(), TIMES)
+    run = functools.partial(sample, denoiser, x, plan, cond, uncond)
+    with pytest.raises(ValueError, match=r"`condition` is \[2\], expected a tensor \[B\] or \[B, E\] with B = 3"):
+        run(OMEGAS["table"], condition=LABELS[:2])
+    with pytest.raises(ValueError, match=r"`condition` is a int, expected a tensor"):
+        run(OMEGAS["table"], condition=3)
+    with pytest.raises(ValueError, match=r"`omega` returned \[8, 3\], expected a tensor \[24\]"):
+        run(lambda c, s, t: torch.ones(8, 3))
+    with pytest.raises(ValueError, match=r"`omega` returned a float, expected a tensor"):
+        run(lambda c, s, t: 0.5)
+    by_hand = solvers.StepPlan(plan.times, plan.table)
+    with pytest.raises(ValueError, match=r"`plan.ends` is None.*replace\(plan, ends=...\) sets them"):
+        sample(denoiser, x, by_hand, cond, uncond, OMEGAS["table"], condition=LABELS)
+    again = sample(denoiser, x, dataclasses.replace(by_hand, ends=plan.ends), cond, uncond, OMEGAS["interval"])
+    assert torch.equal(again, run(OMEGAS["interval"]))
 
 
 def test_a_limited_interval_leaves_the_network_out(generator):
