@@ -147,10 +147,12 @@ def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: 
             )
         batch = like.shape[0]
         if value.ndim != 1 or value.shape[0] != batch:
-            remedy = "flatten()" if value.numel() == batch else f"expand({batch}) shares one"
+            remedy = f"; {name}.flatten()" if value.numel() == batch else ""
+            if value.numel() == 1 != batch:
+                remedy = f"; {name}.{'flatten().' if value.ndim > 1 else ''}expand({batch}) shares one"
             raise ValueError(
                 f"{op}: `{name}` has shape {list(value.shape)}, expected [B] = [{batch}], one for each sample of "
-                f"`{like_name}`; {name}.{remedy}"
+                f"`{like_name}`{remedy}"
             )
         _device(op, name, value, like_name, like)
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
@@ -292,13 +294,13 @@ def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tens
 def particles(op: str, name: str, tensor: Tensor) -> None:
     """`[B, m, ...]` with m at least 1."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, m, ...], or Renoise or Expected"
-        )
+        hint = ", or Renoise or Expected" if name == "target" else ""
+        raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, m, ...]{hint}")
     if tensor.ndim < 2 or tensor.shape[1] == 0:
+        hint = f"; {name}.unsqueeze(1) makes one of each sample" if tensor.ndim == 1 else ""
         raise ValueError(
             f"{op}: `{name}` has shape {list(tensor.shape)}, expected [B, m, ...] with one particle or more for each "
-            f"item; {name}.unsqueeze(1) makes one of each sample"
+            f"item{hint}"
         )
 
 

@@ -255,7 +255,7 @@ def _safetensors():
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("omega is kept in safetensors files: pip install 'lgd_kernels[safetensors]'") from error
+        raise ImportError("omega is kept in safetensors files: pip install safetensors") from error
     return safetensors
 
 

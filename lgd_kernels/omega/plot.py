@@ -49,8 +49,9 @@ def draw(
 
 
 def heat(panel: Any, values: Tensor, title: str, top: float, ends: tuple[float, float] = (0.0, 1.0)) -> Any:
-    """One panel: omega `[s, t]` on an even grid from `ends[0]` to `ends[1]`, blank where s >= t. `panel` is matplotlib's Axes;
-    returns the image in it."""
+    """One panel: omega `[s, t]` on an even grid from `ends[0]` to `ends[1]`, blank where s >= t.
+
+    `panel` is matplotlib's Axes; returns the image in it."""
     values = torch.as_tensor(values)
     step = torch.ones_like(values, dtype=torch.bool).triu(1)
     sheet = torch.where(step, values, math.nan).numpy()

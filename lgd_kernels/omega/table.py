@@ -94,7 +94,8 @@ class OmegaTable:
         for name, tensor in (("c", c), ("s", s), ("t", t)):
             if tensor.device != self.values.device:
                 raise ValueError(
-                    f"OmegaTable.at: `{name}` is on {tensor.device}, expected {self.values.device} like `values`"
+                    f"OmegaTable.at: `{name}` is on {tensor.device}, expected {self.values.device} like `values`; "
+                    "table.to(...) moves the table"
                 )
         if readable(c) and (int(c.min()) < 0 or int(c.max()) >= self.values.shape[0]):
             raise ValueError(

@@ -33,9 +33,11 @@ def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
         if tensor.dtype not in DATA_DTYPES:
             raise TypeError(f"{OP}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
         if tensor.ndim < leading or (tensor.shape[leading - 1] == 0 and not part):
+            other = 0 if batched else 1
+            hint = f"; batched={not batched} if the samples are along the {('first', 'second')[other]} dimension"
+            hint = hint if tensor.ndim > other and tensor.shape[other] else ""
             raise ValueError(
-                f"{OP}: `{name}` has shape {list(tensor.shape)}, expected {said} with one sample or more; "
-                f"batched={not batched} if the samples are along the {'first' if batched else 'second'} dimension"
+                f"{OP}: `{name}` has shape {list(tensor.shape)}, expected {said} with one sample or more{hint}"
             )
     if y.shape[leading:] != x.shape[leading:] or y.shape[: leading - 1] != x.shape[: leading - 1]:
         expected = [*x.shape[: leading - 1], "k", *x.shape[leading:]]
@@ -73,7 +75,7 @@ def options(beta, lam, unbiased, kernel, target_term, precision) -> None:
             raise TypeError(f"{OP}: `{name}` is a {type(value).__name__}, expected True or False")
     if kernel is not None and beta != 1.0:
         raise ValueError(
-            f"{OP}: `beta` is {beta} beside a `kernel`; pass kernel=Energy({beta}) or leave out one of them"
+            f"{OP}: `beta` is {beta} beside a `kernel`; leave out one of them: beta={beta} is kernel=Energy({beta})"
         )
     power(OP, kernel.beta if isinstance(kernel, Energy) else beta, lam, False, 2)
     if kernel is not None:
