@@ -294,3 +294,18 @@ def test_steps_that_are_refused():
         ours.step(x, ours.timesteps[5], x)
     with pytest.raises(ValueError, match="set_timesteps"):
         FusedScheduler(diffusers.EulerDiscreteScheduler()).step(x, 1.0, x)
+
+
+def test_hints_for_a_timestep_that_is_not_the_next():
+    """What the message says to do works."""
+    scheduler, x = FusedScheduler(diffusers.EulerDiscreteScheduler()), torch.randn(2, 3)
+    scheduler.set_timesteps(5)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match=r"set_timesteps\(n\) starts anew, and set_begin_index\(k\) right after it at"):
+        scheduler.step(x, scheduler.timesteps[3], x)
+    scheduler.step(x, scheduler.timesteps[[3, 3]], x)  # a timestep [B]
+    scheduler.set_timesteps(5)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(3)
+    scheduler.step(x, scheduler.timesteps[3], x)

@@ -237,7 +237,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         if float(timestep) != wanted:
             raise ValueError(
                 f"FusedScheduler: `timestep` is {float(timestep)}, expected {wanted}, step {index} of this run; "
-                "set_begin_index(n) begins elsewhere, a timestep [B] goes anywhere, set_timesteps(n) starts anew"
+                "set_timesteps(n) starts anew, and set_begin_index(k) right after it at step k; for two samples or more "
+                "a timestep [B] goes anywhere"
             )
 
     def _noise(self, eta: float, index: Tensor, sample: Tensor, prediction: Tensor, generator, noise) -> dict:
