@@ -13,11 +13,13 @@ import importlib.util
 import operator
 import os
 import pkgutil
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+Impl = Literal["cuda", "triton", "cpu", "reference"]
+NAMES = get_args(Impl)
 # The automatic choice, by device; other devices run the reference. Triton goes before CUDA: neither has been timed on a
 # GPU yet, and Triton's kernels have at least run, in its interpreter.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -30,7 +32,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _given = functools.partial(operator.is_not, None)
 
 
-def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
+def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, ...]:
     """The implementations of `op` that run on `device` for float32 tensors, the automatic choice first.
 
     The device itself is not looked for: asked about "cuda", this says what would run there.
@@ -45,7 +47,7 @@ def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[str, .
     return tuple(impl for impl in (*order, *rest) if not _reasons(op, impl, device, (torch.float32,)))
 
 
-def why_not(op: str, impl: str, *tensors: Tensor, device: torch.device | str | None = None) -> list[str]:
+def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | None = None) -> list[str]:
     """Every reason why `impl` of `op` cannot run on these tensors (or on `device`), in words; [] if it can.
 
     >>> import torch, lgd_kernels as lgd

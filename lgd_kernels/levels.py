@@ -6,12 +6,13 @@ coefficients of a step. `csrc/common/levels.h` and `triton_common.py` compute th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-PREDICTIONS = ("x0", "eps", "v", "flow")  # the position is the code that the kernels receive
+Prediction = Literal["x0", "eps", "v", "flow"]
+PREDICTIONS = get_args(Prediction)  # the position is the code that the kernels receive
 
 
 class Levels(NamedTuple):

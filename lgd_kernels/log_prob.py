@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lgd_kernels import checks, impls
 from lgd_kernels.arguments import requires_grad
-from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, omega_at, step_coefficients
+from lgd_kernels.impls import Impl
+from lgd_kernels.levels import Levels, OmegaLookup, Prediction, arithmetic_dtype, omega_at, step_coefficients
 from lgd_kernels.ops.combine.api import combine
 
 
@@ -21,13 +23,13 @@ def step_with_log_prob(
     levels: Levels,
     *,
     x_s: Tensor | None = None,
-    prediction: str = "x0",
+    prediction: Prediction = "x0",
     churn: float | Tensor = 1.0,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
-    reduction: str = "sum",
-    impl: str | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(x_s, log p(x_s | x, g))`: one guided step with churn, and its log density for each sample.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lgd_kernels import pairs
 from lgd_kernels import progress as reports
 from lgd_kernels.checks import count
+from lgd_kernels.impls import Impl
 from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.energy_mmd import checks
 from lgd_kernels.ops.energy_mmd.api import energy_mmd
@@ -32,7 +33,7 @@ def energy_distance(
     y_weights: Tensor | None = None,
     batched: bool = False,
     progress: bool | reports.Report | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """2 E ||x - y||^beta - E ||x - x'||^beta - E ||y - y'||^beta: twice `energy_mmd`, whose arguments these are.
 

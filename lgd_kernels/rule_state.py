@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import checks
-from lgd_kernels.levels import Levels, step_coefficients
+from lgd_kernels.impls import Impl
+from lgd_kernels.levels import Levels, Prediction, step_coefficients
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.rules import Guidance, Number, Pair, Rule
 
@@ -40,7 +41,7 @@ class Momentum:
     def reset(self) -> None:
         self.running = None
 
-    def difference(self, cond: Tensor, uncond: Tensor, impl: str | None = None) -> Tensor:
+    def difference(self, cond: Tensor, uncond: Tensor, impl: Impl | None = None) -> Tensor:
         """The new running difference, shaped like cond."""
 
         if self.running is None:
@@ -103,8 +104,8 @@ class Feedback:
         cond: Tensor,
         uncond: Tensor,
         levels: Levels,
-        prediction: str = "x0",
-        impl: str | None = None,
+        prediction: Prediction = "x0",
+        impl: Impl | None = None,
     ) -> None:
         """After a step from x at t to x_s at s."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels.impls import Impl
 from lgd_kernels.levels import OmegaLookup
 from lgd_kernels.omega.table import OmegaTable, TableModule
 from lgd_kernels.ops.combine.api import combine
@@ -27,7 +28,7 @@ def sample(
     seed: int | Tensor | None = None,
     first_sample: int = 0,
     callback: Callable[[int, Tensor], None] | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Runs a plan from x to the data: `for t in plan.times: x = step(x, denoiser(x, t, cond), denoiser(x, t, uncond))`.
 

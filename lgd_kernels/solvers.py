@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lgd_kernels import checks, plan_checks, step_rows
 from lgd_kernels import plan_tables as tables
+from lgd_kernels.impls import Impl
 from lgd_kernels.levels import (
     Levels,
     OmegaLookup,
+    Prediction,
     arithmetic_dtype,
     kind,
     omega_at,
@@ -105,7 +108,7 @@ class StepPlan:
         seed: int | Tensor | None = None,
         first_sample: int = 0,
         rule: Rule | None = None,
-        impl: str | None = None,
+        impl: Impl | None = None,
     ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
         """One step: `(x, kept)` after call `index` of the network. One pass, without a rule that takes moments.
 
@@ -199,7 +202,7 @@ def one_step(
     times: Tensor,
     *,
     to: Tensor | None = None,
-    prediction: str = "x0",
+    prediction: Prediction = "x0",
     churn: float | Tensor = 0.0,
 ) -> StepPlan:
     """The step of `guided_step`, at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and for EDM,
@@ -220,7 +223,7 @@ def one_step(
     return _plan("one_step", at, ends, tables.output(a, b, z=v))
 
 
-def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") -> StepPlan:
+def consistency(schedule: Schedule, times: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
     """To the data and back: `x_s = signal_s x0(x, g) + noise_s z`, the step in which nothing of x stays (h = 0), as
     consistency models and LCM take it. Source: arXiv 2303.01469, Algorithm 1; 2310.04378."""
     levels = _levels("consistency", schedule, times, prediction)
@@ -229,7 +232,7 @@ def consistency(schedule: Schedule, times: Tensor, *, prediction: str = "x0") ->
     return _plan("consistency", times[:-1], times[1:], table)
 
 
-def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **churning) -> StepPlan:
+def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = True, **churning) -> StepPlan:
     """Euler with added noise, for sigmas `[N + 1]` that end at 0: up to sigma_hat = sigma (1 + gamma), then down.
 
     Args:
@@ -247,7 +250,7 @@ def edm_euler(sigmas: Tensor, *, prediction: str = "x0", after: bool = True, **c
     return _plan("edm_euler", raised, sigmas[1:], tables.output(a, b, z=tables.late(added)), tables.first_noise(added))
 
 
-def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
+def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning) -> StepPlan:
     """Heun's method, for sigmas `[N + 1]`: 2 N - 1 calls where they end at 0, else 2 N. `churning` as in `edm_euler`.
 
         d = (x - x0(x)) / sigma_hat;   x' = x + (s - sigma_hat) d;   x <- x + (s - sigma_hat) (d + d') / 2
@@ -271,7 +274,7 @@ def edm_heun(sigmas: Tensor, *, prediction: str = "x0", **churning) -> StepPlan:
     return _plan("edm_heun", times[calls], after[calls], table[calls], tables.first_noise(added))
 
 
-def adams_bashforth(sigmas: Tensor, *, prediction: str = "x0") -> StepPlan:
+def adams_bashforth(sigmas: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
     """Second order in sigma, one call a step; the first step is Euler's. Kept is the slope d.
 
         x <- x + h ((1 + h / (2 h')) d - h / (2 h') d'),   h' and d' the step before
@@ -293,7 +296,7 @@ def dpm_solver_2m(
     schedule: Schedule,
     times: Tensor,
     *,
-    prediction: str = "x0",
+    prediction: Prediction = "x0",
     stochastic: bool = False,
     first_order: Tensor | None = None,
 ) -> StepPlan:
@@ -319,8 +322,8 @@ def unipc(
     schedule: Schedule,
     times: Tensor,
     *,
-    prediction: str = "x0",
-    variant: str = "bh2",
+    prediction: Prediction = "x0",
+    variant: Literal["bh1", "bh2"] = "bh2",
     first_order: Tensor | None = None,
 ) -> StepPlan:
     """UniPC of order 2, which predicts x0: its corrector is folded into the step after, so a step is one combine.

@@ -16,6 +16,7 @@ leaves the unconditional call out, unless disable_cfg1_optimization is set, as h
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
@@ -45,7 +46,9 @@ class CFGFunction:
     The sampler's cfg does not enter.
     """
 
-    def __init__(self, table, condition: int = 0, strength: float = 1.0, times: str = "sigma") -> None:
+    def __init__(
+        self, table, condition: int = 0, strength: float = 1.0, times: Literal["sigma", "timestep"] = "sigma"
+    ) -> None:
         if times not in TIMES:
             raise ValueError(f"LearnedGuidance: `times` is {times!r}, expected one of {', '.join(TIMES)}")
         if not 0 <= condition < table.values.shape[0]:

@@ -18,6 +18,7 @@ from torch import Tensor
 import lgd_kernels as lgd
 from lgd_kernels import rules
 from lgd_kernels.checks import readable
+from lgd_kernels.impls import Impl
 from lgd_kernels.integrations.diffusers_plans import times_of
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
 from lgd_kernels.rules import Rule
@@ -69,7 +70,7 @@ class LearnedGuidance(BaseGuidance):
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
-        impl: str | None = None,
+        impl: Impl | None = None,
     ) -> None:
         super().__init__(start, stop, enabled)
         number = float(omega) if isinstance(omega, (int, float)) else None

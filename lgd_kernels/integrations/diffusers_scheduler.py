@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lgd_kernels.checks import readable
+from lgd_kernels.impls import Impl
 from lgd_kernels.integrations import diffusers_plans as plans
 from lgd_kernels.levels import OmegaLookup, arithmetic_dtype
 from lgd_kernels.rules import Rule
@@ -146,7 +147,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         uncond: Tensor | None = None,
         omega: float | Tensor | OmegaLookup = 0.0,
         rule: Rule | None = None,
-        impl: str | None = None,
+        impl: Impl | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The next sample, in the dtype of `sample`.
 
@@ -237,8 +238,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         if float(timestep) != wanted:
             raise ValueError(
                 f"FusedScheduler: `timestep` is {float(timestep)}, expected {wanted}, step {index} of this run; "
-                "set_timesteps(n) starts anew, and set_begin_index(k) right after it at step k; for two samples or more "
-                "a timestep [B] goes anywhere"
+                "set_timesteps(n) starts anew, and set_begin_index(k) right after it at step k; for two samples or "
+                "more a timestep [B] goes anywhere"
             )
 
     def _noise(self, eta: float, index: Tensor, sample: Tensor, prediction: Tensor, generator, noise) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import lgd_kernels as lgd
 from lgd_kernels import plan_checks, solvers
+from lgd_kernels.impls import Impl
 from lgd_kernels.rules import Rule
 from lgd_kernels.sampler import seed_of
 from lgd_kernels.schedules import EDM
@@ -49,7 +50,7 @@ class GuidedDenoiser:
         sigmas: Tensor | None = None,
         *,
         rule: Rule | None = None,
-        impl: str | None = None,
+        impl: Impl | None = None,
     ) -> None:
         if callable(omega) and not isinstance(omega, Tensor) and sigmas is None:
             raise ValueError("GuidedDenoiser: `sigmas` is None, expected those of the run: omega(c, s, t) asks for s")

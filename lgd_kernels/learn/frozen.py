@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels import checks
+from lgd_kernels.levels import Prediction
 from lgd_kernels.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, ...], t [N], condition [N, ...]) -> prediction [N, ...]
@@ -38,7 +39,7 @@ class Frozen:
         self,
         denoiser: Denoiser,
         schedule: Schedule,
-        prediction: str = "x0",
+        prediction: Prediction = "x0",
         null: int | Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not callable(denoiser):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lgd_kernels.impls import Impl
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.levels import Levels, OmegaLookup
 from lgd_kernels.ops.guided_energy.api import guided_energy
@@ -24,7 +25,7 @@ def self_consistency_loss(
     churn: float = 1.0,
     targets: int | None = None,
     unbiased: bool = True,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """The paper's loss: the energy of m guided particles against k targets, `signal_s x0 + noise_s z` each.
 
@@ -58,7 +59,7 @@ def self_consistency_loss(
 
 
 def l2_loss(
-    particles: Particles, omega: float | Tensor | OmegaLookup, *, churn: float = 1.0, impl: str | None = None
+    particles: Particles, omega: float | Tensor | OmegaLookup, *, churn: float = 1.0, impl: Impl | None = None
 ) -> Tensor:
     """The least-squares variant, beta = 2 and lam = 0, with the targets' noise integrated out.
 
@@ -83,7 +84,7 @@ def l2_loss(
 
 
 def guided_score_matching_loss(
-    particles: Particles, omega: float | Tensor | OmegaLookup, *, impl: str | None = None
+    particles: Particles, omega: float | Tensor | OmegaLookup, *, impl: Impl | None = None
 ) -> Tensor:
     """For study, **not to train with**: how far the guided prediction is from the data, `1/m sum_j ||x0 - g^j||^2`.
 

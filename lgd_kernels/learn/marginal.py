@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed
 
 from lgd_kernels import checks
+from lgd_kernels.impls import Impl
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, per_sample
 from lgd_kernels.ops.energy_mmd.api import energy_mmd
@@ -26,7 +27,7 @@ def marginal_loss(
     targets: int | None = None,
     unbiased: bool = True,
     process_group: distributed.ProcessGroup | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """The energy between all guided particles of a group of items and all of their targets, one value for each group.
 
@@ -88,7 +89,7 @@ def marginal_loss(
     )  # fmt: skip
 
 
-def _guided(particles: Particles, omega: float | Tensor | OmegaLookup, churn: float, impl: str | None) -> Tensor:
+def _guided(particles: Particles, omega: float | Tensor | OmegaLookup, churn: float, impl: Impl | None) -> Tensor:
     """x_s `[B, m, ...]`, not rounded to a half."""
     x_t, m = particles.x_t, particles.x_t.shape[1]
     levels = Levels(*(level.repeat_interleave(m) for level in particles.levels))

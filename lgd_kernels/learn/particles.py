@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import checks
+from lgd_kernels.impls import Impl
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.levels import Levels, per_sample
+from lgd_kernels.levels import Levels, Prediction, per_sample
 from lgd_kernels.ops.guided_energy.api import guided_energy_curve
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.ops.guided_energy.targets import Renoise
@@ -38,7 +39,7 @@ class Particles(NamedTuple):
     x_t: Tensor  # [B, m, ...], like the predictions
     cond: Tensor
     uncond: Tensor
-    prediction: str
+    prediction: Prediction
     seed: int | Tensor
     first_sample: int = 0  # index of the first item in the whole batch, where that is split over processes
 
@@ -119,7 +120,9 @@ def draw(
     )
 
 
-def curve(particles: Particles, churn: float = 1.0, targets: int | None = None, impl: str | None = None) -> EnergyCurve:
+def curve(
+    particles: Particles, churn: float = 1.0, targets: int | None = None, impl: Impl | None = None
+) -> EnergyCurve:
     """The self-consistency loss of each item at every omega, beta and lam, from one pass over the particles.
 
     Args:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels.impls import Impl
 from lgd_kernels.learn.losses import self_consistency_loss, to_data
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.levels import Levels, OmegaLookup, omega_at
@@ -23,7 +24,7 @@ Loss = Callable[[Particles, Tensor], Tensor]  # (particles, omega [B]) -> [B]
 
 
 def reward_loss(
-    particles: Particles, omega: float | Tensor | OmegaLookup, reward: Reward, *, impl: str | None = None
+    particles: Particles, omega: float | Tensor | OmegaLookup, reward: Reward, *, impl: Impl | None = None
 ) -> Tensor:
     """`-1/m sum_j R(g^j, c)` for each item, `[B]`, for a reward that PyTorch can differentiate.
 
@@ -45,7 +46,7 @@ def reward_loss(
 
 
 def black_box_reward_loss(
-    particles: Particles, omega: Tensor, reward: Reward, *, sigma: float = 0.2, impl: str | None = None
+    particles: Particles, omega: Tensor, reward: Reward, *, sigma: float = 0.2, impl: Impl | None = None
 ) -> Tensor:
     """The same for a reward that can only be evaluated: one call for each particle, and its slope by a score function.
 
@@ -124,7 +125,7 @@ def _each(values: Tensor, particles: Particles) -> Tensor:
     return values.repeat_interleave(particles.x_t.shape[1], 0)
 
 
-def _rewards(particles: Particles, omega: Tensor, reward: Reward, impl: str | None) -> Tensor:
+def _rewards(particles: Particles, omega: Tensor, reward: Reward, impl: Impl | None) -> Tensor:
     """R of each particle `[B, m]`, guided by weights `[B m]`: the step from t to the data is the guided prediction."""
     x, cond, uncond = (data.flatten(0, 1) for data in (particles.x_t, particles.cond, particles.uncond))
     levels = Levels(*(_each(level, particles) for level in to_data(particles.levels)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgd_kernels import checks
 from lgd_kernels.columns import Column, flat, triangle
+from lgd_kernels.impls import Impl
 from lgd_kernels.ops.combine import op
 
 
@@ -34,7 +35,7 @@ def combine(
     clamp: tuple[float | None, float | None] | None = None,
     moments: bool = False,
     written: int | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, ...] | Combined:
     """A linear combination for each sample, with noise drawn on the way; or several of them from one read.
 

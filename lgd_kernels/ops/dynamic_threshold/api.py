@@ -7,11 +7,12 @@ import math
 from torch import Tensor
 
 from lgd_kernels import checks
+from lgd_kernels.impls import Impl
 from lgd_kernels.ops.dynamic_threshold import op
 
 
 def dynamic_threshold(
-    x0: Tensor, *, quantile: float = 0.995, max_value: float = math.inf, impl: str | None = None
+    x0: Tensor, *, quantile: float = 0.995, max_value: float = math.inf, impl: Impl | None = None
 ) -> Tensor:
     """Dynamic thresholding: each sample clipped to a quantile of its own magnitudes, and divided by it.
 

@@ -6,6 +6,7 @@ from torch import Tensor, distributed
 
 from lgd_kernels import impls
 from lgd_kernels import progress as reports
+from lgd_kernels.impls import Impl
 from lgd_kernels.ops.energy_mmd import checks, op, pieces, sharded
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Kernel, split_kernel
 
@@ -22,10 +23,10 @@ def energy_mmd(
     y_weights: Tensor | None = None,
     target_term: bool = True,
     batched: bool = False,
-    precision: str | None = None,
+    precision: checks.Precision | None = None,
     group: distributed.ProcessGroup | None = None,
     progress: bool | reports.Report | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """How far apart two laws are, seen from samples x and y of them; the matrix of distances is never stored.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -10,7 +11,8 @@ from lgd_kernels.checks import DATA_DTYPES, power, readable, smallest
 from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomial, RationalQuadratic
 
 OP = "energy_mmd"
-PRECISIONS = ("direct", "product")
+Precision = Literal["direct", "product"]
+PRECISIONS = get_args(Precision)
 
 
 def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, part=False) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lgd_kernels import checks
-from lgd_kernels.levels import Levels, OmegaLookup
+from lgd_kernels.impls import Impl
+from lgd_kernels.levels import Levels, OmegaLookup, Prediction
 from lgd_kernels.ops.guided_energy import op
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
@@ -19,7 +20,7 @@ def guided_energy(
     levels: Levels,
     target: Tensor | Renoise | Expected,
     *,
-    prediction: str = "x0",
+    prediction: Prediction = "x0",
     churn: float | Tensor = 0.0,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
@@ -27,7 +28,7 @@ def guided_energy(
     beta: float = 1.75,
     lam: float = 1.0,
     unbiased: bool = True,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Guide m particles of each item from t to s and measure their energy against k targets, in one pass over memory.
 
@@ -91,12 +92,12 @@ def guided_energy_curve(
     levels: Levels,
     target: Tensor | Renoise,
     *,
-    prediction: str = "x0",
+    prediction: Prediction = "x0",
     churn: float | Tensor = 0.0,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> EnergyCurve:
     """`guided_energy` as a function of omega, for every omega, beta and lam, from one pass over the data.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lgd_kernels import checks
+from lgd_kernels.impls import Impl
 from lgd_kernels.levels import OmegaLookup
 from lgd_kernels.ops.guided_score import op
 from lgd_kernels.rules import Rule
@@ -16,7 +17,7 @@ def guided_score(
     omega: float | Tensor | OmegaLookup,
     *,
     rule: Rule | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Classifier-free guidance with one weight for each sample, in a single pass over memory.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from lgd_kernels import checks
-from lgd_kernels.levels import Levels, OmegaLookup
+from lgd_kernels.impls import Impl
+from lgd_kernels.levels import Levels, OmegaLookup, Prediction
 from lgd_kernels.ops.guided_step import op
 from lgd_kernels.rules import Rule
 
@@ -17,14 +20,14 @@ def guided_step(
     omega: float | Tensor | OmegaLookup,
     levels: Levels,
     *,
-    prediction: str = "x0",
+    prediction: Prediction = "x0",
     churn: float | Tensor = 0.0,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
     rule: Rule | None = None,
-    rule_space: str = "prediction",
-    impl: str | None = None,
+    rule_space: Literal["prediction", "x0"] = "prediction",
+    impl: Impl | None = None,
 ) -> Tensor:
     """One guided denoising step from t to s, in a single pass over memory and one launch.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgd_kernels import checks
 from lgd_kernels.columns import Column, every_pair, flat
+from lgd_kernels.impls import Impl
 from lgd_kernels.ops.moments import op
 
 
@@ -53,7 +54,7 @@ def moments(
     *,
     columns: Sequence[Column] | None = None,
     centred: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Moments | CentredMoments:
     """Inner products and sums over each sample, of several tensors and of differences of them, in one read.
 

@@ -1,0 +1,47 @@
+"""Choices in signatures are Literal types: an editor offers them, and a type checker sees a wrong one."""
+
+import inspect
+import typing
+
+import pytest
+
+import lgd_kernels as lgd
+from lgd_kernels import impls, learn, log_prob, metrics, sampler, solvers
+from lgd_kernels.integrations import k_diffusion
+from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.rule_state import Feedback
+
+CHOICES = {
+    "impl": impls.NAMES,
+    "precision": ("direct", "product"),
+    "prediction": PREDICTIONS,
+    "reduction": ("sum", "mean"),
+    "rule_space": ("prediction", "x0"),
+    "variant": ("bh1", "bh2"),
+}
+PUBLIC = [getattr(owner, name) for owner in (lgd, learn) for name in owner.__all__]
+PUBLIC += [solvers.StepPlan.step, k_diffusion.GuidedDenoiser, Feedback, *vars(Feedback).values()]
+for module in (solvers, sampler, log_prob, metrics):
+    own = (value for name, value in vars(module).items() if not name.startswith("_"))
+    PUBLIC += [value for value in own if getattr(value, "__module__", None) == module.__name__]
+CASES = {
+    f"{function.__qualname__}({name})": (function, name)
+    for function in PUBLIC
+    if inspect.isfunction(function) or (inspect.isclass(function) and not issubclass(function, Exception))
+    for name in inspect.signature(function).parameters
+    if name in CHOICES
+}
+
+
+def test_this_file_sees_the_choices():
+    assert {name for _, name in CASES.values()} == CHOICES.keys() and len(CASES) > 25
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_choices_are_literal(case):
+    function, name = CASES[case]
+    owner = function.__init__ if inspect.isclass(function) and "__init__" in vars(function) else function
+    hint = typing.get_type_hints(owner)[name]
+    literals = [one for one in (hint, *typing.get_args(hint)) if typing.get_origin(one) is typing.Literal]
+    assert [typing.get_args(one) for one in literals] == [CHOICES[name]]
+    assert str not in typing.get_args(hint)
