@@ -315,6 +315,26 @@ def test_writes_under_a_name_that_nobody_guesses(tmp_path, monkeypatch):
     assert names[0] != names[1] and str(os.getpid()) not in names[0][1:8] and os.listdir(tmp_path) == []
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'.*nowhere/omega'"):
+        save(tmp_path / "nowhere" / "omega", Constant(1.0))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="'.*/folder'"):
+        save(tmp_path / "folder", Constant(1.0))
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == []
+
+
+def test_files_have_the_cpu_for_their_device(tmp_path):
+    """Whatever device new tensors get elsewhere."""
+    save(tmp_path / "omega", everything()["table"], lgd.EDM())
+    torch.set_default_device("meta")
+    try:
+        again = load(tmp_path / "omega")
+    finally:
+        torch.set_default_device(None)
+    assert again.values.device.type == again.s_knots.device.type == "cpu"
+
+
 def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
     save(tmp_path / "omega", Constant(1.0))
     (tmp_path / "plain").touch()

@@ -172,10 +172,10 @@ def schedule_of(description: dict) -> Schedule:
         raise ValueError(f"the schedule is {name}, expected one of {', '.join(SCHEDULES)}")
     if name == "Discrete":
         dtype, values = settings["alphas_cumprod"]
-        settings["alphas_cumprod"] = torch.tensor(values, dtype=_dtype(dtype))
+        settings["alphas_cumprod"] = torch.tensor(values, dtype=_dtype(dtype), device="cpu")
         settings["dtype"] = _dtype(settings["dtype"])
     schedule = SCHEDULES[name](**settings)
-    times = schedule.from_unit(torch.linspace(0, 1, 1025, dtype=torch.float64))
+    times = schedule.from_unit(torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu"))
     rises = bool((times.diff() > 0).all()) or name == "Discrete"  # a short table rounds times together
     signal, noise = (level.double() for level in schedule.signal_noise(times))
     slack = 1e-12 * noise[-1]  # where levels saturate, rounding is not monotone

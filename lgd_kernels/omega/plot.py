@@ -35,7 +35,7 @@ def draw(
     i, j = torch.triu_indices(POINTS, POINTS, 1, device=conditions.device)  # s < t
     s, t = (grid[k] if schedule is None else schedule.from_unit(grid[k]) for k in (i, j))
     shown = conditions[:SHOWN]
-    sheets = torch.full((len(shown), POINTS, POINTS), math.nan)  # [C, s, t]
+    sheets = torch.full((len(shown), POINTS, POINTS), math.nan, device="cpu")  # [C, s, t]
     for sheet, c in zip(sheets, shown, strict=True):
         sheet[i.cpu(), j.cpu()] = omega(c[None].expand(len(s), *c.shape), s, t).float().cpu()
     figure = Figure(figsize=(2.4 * len(shown) + 1, 2.8), layout="constrained")

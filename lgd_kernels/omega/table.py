@@ -135,9 +135,10 @@ class OmegaTable:
         moved.s_knots, moved.t_knots = (knots.to(values.device) for knots in (self.s_knots, self.t_knots))
         return moved
 
-    def save(self, path: str | os.PathLike, schedule: Schedule) -> None:
-        """Write the table to a safetensors file; `lgd_kernels.omega.files.load` reads it. `schedule`: whose times the
-        knots are.
+    def save(self, path: str | os.PathLike, schedule: Schedule | None = None) -> None:
+        """Write the table to a safetensors file, as `lgd_kernels.omega.files.save` does; `load` there reads it.
+
+        `schedule` is the one whose times the knots are.
 
         >>> import tempfile, torch, lgd_kernels as lgd
         >>> from lgd_kernels.omega.files import load
