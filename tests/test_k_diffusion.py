@@ -1,5 +1,7 @@
 """k-diffusion's samplers against their formulas, step by step in float64 as the papers and its code state them."""
 
+import math
+
 import pytest
 import torch
 
@@ -155,46 +157,128 @@ def test_randn_is_drawn_by_default():
     assert torch.equal(found, expected)
 
 
-def conditional(x, sigma, c):
-    return model(x, sigma, c.view(-1, 1, 1, 1))
+@pytest.mark.parametrize("name", [name for name in dir(k) if name.startswith("sample_")])
+def test_samplers_run_without_grad_unless_asked(name):
+    """As k-diffusion's are decorated; with grad=True what is set around the call holds."""
+    weight, sampler, seen = torch.ones((), requires_grad=True), getattr(k, name), []
+
+    def learned(x, sigma):
+        seen.append(torch.is_grad_enabled())
+        return weight * model(x, sigma)
+
+    assert not sampler(learned, noise(), sigmas_of(3)).requires_grad and not any(seen)
+    assert torch.is_grad_enabled()
+    sampler(learned, noise(), sigmas_of(3), grad=True).sum().backward()
+    assert weight.grad != 0
+    with torch.no_grad():
+        assert not sampler(learned, noise(), sigmas_of(3), grad=True).requires_grad
 
 
-@pytest.mark.parametrize("kind", ["number", "each", "function", "table"])
-def test_the_guided_denoiser(kind):
-    """x0 by x0, omega at the sigmas of the step."""
-    sigmas, labels = sigmas_of(6), torch.tensor([2, 0, 1])
-    knots = torch.linspace(0, 11, 5)
-    table = lgd.OmegaTable(torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0)), knots, knots)
-    asked = []
-
-    def omega(c, s, t):
-        asked.append((s, t))
-        return c + s - t
-
-    given = {"number": 1.5, "each": torch.tensor([0.0, 1.0, 2.0]), "function": omega, "table": table}[kind]
-    cond, uncond = torch.tensor([0.5, 0.1, -0.4]), torch.zeros(3)
-    guided = k.GuidedDenoiser(conditional, given, sigmas)
-    extra = {"cond": cond, "uncond": uncond, "condition": labels}
-
-    def plain(x, sigma):
-        weight = {"number": 1.5, "each": given}.get(kind)
-        if weight is None:
-            step = int((sigmas == sigma[0]).nonzero()[0, 0])
-            s = sigmas[step + 1].expand(BATCH)
-            weight = labels + s - sigma if kind == "function" else table(labels, s, sigma)
-        c, u = conditional(x, sigma, cond), conditional(x, sigma, uncond)
-        return c + torch.as_tensor(weight).view(-1, 1, 1, 1) * (c - u)
-
-    found = k.sample_euler(guided, noise(), sigmas, extra_args=extra)
-    expected = k.sample_euler(plain, noise(), sigmas)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert len(asked) == (6 if kind == "function" else 0)
+def churned(x, sigmas, noises, corrected, s_churn, s_tmin, s_tmax, s_noise, called=None):
+    """Algorithm 2 of Karras et al. with or without its correction, one draw for each step, as k-diffusion has it."""
+    steps = len(sigmas) - 1
+    for i, (t, s) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        gamma = min(s_churn / steps, 2**0.5 - 1) if s_tmin <= t <= s_tmax else 0.0
+        hat = t * (gamma + 1)
+        if gamma > 0:
+            x = x + s_noise * noises[i] * (hat**2 - t**2) ** 0.5
+        d = (x - model(x, sigma_row(x, hat))) / hat
+        ahead = x + (s - hat) * d
+        if called is not None:
+            called.append((x, t, hat))
+        if corrected and s > 0:
+            ahead = x + (s - hat) * (d + (ahead - model(ahead, sigma_row(x, s))) / s) / 2
+        x = ahead
+    return x
 
 
-def test_without_guidance_there_is_one_call():
-    calls = []
-    guided = k.GuidedDenoiser(lambda x, sigma, c: calls.append(c) or x, 0.0)
-    guided(noise(), torch.ones(3), cond="c", uncond="u")
-    assert calls == ["c"]
-    with pytest.raises(ValueError, match="`sigmas` is None"):
-        k.GuidedDenoiser(conditional, lambda c, s, t: t)
+CHURNS = {
+    "all": (5.0, 0.0, math.inf, 1.003),
+    "capped": (100.0, 0.0, math.inf, 1.0),
+    "window": (5.0, 0.05, 4.0, 1.003),  # the first step is below s_tmax: nothing is added before the first call
+    "edges": (5.0, float(sigmas_of()[11]), float(sigmas_of()[4]), 1.0),
+}
+each_churn = pytest.mark.parametrize("churn", CHURNS)
+churners = pytest.mark.parametrize("sampler, corrected", [(k.sample_euler, False), (k.sample_heun, True)])
+
+
+@churners
+@each_churn
+@pytest.mark.parametrize("last", [0.0, 0.01])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_churn(sampler, corrected, churn, last, dtype, limit):
+    """Positional arguments and the global generator as in k-diffusion, which draws in steps that add nothing too."""
+    sigmas, start = sigmas_of(last=last).to(dtype), noise() * 10
+    torch.manual_seed(11)
+    noises = [torch.randn(SHAPE, dtype=dtype) for _ in range(20)]
+    after = torch.randn(1, dtype=dtype)
+    torch.manual_seed(11)
+    seen, called = [], []
+    found = sampler(model, start.to(dtype), sigmas, None, seen.append, True, *CHURNS[churn])
+    assert torch.equal(torch.randn(1, dtype=dtype), after)
+    expected = churned(start.double(), sigmas.double(), noises, corrected, *CHURNS[churn], called=called)
+    assert (found - expected).abs().max() <= limit * expected.abs().max()
+    for i, (one, (x, t, hat)) in enumerate(zip(seen, called, strict=True)):
+        assert set(one) == {"x", "i", "sigma", "sigma_hat", "denoised"} and one["i"] == i
+        torch.testing.assert_close(one["sigma"].double(), t)
+        torch.testing.assert_close(one["sigma_hat"].double(), hat, rtol=1e-6, atol=0)
+        assert (one["x"] - x).abs().max() <= limit * x.abs().max()
+
+
+@churners
+def test_churn_from_a_seed(sampler, corrected):
+    """The same as the noise that it stands for, wherever a step of the plan adds it."""
+    sigmas, seed = sigmas_of(4), 5
+    settings = (3.0, 0.0, math.inf, 1.0)
+    calls = 2 if corrected else 1
+    rows = [calls * (len(sigmas) - 1) - corrected, *(calls * (i + 1) - 1 for i in range(3))]
+    noises = [lgd.philox_normal(SHAPE, seed + (row << 32), stream=1).double() for row in rows]
+    expected = churned(noise().double(), sigmas.double(), noises, corrected, *settings)
+    for one in (seed, torch.tensor(seed)):
+        found = sampler(model, noise(), sigmas, None, None, None, *settings, seed=one)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_churn_nothing_is_drawn():
+    torch.manual_seed(3)
+    expected = torch.randn(1)
+    torch.manual_seed(3)
+    for name in ("euler", "heun", "2m"):
+        FORMULAS[name][1](model, noise(), sigmas_of(4))
+    assert torch.equal(torch.randn(1), expected)
+
+
+def test_a_noise_sampler_is_not_asked_for_the_step_to_0():
+    """A Brownian tree ends above 0."""
+    asked, sigmas = [], sigmas_of(4)
+    k.sample_euler_ancestral(model, noise(), sigmas, noise_sampler=lambda t, s: asked.append((t, s)) or noise(1))
+    assert asked == list(zip(sigmas[:-2], sigmas[1:-1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "2m", "ancestral"])
+def test_a_run_of_one_step_and_of_none(name):
+    sampler, sigmas = FORMULAS[name][1], torch.tensor([3.0, 0.0])
+    torch.testing.assert_close(sampler(model, noise(), sigmas), model(noise(), torch.full((BATCH,), 3.0)))
+    assert torch.equal(sampler(model, noise(), sigmas[:1]), noise())
+
+
+@pytest.mark.parametrize(
+    "sigmas, error, said",
+    [
+        ([3.0, 0.0], TypeError, "`sigmas` is a list"),
+        (torch.tensor([3, 0]), TypeError, "`sigmas` is a torch.int64"),
+        (torch.zeros(0), ValueError, r"`sigmas` has shape \[0\]"),
+        (torch.ones(3, 2), ValueError, r"`sigmas` has shape \[3, 2\]"),
+    ],
+)
+def test_sigmas_that_are_refused(sigmas, error, said):
+    for _, sampler in FORMULAS.values():
+        with pytest.raises(error, match=f"{sampler.__name__}: {said}"):
+            sampler(model, noise(), sigmas)
+    with pytest.raises(error, match=f"GuidedDenoiser: {said}"):
+        k.GuidedDenoiser(lambda x, sigma, cond: x, lambda c, s, t: t, sigmas)
+    for churn in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`s_churn` is"):
+            k.sample_euler(model, noise(), sigmas_of(3), s_churn=churn)
+    with pytest.raises(ValueError, match="`seed` was given, but `s_churn` is 0"):
+        k.sample_heun(model, noise(), sigmas_of(3), seed=1)
