@@ -1,54 +1,83 @@
 """A ComfyUI node: a model whose guidance weight is looked up in a learned table. Copy this file into `custom_nodes/`.
 
 lgd_kernels has to be installed in ComfyUI's Python; neither triton nor a compiler has to. `save_table(table, path)`
-writes what the node reads.
+writes what the node reads. In ComfyUI tables lie in `models/omega`, and in the folders that extra_model_paths.yaml
+names under `omega`; no file outside of them is opened or looked for. Elsewhere a path is any path.
 
 It relies on `model.clone()`, on `model.set_model_sampler_cfg_function(fn, disable_cfg1_optimization=...)` (in ComfyUI
 since early 2024, as far as we know), and on fn being called with one dictionary and returning input - denoised, of
 
     input, cond_denoised, uncond_denoised: x and the two x0, [B, ...];  cond, uncond: input - cond_denoised, likewise
     sigma, timestep: sigma [B], both the same;  cond_scale: the sampler's cfg;  model, model_options
+    input_cond, input_uncond: the conditionings, lists of dicts; None where there is none
 
 with the run's sigmas in `model_options["transformer_options"]["sample_sigmas"]` (since late 2024). With cfg 1 ComfyUI
-leaves the unconditional call out, unless disable_cfg1_optimization is set, as here.
+leaves the unconditional call out, unless disable_cfg1_optimization is set, as here. Where no negative is evaluated,
+as with BasicGuider, uncond_denoised is zeros: such a call gets the conditional prediction.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
 import torch
 
+FOLDER = "omega"
+NAMES = ("values", "s_knots", "t_knots")
 TIMES = ("sigma", "timestep")
+LIMITS = ("timestep_start", "timestep_end", "default")  # of a conditioning that is not evaluated in every call
+SCALE = 8.0  # how far apart the last knot and the model's largest time may be: tables up to 80 serve SD's 14.6
 
 
 def save_table(table, path: str) -> None:
-    """An `lgd_kernels.OmegaTable` as a file of tensors."""
-    tensors = {"values": table.values, "s_knots": table.s_knots, "t_knots": table.t_knots}
-    torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, path)
+    """Write an `lgd_kernels.OmegaTable` as a file of tensors."""
+    torch.save({name: getattr(table, name).detach().cpu() for name in NAMES}, path)
 
 
 def load_table(path: str, device="cpu"):
-    """What `save_table` wrote; nothing but tensors is read."""
+    """Read what `save_table` wrote; nothing but tensors is read.
+
+    Raises ValueError, in one line, for anything else. In ComfyUI a file outside the folders of tables, one that is not
+    there and a folder give the same message; elsewhere so do all files without a table.
+    """
     from lgd_kernels import OmegaTable
 
-    found = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(found, dict) or set(found) != {"values", "s_knots", "t_knots"}:
-        raise ValueError(f"LearnedGuidance: {path} holds no omega table; lgd_kernels.integrations.comfyui.save_table")
-    return OmegaTable(**found)
+    file = _file(path)
+    try:
+        found = torch.load(file, map_location=device, weights_only=True)
+    except Exception:  # whatever is wrong with the file
+        found = None
+    if not isinstance(found, dict) or set(found) != set(NAMES):
+        raise ValueError(_no_table(path)) from None
+    try:
+        table = OmegaTable(**found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"LearnedGuidance: `path` is {str(path)!r}, but {error}") from None
+    _check_finite(table)
+    return table
 
 
 class CFGFunction:
-    """`cond + strength omega(c, s, t) (cond - uncond)`, t being the sigma of the call and s the next one of the run.
+    """`cond + strength omega(c, s, t) (cond - uncond)`, t being the sigma of the call and s the one its step goes to.
 
     On ComfyUI's cond and uncond, which are x - x0: guidance is affine, so the result is x - (guided x0), in one pass.
-    The sampler's cfg does not enter.
+    The sampler's cfg does not enter. Without a negative the result is cond. s is what
+    `lgd_kernels.integrations.k_diffusion.next_sigma` finds in the run's sigmas; nothing waits for the device.
+
+    Raises ValueError for a table with NaN or infinities, and in the call for one whose knots are of another scale than
+    the model's times, where these can be read on the host; the node asks the model itself.
     """
 
     def __init__(
         self, table, condition: int = 0, strength: float = 1.0, times: Literal["sigma", "timestep"] = "sigma"
     ) -> None:
+        if not all(isinstance(getattr(table, name, None), torch.Tensor) for name in NAMES):
+            raise TypeError(
+                f"LearnedGuidance: `table` is a {type(table).__name__}, expected an OmegaTable; OmegaNetwork.bake and "
+                "load_table make one"
+            )
         if times not in TIMES:
             raise ValueError(f"LearnedGuidance: `times` is {times!r}, expected one of {', '.join(TIMES)}")
         if not 0 <= condition < table.values.shape[0]:
@@ -56,29 +85,61 @@ class CFGFunction:
                 f"LearnedGuidance: `condition` is {condition}, expected one of the table's: 0 to "
                 f"{table.values.shape[0] - 1}"
             )
+        if not math.isfinite(strength):
+            raise ValueError(f"LearnedGuidance: `strength` is {strength}, expected a finite number")
+        _check_finite(table)
         self.table, self.condition, self.strength, self.times = table, condition, strength, times
+        self.last = float(table.t_knots[-1]) if len(table.t_knots) > 1 else None  # of one knot any scale will do
 
     def __call__(self, args: dict) -> torch.Tensor:
         from lgd_kernels import OmegaTable, guided_score
+        from lgd_kernels.integrations.k_diffusion import next_sigma
 
-        cond, uncond, sigma = args["cond"], args["uncond"], args["sigma"].float().reshape(-1)
+        cond, uncond, sigma = args["cond"], args["uncond"], args["sigma"].reshape(-1)
         run = args.get("model_options", {}).get("transformer_options", {}).get("sample_sigmas")
         if run is None:
             raise ValueError("LearnedGuidance: this ComfyUI gives no sample_sigmas, expected one of late 2024 or newer")
-        run = run.to(sigma)
-        ahead = torch.where(run < sigma[:, None], run, torch.zeros_like(run)).amax(
-            1
-        )  # the next sigma, 0 after the last
-        t, s = sigma, ahead
+        sampling = getattr(args.get("model"), "model_sampling", None)
+        self._check_scale(sampling, run)
+        t, s = sigma.float(), next_sigma(run, sigma).float()
         if self.times == "timestep":  # of the model's training table; the data is -1
-            timestep = args["model"].model_sampling.timestep
-            t, s = timestep(sigma).float(), torch.where(ahead > 0, timestep(ahead.clamp(min=1e-10)).float(), -1.0)
+            timestep = sampling.timestep
+            t, s = timestep(t).float(), torch.where(s > 0, timestep(s.clamp(min=1e-10)).float(), -1.0)
         if self.table.values.device != cond.device:
-            tensors = (self.table.values, self.table.s_knots, self.table.t_knots)
-            self.table = OmegaTable(*(tensor.to(cond.device) for tensor in tensors))
+            self.table = OmegaTable(*(getattr(self.table, name).to(cond.device) for name in NAMES))
         c = torch.full((cond.shape[0],), self.condition, device=cond.device)
         omega = self.strength * self.table(c, *(time.to(self.table.s_knots).expand(c.shape) for time in (s, t)))
+        evaluated = _evaluated(args)
+        if evaluated is not None:
+            omega = torch.where(evaluated, omega, torch.zeros_like(omega))
         return guided_score(cond, uncond, omega)
+
+    def check_model(self, sampling) -> None:
+        """Raise ValueError where the table's knots are of another scale than the times of a ComfyUI model_sampling."""
+        top = getattr(sampling, "sigma_max", None)
+        if top is None or self.last is None:
+            return
+        sigma = torch.as_tensor(top, dtype=torch.float32)
+        reach = {"sigma": float(sigma)}
+        if hasattr(sampling, "timestep"):
+            reach["timestep"] = float(sampling.timestep(sigma))
+        fits = [name for name in reach if reach[name] / SCALE <= self.last <= reach[name] * SCALE]
+        if self.times in reach and self.times not in fits:
+            hints = [name for name in fits if name == "sigma" or reach[name] > 100]  # not EDM's log(sigma) / 4
+            self._refuse(f"this model's {self.times}s reach {reach[self.times]:g}", *hints)
+
+    def _check_scale(self, sampling, run: torch.Tensor) -> None:
+        """What the host can read for nothing; a run may begin below the model's largest sigma."""
+        top = getattr(sampling, "sigma_max", None)
+        if top is not None and torch.as_tensor(top).device.type == "cpu":
+            self.check_model(sampling)
+        elif self.last is not None and self.times == "sigma" and run.device.type == "cpu":
+            if float(run.max()) > self.last * SCALE:
+                self._refuse(f"this run's sigmas reach {float(run.max()):g}")
+
+    def _refuse(self, said: str, *fits: str) -> None:
+        hint = f"set times to {fits[0]!r}, which fits" if fits else "make a table whose knots are times of this model"
+        raise ValueError(f"LearnedGuidance: the table's t_knots end at {self.last:g}, but {said}; {hint}")
 
 
 class LearnedGuidance:
@@ -89,7 +150,7 @@ class LearnedGuidance:
         return {
             "required": {
                 "model": ("MODEL",),
-                "path": ("STRING", {"default": "omega.pt"}),
+                "path": ("STRING", {"default": "omega.pt", "tooltip": f"a file in models/{FOLDER}"}),
                 "condition": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
                 "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}),
                 "times": (list(TIMES),),
@@ -98,7 +159,10 @@ class LearnedGuidance:
 
     @classmethod
     def IS_CHANGED(cls, path: str, **_) -> float:
-        return os.path.getmtime(path)
+        try:
+            return os.path.getmtime(_file(path))
+        except (OSError, ValueError):
+            return math.nan  # the node runs, and says what is wrong
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"
@@ -107,8 +171,60 @@ class LearnedGuidance:
     def patch(self, model, path: str, condition: int = 0, strength: float = 1.0, times: str = "sigma") -> tuple:
         guided = model.clone()
         function = CFGFunction(load_table(path), condition, strength, times)
+        if hasattr(model, "get_model_object"):
+            function.check_model(model.get_model_object("model_sampling"))
         guided.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
         return (guided,)
+
+
+def _evaluated(args: dict) -> torch.Tensor | None:
+    """Whether a negative was evaluated in this call; None where there surely was one.
+
+    Where it was not, uncond_denoised keeps the zeros that it is allocated with: without a negative (input_uncond is
+    None, or not passed by an older ComfyUI), and where each of its entries is limited to other steps.
+    """
+    given = args.get("input_uncond")
+    for entry in given if isinstance(given, (list, tuple)) else [given]:
+        limited = isinstance(entry, dict) and any(name in entry for name in LIMITS)
+        if entry is not None and not limited:
+            return None
+    uncond = args.get("uncond_denoised")
+    if uncond is None:
+        return torch.zeros((), dtype=torch.bool, device=args["cond"].device) if "input_uncond" in args else None
+    return (uncond != 0).any()
+
+
+def _file(path: str) -> str:
+    """Where a table lies. Outside ComfyUI that is its path; inside, only files of its folders are looked for."""
+    try:
+        import folder_paths
+    except ImportError:
+        if os.path.isfile(path):
+            return os.fspath(path)
+        raise ValueError(_no_table(path)) from None
+    named = getattr(folder_paths, "folder_names_and_paths", {}).get(FOLDER, ((),))[0]
+    for folder in (os.path.join(folder_paths.models_dir, FOLDER), *named):
+        folder = os.path.abspath(folder)
+        file = os.path.abspath(os.path.join(folder, path))
+        if file.startswith(os.path.join(folder, "")) and os.path.isfile(file):
+            return file
+    raise ValueError(
+        f"LearnedGuidance: `path` is {str(path)!r}, expected the name of a file in ComfyUI's models/{FOLDER}, or in a "
+        f"folder that extra_model_paths.yaml names under {FOLDER}"
+    )
+
+
+def _no_table(path: str) -> str:
+    return (
+        f"LearnedGuidance: `path` is {str(path)!r}, which holds no omega table; "
+        "lgd_kernels.integrations.comfyui.save_table(table, path) writes one"
+    )
+
+
+def _check_finite(table) -> None:
+    for name in NAMES:
+        if not bool(getattr(table, name).isfinite().all()):
+            raise ValueError(f"LearnedGuidance: the table's `{name}` holds NaN or infinities, expected finite numbers")
 
 
 NODE_CLASS_MAPPINGS = {"LGDLearnedGuidance": LearnedGuidance}
