@@ -220,3 +220,9 @@ def test_a_modular_pipeline():
     assert_close(run(LearnedGuidance(3.5), ours), expected)
     learned = LearnedGuidance(lambda c, s, t: torch.full_like(t, 3.5), scheduler=ours)
     assert_close(run(learned, ours), expected)
+    learned = LearnedGuidance(lambda c, s, t: torch.full_like(t, 3.5), scheduler=pipe)
+    for scheduler in (ours, theirs):  # followed where it is replaced
+        assert_close(run(learned, scheduler), expected)
+    learned.scheduler = diffusers.EulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="set_timesteps was never called on it; set guider.scheduler = pipe"):
+        run(learned, ours)

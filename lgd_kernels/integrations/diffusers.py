@@ -1,14 +1,16 @@
 """diffusers (0.36 or newer): a guider whose weight is learned, and schedulers that step in one pass.
 
-pipe.update_components(guider=LearnedGuidance(omega, scheduler=pipe.scheduler))     # modular pipelines
+pipe.update_components(guider=LearnedGuidance(omega, scheduler=pipe))               # modular pipelines
 pipe.scheduler = FusedScheduler(pipe.scheduler)                                     # any pipeline
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
@@ -23,6 +25,9 @@ from lgd_kernels.integrations.diffusers_plans import times_of
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
 from lgd_kernels.rules import Rule
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModularPipeline
+
 __all__ = ["FusedScheduler", "LearnedGuidance"]
 
 
@@ -30,11 +35,12 @@ class LearnedGuidance(BaseGuidance):
     """Guidance with a weight for each sample and step: `cond + omega(c, s, t) (cond - uncond)`, or any rule with it.
 
     Args:
-        omega: a float; a tensor `[B]`, one weight for each sample; or a function `omega(c, s, t) -> [B]`, an nn.Module
-            or an `OmegaTable`. omega = guidance_scale - 1: 0 is the conditional prediction alone.
-        scheduler: the pipeline's, for functions and intervals: t and s are neighbours in its timesteps, as
-            `diffusers_times_of` makes times of them: indices of the training table and -1 for the data, or for
-            flow matching t in [0, 1]; float32 `[B]`.
+        omega: a float; a tensor `[B]`, one weight for each sample or prompt; or a function `omega(c, s, t) -> [B]`, an
+            nn.Module or an `OmegaTable`. omega = guidance_scale - 1: 0 is the conditional prediction alone.
+        scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler; for functions and intervals: t
+            and s are neighbours in its timesteps, as `diffusers_plans.times_of` makes times of them: indices of the
+            training table and -1 for the data, or for flow matching t in [0, 1]; float32 `[B]`. A step whose timestep
+            this scheduler does not have raises ValueError; on a GPU, where the host does not see it, omega is NaN.
         times: `times(scheduler) -> [N + 1]`, other times than those.
         condition: the name of the pipeline's input that is c, such as "prompt_embeds"; None takes the first. Set
             `guider.condition_value` to give c itself, e.g. int64 labels `[B]`: a table needs integers.
@@ -44,8 +50,13 @@ class LearnedGuidance(BaseGuidance):
         start, stop, enabled: as in every guider: shares of the steps.
         impl: as in `guided_score`.
 
-    omega does not depend on the sample, so a function is called once for a run, with N * B rows. In a loop of your own:
-    `set_state`, `prepare_inputs` (or set `condition_value`), then `forward(pred_cond, pred_uncond).pred`.
+    omega does not depend on the sample, so a function is called once for a run, with N * B rows; one that requires grad
+    in every step. In a loop of your own: `set_state`, `prepare_inputs` (or set `condition_value`), then
+    `forward(pred_cond, pred_uncond).pred`. With `num_images_per_prompt` n, a tensor omega and `condition_value` of one
+    entry for each prompt are repeated, n times each in turn, as diffusers repeats prompts.
+
+    `guidance_scale` is 1 + omega, for models with an embedding of it (LCM): they read w = guidance_scale - 1. It is one
+    number, so for other omegas it has to be set, and then is of no other use.
 
     Saved by `save_pretrained` are numbers and names only; load with
     `LearnedGuidance.from_pretrained(folder, omega=network, scheduler=pipe.scheduler)`.
@@ -61,7 +72,7 @@ class LearnedGuidance(BaseGuidance):
     def __init__(
         self,
         omega: float | Tensor | Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None,
-        scheduler: SchedulerMixin | None = None,
+        scheduler: SchedulerMixin | DiffusionPipeline | ModularPipeline | None = None,
         times: Callable[[SchedulerMixin], Tensor] | None = None,
         condition: str | None = None,
         interval: tuple[float, float] | None = None,
@@ -85,7 +96,8 @@ class LearnedGuidance(BaseGuidance):
         self.condition, self.interval, self.impl = condition, interval, impl
         function = getattr(rules, rule) if isinstance(rule, str) else rule
         self.rule, self.rule_options = function, dict(rule_options or {})
-        self.condition_value, self._stashed, self._run, self._rows = None, None, None, None
+        self.condition_value, self._scale, self._stashed = None, None, None
+        self._run, self._rows, self._made_for, self._where, self._offset = None, None, None, None, None
         named = rule if isinstance(rule, str) else None
         self.register_to_config(
             omega=number, condition=condition, interval=interval, rule=named, rule_options=dict(self.rule_options),
@@ -94,16 +106,50 @@ class LearnedGuidance(BaseGuidance):
 
     def new(self, **options) -> LearnedGuidance:
         """A copy, with other options; also of what a configuration cannot hold."""
-        kept = {"omega": self.omega, "scheduler": self.scheduler, "times": self.times, "rule": self.rule}
-        return type(self)(**{**{name: self.config[name] for name in self.config if name[0] != "_"}, **kept, **options})
+        kept = {"omega": self.omega, "scheduler": self._sampled_by, "times": self.times, "rule": self.rule}
+        known = {name: self.config[name] for name in self.config if name[0] != "_"}
+        copied = type(self)(**{**known, **kept, **options})
+        copied._scale = self._scale
+        return copied
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """As every guider: before each step."""
         super().set_state(step, num_inference_steps, timestep)
-        if step == 0:
-            self._run = self._rows = None
-            if hasattr(self.rule, "reset"):
-                self.rule.reset()
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        if step == 0 or timesteps is not self._timesteps:
+            self._timesteps, self._run, self._rows, self._offset = timesteps, None, None, None
+        self._where = None
+        if step == 0 and hasattr(self.rule, "reset"):
+            self.rule.reset()
+
+    @property
+    def scheduler(self) -> SchedulerMixin | None:
+        """The one that samples: the pipeline's of now, where a pipeline was given."""
+        return getattr(self._sampled_by, "scheduler", self._sampled_by)
+
+    @scheduler.setter
+    def scheduler(self, value) -> None:
+        self._sampled_by, self._timesteps = value, None
+
+    @property
+    def guidance_scale(self) -> float:
+        """1 + omega; for an omega that is no number, what was set. A model with an embedding of it reads it."""
+        if isinstance(self.omega, float):
+            return 1 + self.omega
+        if self._scale is None:
+            raise ValueError(
+                "LearnedGuidance: the model asks for a `guidance_scale`, one number to embed, but omega is a "
+                f"{type(self.omega).__name__}; set guider.guidance_scale = 1 + the weight to embed"
+            )
+        return self._scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, value: float) -> None:
+        if isinstance(self.omega, float):
+            self.omega = float(value) - 1
+            self.register_to_config(omega=self.omega)
+        else:
+            self._scale = float(value)
 
     def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
         """The conditional inputs, then the unconditional ones; the condition is kept for omega."""
@@ -141,8 +187,7 @@ class LearnedGuidance(BaseGuidance):
                 f"{', '.join(values)}"
             )
         found = next(iter(values.values()), None) if self.condition is None else values[self.condition]
-        if found is not self._stashed:
-            self._stashed, self._rows = found, None
+        self._stashed = found
 
     def _guides(self) -> bool:
         """Whether the unconditional prediction is of use in this step, as far as the host can know."""
@@ -154,52 +199,99 @@ class LearnedGuidance(BaseGuidance):
         first, last = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
         if not first <= self._step < last:
             return False
-        if self.interval is None or not readable(self._times()):
+        if self.interval is None:
             return True
-        low, high = self.interval
-        return low < float(self._times()[self._place()]) <= high
+        place, (low, high) = self._place(), self.interval
+        return not isinstance(place, int) or not readable(self._times()) or low < float(self._times()[place]) <= high
 
     def _times(self) -> Tensor:
         if self._run is None:
-            if self.scheduler is None:
-                raise ValueError("LearnedGuidance: functions and intervals need times; pass scheduler=pipe.scheduler")
-            self._run = (self.times or times_of)(self.scheduler)
+            with _ordinary():
+                times = (self.times or times_of)(self.scheduler)
+                self._run = times.clone() if times.is_inference() else times
         return self._run
 
     def _place(self) -> int | Tensor:
-        """Which call of the run this is: counted from the scheduler's begin_index, or found by its timestep, on the
-        device, for schedulers that have none. (Pipelines that begin in the middle count their own steps from 0.)"""
+        """Which call of the run this is, found once a step."""
+        if self.scheduler is None:
+            raise ValueError("LearnedGuidance: functions and intervals need times; pass scheduler=pipe.scheduler")
         if self._step is None:
             raise ValueError("LearnedGuidance: call set_state(step, steps, timestep) before each step, as pipelines do")
-        begin = getattr(self.scheduler, "begin_index", None)
+        if self._where is None:
+            self._where = self._found()
+        return self._where
+
+    def _found(self) -> int | Tensor:
+        """Counted from the scheduler's begin_index, or found by its timestep for schedulers that have none. (Pipelines
+        that begin in the middle count their own steps from 0.) Where the timestep is not there it is another scheduler
+        that samples: an error where the host can see it; on a device the row after the last, which is NaN."""
+        scheduler, timesteps, at = self.scheduler, self.scheduler.timesteps, self._timestep
+        begin, place = getattr(scheduler, "begin_index", None), None
         if begin is not None:
-            return begin + self._step
-        timesteps = self.scheduler.timesteps
-        if timesteps.numel() == self._num_inference_steps or self._timestep is None:
-            return self._step
-        at = torch.as_tensor(self._timestep).to(timesteps.device, timesteps.dtype).reshape(-1)[:1]
-        return (timesteps == at).int().argmax()
+            place = begin + self._step
+        elif at is None or timesteps.numel() == self._num_inference_steps:
+            place = self._step
+        if at is None or (place is not None and torch.compiler.is_compiling()):
+            return place
+        if self._unset() or (place is not None and place >= timesteps.numel()):
+            raise ValueError(self._another())
+        at = torch.as_tensor(at).reshape(-1)[:1]
+        compared = at.dtype if at.is_floating_point() else timesteps.dtype
+        if readable(timesteps) and readable(at):
+            hits = (timesteps.to(compared) == at).tolist()
+            if place is None and self._offset is None and any(hits):
+                self._offset = hits.index(True) - self._step
+            place = self._step + self._offset if place is None and self._offset is not None else place
+            if place is None or not 0 <= place < len(hits) or not hits[place]:
+                raise ValueError(self._another())
+            return place
+        if place is not None and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+            return place  # a view of these timesteps
+        hits = timesteps.to(at.device, compared) == at
+        there, place = (hits.any(), hits.int().argmax()) if place is None else (hits[place], place)
+        return torch.where(there, place, self._times().numel() - 1)
+
+    def _unset(self) -> bool:
+        """Whether the scheduler's timesteps are still those of its training table."""
+        unset = getattr(self.scheduler, "num_inference_steps", None) is None
+        count = self.scheduler.timesteps.numel()
+        return unset and count == self.scheduler.config.get("num_train_timesteps") != self._num_inference_steps
+
+    def _another(self) -> str:
+        said = "set_timesteps was never called on it" if self._unset() else "it has another timestep there"
+        return (
+            f"LearnedGuidance: step {self._step} of {self._num_inference_steps} is not one of the guider's scheduler, "
+            f"a {type(self.scheduler).__name__}: {said}; set guider.scheduler = pipe, which follows the pipeline where "
+            "its scheduler is replaced, or guider.scheduler = pipe.scheduler"
+        )
 
     def _omega(self, pred: Tensor) -> float | Tensor:
         if isinstance(self.omega, float) and self.interval is None:
             return self.omega
         if isinstance(self.omega, Tensor) and self.interval is None:
-            return self.omega.to(pred.device)
-        if self._rows is None:
-            self._rows = self._table(pred)
-        place = self._place()
-        return self._rows[place] if isinstance(place, int) else self._rows.index_select(0, place.view(1))[0]
+            return _repeated("omega", self.omega.to(pred.device), pred.shape[0])
+        place, c = self._place(), self._stashed if self.condition_value is None else self.condition_value
+        made_for = pred.shape[0], pred.device, torch.is_grad_enabled()
+        stale = self._rows is None or self._made_for[:-1] != made_for or self._made_for[-1] is not c
+        if stale or self._rows.requires_grad:  # a backward frees what these rows were made with
+            with _ordinary():
+                self._rows, self._made_for = self._table(pred, c), (*made_for, c)
+        if isinstance(place, int):
+            return self._rows[place]
+        return self._rows.index_select(0, place.to(pred.device).view(1))[0]
 
-    def _table(self, pred: Tensor) -> Tensor:
-        """omega of the whole run, `[N, B]`."""
+    def _table(self, pred: Tensor, c: Tensor | None) -> Tensor:
+        """omega of the whole run, and a row of NaN: `[N + 1, B]`."""
         times, batch = self._times().to(pred.device), pred.shape[0]
         t, s = (one.repeat_interleave(batch) for one in (times[:-1], times[1:]))  # [N B]
         steps = times.numel() - 1
         if not callable(self.omega) or isinstance(self.omega, Tensor):
-            found = torch.as_tensor(self.omega, dtype=torch.float32, device=pred.device).expand(steps, batch).flatten()
+            found = torch.as_tensor(self.omega, dtype=torch.float32, device=pred.device)
+            found = _repeated("omega", found, batch).expand(steps, batch).flatten()
         else:
-            c = self._stashed if self.condition_value is None else self.condition_value
-            c = c if c is None else c.repeat(steps, *(1,) * (c.ndim - 1))
+            if c is not None:
+                c = _repeated("condition_value" if c is self.condition_value else "condition", c, batch)
+                c = c.repeat(steps, *(1,) * (c.ndim - 1))
             found = self.omega(c, s, t)
             if not isinstance(found, Tensor) or found.shape != t.shape:
                 said = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -207,7 +299,8 @@ class LearnedGuidance(BaseGuidance):
         if self.interval is not None:
             low, high = self.interval
             found = torch.where((t > low) & (t <= high), found, torch.zeros_like(found))
-        return found.view(steps, batch)
+        found = found.view(steps, batch)
+        return torch.cat((found, torch.full_like(found[:1], torch.nan)))
 
     def _rule(self) -> Rule | None:
         if self.rule is None:
@@ -220,3 +313,30 @@ class LearnedGuidance(BaseGuidance):
             if "zero" in known:
                 options.setdefault("zero", self._step == 0)
         return functools.partial(self.rule, **options) if options else self.rule
+
+
+def _repeated(name: str, value: Tensor, batch: int) -> Tensor:
+    """One entry for each sample; those of a prompt are its images, which diffusers keeps together."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"LearnedGuidance: `{name}` is a {type(value).__name__}, expected a tensor [B, ...]; set "
+            "guider.condition_value to what omega takes"
+        )
+    count = value.shape[0] if value.ndim else 1
+    if count == 0 or batch % count:
+        raise ValueError(
+            f"LearnedGuidance: `{name}` has {count} entries for a batch of {batch}, expected one for each sample, or "
+            "one for each prompt of num_images_per_prompt samples"
+        )
+    value = value.reshape(1) if value.ndim == 0 else value
+    return value if count == batch else value.repeat_interleave(batch // count, 0)
+
+
+@contextlib.contextmanager
+def _ordinary():
+    """Outside inference mode, with grad as it is: what is kept from step to step may be used in a later training."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
