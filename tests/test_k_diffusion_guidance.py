@@ -207,6 +207,20 @@ def test_s_with_churn(sampler, corrected, churn):
     for _, t in omega.asked:  # as k-diffusion's own samplers call
         told(noise(), torch.full((3,), t), **GIVEN)
     assert again.asked == omega.asked
+    assert k.CHURNED.get() is None
+
+
+@churners
+def test_s_with_churn_inside_another_model(sampler, corrected):
+    """In a part of the run that omega knows, as image to image takes it."""
+    sigmas, omegas = sigmas_of(), (Recorder(), Recorder())
+    for omega in omegas:
+        guided = k.GuidedDenoiser(conditional, omega, sigmas)
+        model = guided if omega is omegas[0] else lambda x, sigma, **given: guided(x, sigma, **given).clamp(-3, 3)  # noqa: B023
+        sampler(model, noise(), sigmas[8:], GIVEN, None, None, 2.0)
+    assert omegas[0].asked == omegas[1].asked
+    firsts = [s for s, t in omegas[0].asked if not (sigmas == t).any()]
+    torch.testing.assert_close(torch.tensor(firsts), sigmas[9:])
 
 
 def test_s_in_ancestral_steps_of_second_order():
@@ -233,3 +247,15 @@ def test_sigmas_in_half_precision(dtype):
         c, u = (conditional(noise().to(dtype), t.expand(3).to(dtype), one) for one in given.values())
         omega = table(None, s.expand(3), t.expand(3).to(dtype).float())
         assert torch.equal(found, lgd.guided_score(c, u, omega))
+
+
+def test_a_compiled_denoiser():
+    """One graph, with s found in it; with churn as it was told."""
+    sigmas, settings = sigmas_of(3), {"s_churn": 0.6}
+    guided = k.GuidedDenoiser(conditional, lambda c, s, t: s + t / 10, sigmas, **settings)
+    compiled = torch.compile(guided, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    found = k.sample_euler(compiled, noise(), sigmas, GIVEN, **settings)
+    torch.manual_seed(1)
+    expected = k.sample_euler(k.GuidedDenoiser(conditional, guided.omega, sigmas), noise(), sigmas, GIVEN, **settings)
+    torch.testing.assert_close(found, expected)

@@ -14,10 +14,10 @@ worked out in float64.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lgd_kernels.sampler import seed_of
 from lgd_kernels.schedules import EDM
 from lgd_kernels.solvers import StepPlan
 
+CHURNED: ContextVar[Tensor | None] = ContextVar("CHURNED", default=None)  # sigma_hat of the run that goes on here
 NEAR = 1e-3  # relative: float16 rounds by 5e-4; neighbours of a run are further apart, or the nearest of them is taken
 
 
@@ -46,7 +47,7 @@ class GuidedDenoiser(nn.Module):
         keyword: the name of the denoiser's parameter that takes the condition, such as "class_cond", where it is not
             `cond` and not the third.
         s_churn, s_tmin, s_tmax: what k-diffusion's own samplers are given, so that s is also found where they call at
-            sigma_hat. The samplers of this module tell it themselves.
+            sigma_hat. The samplers of this module tell it themselves, unless it is compiled.
 
     Called as `(x, sigma, cond=..., uncond=..., condition=None, **kwargs)`; condition is the c of omega, cond by
     default, and kwargs go to the denoiser. Where omega is the number 0 the denoiser is called once.
@@ -86,7 +87,10 @@ class GuidedDenoiser(nn.Module):
             return self._denoised(input, sigma, cond, kwargs)
         if callable(omega) and not isinstance(omega, Tensor):
             t = sigma if sigma.dtype == torch.float64 else sigma.float()
-            omega = omega(cond if condition is None else condition, next_sigma(self.sigmas, sigma, self.raised), t)
+            raised = self.raised
+            if raised is None and not torch.compiler.is_compiling():
+                raised = CHURNED.get()
+            omega = omega(cond if condition is None else condition, next_sigma(self.sigmas, sigma, raised), t)
         c, u = (self._denoised(input, sigma, one, kwargs) for one in (cond, uncond))
         return lgd.guided_score(c, u, omega, rule=self.rule, impl=self.impl)
 
@@ -104,7 +108,8 @@ def next_sigma(sigmas: Tensor, sigma: Tensor, raised: Tensor | None = None) -> T
     `sigmas` does not matter. Float32 `[B]`, or float64 as sigma; nothing waits for the device.
 
     Args:
-        raised: `[N]`, sigma_hat of each step of a run with churn: a sigma near `raised[i]` counts as `sigmas[i]`.
+        raised: `[2, N]`, of a run with churn sigma_hat and sigma of each step: a sigma near a sigma_hat counts as its
+            sigma.
 
     >>> next_sigma(torch.tensor([4.0, 2.0, 1.0]), torch.tensor([4.0, 2.000001, 1.5, 1.0]))
     tensor([2., 1., 1., 0.])
@@ -115,7 +120,7 @@ def next_sigma(sigmas: Tensor, sigma: Tensor, raised: Tensor | None = None) -> T
     run, t = sigmas.to(sigma.device, wide), sigma.to(wide).unsqueeze(-1)
     starts, counted = run, run
     if raised is not None:
-        starts, counted = torch.cat((run, raised.to(run))), torch.cat((run, run[:-1]))
+        starts, counted = (torch.cat((run, one)) for one in raised.to(run))
     t = torch.minimum(t, starts.amax())
     nearest = (starts - t).abs().argmin(-1, keepdim=True)
     t = torch.where((starts[nearest] - t).abs() <= near * t, counted[nearest], t)
@@ -136,12 +141,11 @@ def sample_euler(
     """
     times, churning = _host("sample_euler", sigmas), _churning("sample_euler", sigmas, s_churn, s_tmin, s_tmax)
     _check_seed("sample_euler", seed, s_churn)
-    model = _told(model, sigmas, churning)
 
     def plan() -> StepPlan:
         return solvers.edm_euler(times, s_noise=s_noise, **churning) if s_churn else solvers.one_step(EDM(), times)
 
-    return _run(model, x, sigmas, plan, extra_args, callback, impl, grad, _fresh(x, sigmas, s_churn), seed)
+    return _run(model, x, sigmas, plan, extra_args, callback, impl, grad, _fresh(x, sigmas, s_churn), seed, churning)
 
 
 def sample_euler_ancestral(
@@ -183,12 +187,11 @@ def sample_heun(
     are those of `sample_euler`."""
     times, churning = _host("sample_heun", sigmas), _churning("sample_heun", sigmas, s_churn, s_tmin, s_tmax)
     _check_seed("sample_heun", seed, s_churn)
-    model = _told(model, sigmas, churning)
 
     def plan() -> StepPlan:
         return solvers.edm_heun(times, s_noise=s_noise, **churning)
 
-    return _run(model, x, sigmas, plan, extra_args, callback, impl, grad, _fresh(x, sigmas, s_churn), seed)
+    return _run(model, x, sigmas, plan, extra_args, callback, impl, grad, _fresh(x, sigmas, s_churn), seed, churning)
 
 
 def sample_dpmpp_2m(
@@ -204,11 +207,12 @@ def sample_dpmpp_2m(
 
 
 def _run(
-    model, x, sigmas, plan: Callable[[], StepPlan], extra_args, callback, impl, grad, draw=None, seed=None
+    model, x, sigmas, plan, extra_args, callback, impl, grad, draw=None, seed=None, churning=None
 ) -> Tensor:  # fmt: skip
     """The loop. `callback` gets what k-diffusion's gets: x, i, sigma, sigma_hat and denoised, once a step.
 
-    `draw(step)` is the noise that goes in at the end of a step, -1 for what goes in before the first, or None.
+    `plan()` makes the plan. `draw(step)` is the noise that goes in at the end of a step, -1 for what goes in before the
+    first, or None.
     """
     if len(sigmas) < 2:
         return x
@@ -216,7 +220,8 @@ def _run(
     times = plan.times.to(sigmas.dtype)
     kept, ones = None, x.new_ones(x.shape[0], dtype=sigmas.dtype)
     calls = 1 if len(plan) < len(sigmas) else 2  # of a step; the last of Heun's has one
-    with contextlib.nullcontext() if grad else torch.no_grad():
+    churned = _raised(sigmas, **churning) if churning and churning["s_churn"] else None
+    with _churned(churned), contextlib.nullcontext() if grad else torch.no_grad():
         z = draw(-1) if draw is not None and seed is None else None
         if plan.start and seed is not None:
             whole = {"noise_scale": plan.start, "seed": seed_of(seed, len(plan))}
@@ -237,27 +242,28 @@ def _run(
     return x
 
 
-def _told(model, sigmas: Tensor, churning: dict):
-    """The model, and where it is a GuidedDenoiser one that knows the sigma_hat of this run."""
-    if not isinstance(model, GuidedDenoiser) or not churning["s_churn"]:
-        return model
-    model = copy.copy(model)
-    model.raised = _raised(sigmas, **churning)
-    return model
+@contextlib.contextmanager
+def _churned(raised: Tensor | None):
+    """Every GuidedDenoiser that is called within finds its s, also inside another model."""
+    token = CHURNED.set(raised)
+    try:
+        yield
+    finally:
+        CHURNED.reset(token)
 
 
 def _raised(sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> Tensor:
-    """sigma_hat of every step, `[N]`."""
+    """sigma_hat and sigma of every step, `[2, N]`."""
     at = sigmas[:-1]
     gamma = min(s_churn / max(len(at), 1), math.sqrt(2) - 1)
-    return torch.where((at >= s_tmin) & (at <= s_tmax), at * (gamma + 1), at)
+    return torch.stack((torch.where((at >= s_tmin) & (at <= s_tmax), at * (gamma + 1), at), at))
 
 
 def _churning(name: str, sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> dict:
     """The settings, with bounds in the dtype of the sigmas, in which they are compared there."""
     if not 0 <= s_churn < math.inf:
         raise ValueError(f"{name}: `s_churn` is {s_churn}, expected a finite number, 0 or more")
-    low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype).tolist()
+    low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype, device="cpu").tolist()
     return {"s_churn": s_churn, "s_tmin": low, "s_tmax": high}
 
 
