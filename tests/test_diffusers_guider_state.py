@@ -123,6 +123,26 @@ def test_parts_of_a_run(kind, steps, readable, monkeypatch):
         torch.testing.assert_close(run_of(guider, copied, steps), expected_of(one, steps))
 
 
+@READABLE
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("begin", [0, 4, 6])
+@pytest.mark.parametrize("told", [False, True])
+def test_timesteps_that_repeat(begin, copied, readable, told, monkeypatch):
+    """Heun's; a run that begins in the middle begins with the second of two, as diffusers' do."""
+    scheduler = made("HeunDiscreteScheduler", 10, **STABLE)
+    assert len(set(scheduler.timesteps.tolist())) < len(scheduler.timesteps)
+    if told:
+        scheduler.set_begin_index(begin)
+    if not readable:
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+    guider = LearnedGuidance(weight, scheduler=scheduler)
+    given = SimpleNamespace(timesteps=scheduler.timesteps.clone()) if copied else scheduler
+    steps = slice(begin, None)
+    if copied and not (readable or told or begin == 0):
+        steps = slice(begin, begin + 1)  # the device cannot tell which of two comes in later steps
+    torch.testing.assert_close(run_of(guider, given, steps), expected_of(scheduler, steps))
+
+
 def test_an_interval_needs_the_right_scheduler_too():
     scheduler = made(DDIM[0], 20, **DDIM[1])
     guider = LearnedGuidance(2.0, scheduler=made(DDIM[0], **DDIM[1]), interval=(200.0, 700.0))

@@ -98,7 +98,9 @@ class CFGFunction:
         cond, uncond, sigma = args["cond"], args["uncond"], args["sigma"].reshape(-1)
         run = args.get("model_options", {}).get("transformer_options", {}).get("sample_sigmas")
         if run is None:
-            raise ValueError("LearnedGuidance: this ComfyUI gives no sample_sigmas, expected one of late 2024 or newer")
+            raise ValueError(
+                "LearnedGuidance: this ComfyUI passes no sample_sigmas; update it to one of late 2024 or newer"
+            )
         sampling = getattr(args.get("model"), "model_sampling", None)
         self._check_scale(sampling, run)
         t, s = sigma.float(), next_sigma(run, sigma).float()

@@ -90,8 +90,8 @@ class LearnedGuidance(BaseGuidance):
                 f"LearnedGuidance: `omega` is a {type(omega).__name__}, expected a number, a tensor [B] or a function "
                 "omega(c, s, t); a saved guider has numbers only: from_pretrained(folder, omega=...)"
             )
-        if isinstance(rule, str) and not hasattr(rules, rule):
-            raise ValueError(f"LearnedGuidance: `rule` is {rule!r}, expected the name of a function in rules, or one")
+        if isinstance(rule, str) and not callable(getattr(rules, rule, None)):
+            raise ValueError(f"LearnedGuidance: `rule` is {rule!r}, expected a rule, or its name in lgd_kernels.rules")
         self.omega, self.scheduler, self.times = omega if number is None else number, scheduler, times
         self.condition, self.interval, self.impl = condition, interval, impl
         function = getattr(rules, rule) if isinstance(rule, str) else rule
@@ -222,11 +222,12 @@ class LearnedGuidance(BaseGuidance):
         return self._where
 
     def _found(self) -> int | Tensor:
-        """Counted from the scheduler's begin_index, or found by its timestep for schedulers that have none. (Pipelines
-        that begin in the middle count their own steps from 0.) Where the timestep is not there it is another scheduler
-        that samples: an error where the host can see it; on a device the row after the last, which is NaN."""
-        scheduler, timesteps, at = self.scheduler, self.scheduler.timesteps, self._timestep
-        begin, place = getattr(scheduler, "begin_index", None), None
+        """Where the timestep lies in the scheduler's, of which pipelines pass a view; for a copy counted from
+        begin_index, or found by its value for schedulers that have none. (Pipelines that begin in the middle count
+        their own steps from 0.) Where it is not there another scheduler samples: an error where the host can see it;
+        on a device the row after the last, which is NaN."""
+        timesteps, at = self.scheduler.timesteps, self._timestep
+        begin, place = getattr(self.scheduler, "begin_index", None), None
         if begin is not None:
             place = begin + self._step
         elif at is None or timesteps.numel() == self._num_inference_steps:
@@ -236,19 +237,25 @@ class LearnedGuidance(BaseGuidance):
         if self._unset() or (place is not None and place >= timesteps.numel()):
             raise ValueError(self._another())
         at = torch.as_tensor(at).reshape(-1)[:1]
+        if not torch.compiler.is_compiling() and _shares(at, timesteps):
+            return (at.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
         compared = at.dtype if at.is_floating_point() else timesteps.dtype
+        hits = timesteps.to(at.device, compared) == at
         if readable(timesteps) and readable(at):
-            hits = (timesteps.to(compared) == at).tolist()
+            hits = hits.tolist()
             if place is None and self._offset is None and any(hits):
-                self._offset = hits.index(True) - self._step
-            place = self._step + self._offset if place is None and self._offset is not None else place
+                places = [index for index, hit in enumerate(hits) if hit]
+                self._offset = places[:2][-1] - self._step  # the second of a timestep that repeats, as diffusers has it
+            if place is None and self._offset is not None:
+                place = self._step + self._offset
             if place is None or not 0 <= place < len(hits) or not hits[place]:
                 raise ValueError(self._another())
             return place
-        if place is not None and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-            return place  # a view of these timesteps
-        hits = timesteps.to(at.device, compared) == at
-        there, place = (hits.any(), hits.int().argmax()) if place is None else (hits[place], place)
+        if place is None:
+            seen = hits.int().cumsum(0)
+            there, place = hits.any(), (hits & (seen == seen[-1].clamp(max=2))).int().argmax()
+        else:
+            there = hits[place]
         return torch.where(there, place, self._times().numel() - 1)
 
     def _unset(self) -> bool:
@@ -330,6 +337,12 @@ def _repeated(name: str, value: Tensor, batch: int) -> Tensor:
         )
     value = value.reshape(1) if value.ndim == 0 else value
     return value if count == batch else value.repeat_interleave(batch // count, 0)
+
+
+def _shares(at: Tensor, timesteps: Tensor) -> bool:
+    """Whether one is an entry of the other, by its memory: the host knows that without its value."""
+    same = at.dtype == timesteps.dtype and at.device == timesteps.device and timesteps.ndim == 1
+    return same and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
 
 
 @contextlib.contextmanager

@@ -72,7 +72,9 @@ class GuidedDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         if callable(omega) and not isinstance(omega, Tensor) and sigmas is None:
-            raise ValueError("GuidedDenoiser: `sigmas` is None, expected those of the run: omega(c, s, t) asks for s")
+            raise ValueError(
+                "GuidedDenoiser: `sigmas` is None, expected those of the run, in which s of omega(c, s, t) lies"
+            )
         if sigmas is not None:
             _check("GuidedDenoiser", sigmas)
         self.denoiser, self.omega, self.sigmas, self.rule, self.impl = denoiser, omega, sigmas, rule, impl
