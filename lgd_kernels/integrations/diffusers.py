@@ -125,11 +125,11 @@ class LearnedGuidance(BaseGuidance):
     @property
     def scheduler(self) -> SchedulerMixin | None:
         """The one that samples: the pipeline's of now, where a pipeline was given."""
-        return getattr(self._sampled_by, "scheduler", self._sampled_by)
+        return self._sampled_by.scheduler if self._follows else self._sampled_by
 
     @scheduler.setter
     def scheduler(self, value) -> None:
-        self._sampled_by, self._timesteps = value, None
+        self._sampled_by, self._follows, self._timesteps = value, hasattr(value, "scheduler"), None
 
     @property
     def guidance_scale(self) -> float:
