@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,9 +12,23 @@ from torch import Tensor
 from lgd_kernels.learn.data import Data, items_of, size_of
 from lgd_kernels.learn.distributed import part_of
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.learn.objective import sample_times
+from lgd_kernels.learn.objective import check_times, sample_times
 from lgd_kernels.learn.particles import Particles, draw
 from lgd_kernels.levels import Levels
+
+EXPECTED = {  # of every setting: its type, what holds of it, and that in words
+    "batch": (int, lambda n: n >= 1, "an integer, 1 or more"),
+    "particles": (int, lambda n: n >= 1, "an integer, 1 or more"),
+    "delta": (float, lambda time: 0 < time < math.inf, "a number above 0"),
+    "zeta": (float, lambda time: 0 <= time < math.inf, "a number, 0 or more"),
+    "s_min": (float, lambda time: 0 <= time < math.inf, "a number, 0 or more"),
+    "lr": (float, lambda lr: 0 < lr < math.inf, "a finite number above 0"),
+    "weight_decay": (float, lambda decay: 0 <= decay < math.inf, "a finite number, 0 or more"),
+    "clip": (float, lambda norm: norm > 0, "a number above 0, or None"),
+    "ema": (float, lambda decay: 0 <= decay < 1, "a number in [0, 1)"),
+    "seed": (int, lambda seed: -(2**63) <= seed < 2**63, "an integer in [-2^63, 2^63)"),
+    "cache": (int, lambda n: n >= 0, "an integer, 0 or more"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,15 +36,18 @@ class Settings:
     """What a run of learning is made of. The paper states batch 256, 4 particles and delta 0.1; the rest is ours.
 
     Attributes:
-        batch: items of an update, over all processes.
-        particles: m of each item.
-        delta, zeta, s_min: the times, as in `sample_times`.
-        lr, weight_decay: of AdamW.
-        clip: the largest norm of a gradient; longer ones are shortened to it.
-        ema: decay of the average of the weights, `mean <- d mean + (1 - d) omega`; d rises to this as (1 + n)/(10 + n).
-        seed: of every draw.
+        batch: items of an update, over all processes; 1 or more.
+        particles: m of each item; 1 or more.
+        delta, zeta, s_min: the times, as in `sample_times`: delta > 0, zeta >= 0, 0 <= s_min <= 1 - zeta - delta.
+        lr, weight_decay: of AdamW; lr > 0, weight_decay >= 0.
+        clip: the largest norm of a gradient, above 0; longer ones are shortened to it. None shortens none.
+        ema: decay of the average of the weights, `mean <- d mean + (1 - d) omega`, in [0, 1); d rises to this as
+            (1 + n)/(10 + n).
+        seed: of every draw; an int64 number.
         cache: predict this many items once and learn from these, instead of predicting each batch; 0 does not. Each
             update takes items at random, with fresh noise in step and targets; x_t and the times stay.
+
+    Raises TypeError or ValueError, naming the attribute.
     """
 
     batch: int = 256
@@ -39,10 +57,21 @@ class Settings:
     s_min: float = 0.01
     lr: float = 1e-3
     weight_decay: float = 0.01
-    clip: float = 1.0
+    clip: float | None = 1.0
     ema: float = 0.999
     seed: int = 0
     cache: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (kind, holds, expected) in EXPECTED.items():
+            value = getattr(self, name)
+            if value is None and name == "clip":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, kind)):
+                raise TypeError(f"Settings: `{name}` is a {type(value).__name__}, expected {expected}")
+            if not holds(value):
+                raise ValueError(f"Settings: `{name}` is {value}, expected {expected}")
+        check_times("Settings", self.delta, self.zeta, self.s_min)
 
 
 class Batches:

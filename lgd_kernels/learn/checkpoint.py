@@ -1,31 +1,33 @@
-"""A file that is either whole or refused: written beside its place, moved there at once, and held to its own digest."""
+"""The checkpoint of a run: a file that is whole or refused, and a lock on its folder, so that one run writes there."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lgd_kernels import files_atomic
+
+LOCK = "trainer.lock"
+HELD: ContextVar[tuple[Path, ...]] = ContextVar("HELD", default=())  # folders that this thread has locked
+PARTIAL = "[0-9a-f]" * 16  # the names that files_atomic gives to files that are not whole yet
 MAGIC = b"lgd_kernels trainer 1\n"
 DIGEST = 32
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Save tensors, numbers, strings, lists and dicts of them. A run that is killed meanwhile leaves the old file."""
+    """Save tensors, numbers, strings, lists and dicts of them. Killed meanwhile, it leaves the old file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        file.write(MAGIC + hashlib.sha256(content).digest() + content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    files_atomic.write(path, MAGIC + hashlib.sha256(content).digest() + content)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -38,3 +40,68 @@ def read(path: Path) -> dict[str, Any]:
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(f"{path} is damaged: its content is not what was written; nothing was loaded")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def with_nan(state: Any, name: str = "") -> list[str]:
+    """Where in a checkpoint NaN is."""
+    if isinstance(state, torch.Tensor):
+        return [name] if bool(state.isnan().any()) else []
+    if not isinstance(state, dict):
+        return []
+    return [found for key, value in state.items() for found in with_nan(value, f"{name}.{key}" if name else str(key))]
+
+
+@contextmanager
+def locked(folder: Path, argument: str) -> Iterator[None]:
+    """Make the folder, where there is none, and hold its lock: one run at a time writes there.
+
+    The system drops the lock when the process ends, however it ends, so no stale lock is ever in the way. The lock file
+    stays; it is empty. Where the system or the file system has no locks, nothing is locked. In a thread that holds the
+    lock already this does nothing. What a killed process has left half written in the folder is removed.
+
+    Raises ValueError, naming the argument, for a folder that cannot be made or written, or whose lock is held.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {folder}, which cannot be made or written ({error.strerror or error}); pass a folder where "
+            "files can be written"
+        ) from error
+    with file:
+        place = folder.resolve()
+        if place in HELD.get():
+            yield
+            return
+        if not _lock(file.fileno()):
+            raise ValueError(
+                f"{argument} is {folder}, where another run is at work: wait until it ends, or pass another folder"
+            )
+        for left in folder.glob(f".{PARTIAL}.partial"):
+            left.unlink(missing_ok=True)
+        token = HELD.set((*HELD.get(), place))
+        try:
+            yield
+        finally:
+            HELD.reset(token)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock was free. It goes when the file is closed."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        try:
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except ImportError:
+            return True
+        except OSError:
+            return False
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else: a file system without locks
+    return True

@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+from lgd_kernels import files_atomic
+
 Row = dict[str, float]  # "step" is an int, the rest figures
 
 
@@ -35,7 +37,8 @@ class JsonLines:
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            files_atomic.write(self.path, "".join(kept).encode())
 
 
 class Csv:
@@ -53,7 +56,7 @@ class Csv:
 
     def __call__(self, row: Row) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
+        new = not self.path.exists() or self.path.stat().st_size == 0
         with open(self.path, "a", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             if new:
@@ -63,11 +66,10 @@ class Csv:
     def rewind(self, step: int) -> None:
         """Keep the rows up to a step."""
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            at = lines[0].rstrip("\n").split(",").index("step")
-            whole = [line for line in lines[1:] if line.endswith("\n")]
-            kept = [line for line in whole if int(line.split(",")[at]) <= step]
-            self.path.write_text("".join(lines[:1] + kept))
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            at = whole[0].rstrip("\n").split(",").index("step") if whole else 0
+            kept = [line for line in whole[1:] if int(line.split(",")[at]) <= step]
+            files_atomic.write(self.path, "".join(whole[:1] + kept).encode())
 
 
 class TensorBoard:

@@ -89,16 +89,21 @@ def sample_times(
     >>> bool((t - s > 0.0999).all() and (t < 0.9901).all())
     True
     """
-    if not (delta > 0 and zeta >= 0 and s_min >= 0 and s_min <= 1 - zeta - delta):
-        raise ValueError(
-            f"sample_times: delta = {delta}, zeta = {zeta}, s_min = {s_min} leave no times: expected delta > 0 and "
-            "0 <= s_min <= 1 - zeta - delta"
-        )
+    check_times("sample_times", delta, zeta, s_min)
     device = generator.device if generator is not None else None
     u, v = torch.rand(2, batch, generator=generator, device=device)
     s = s_min + (1 - zeta - delta - s_min) * u
     t = s + delta + (1 - zeta - s - delta) * v
     return s, t
+
+
+def check_times(where: str, delta: float, zeta: float, s_min: float) -> None:
+    """Raise ValueError where these leave no pair of times."""
+    if not (delta > 0 and zeta >= 0 and s_min >= 0 and s_min <= 1 - zeta - delta):
+        raise ValueError(
+            f"{where}: delta = {delta}, zeta = {zeta}, s_min = {s_min} leave no times: expected delta > 0 and "
+            "0 <= s_min <= 1 - zeta - delta"
+        )
 
 
 def sample_s(
@@ -117,6 +122,7 @@ def sample_s(
     >>> bool((other >= 0.0099).all() and (t - other > 0.0999).all())
     True
     """
+    check_times("sample_s", delta, zeta, s_min)
     end = 1 - zeta - delta
     u = torch.rand(t.shape, generator=generator, device=t.device)
     least = torch.finfo(t.dtype).tiny  # t = 1 - zeta, where s may be as late as it can

@@ -7,6 +7,7 @@ there, and no value is stated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -81,8 +82,8 @@ def black_box_reward_loss(
     True
     """
     m = particles.x_t.shape[1]
-    if not sigma > 0:
-        raise ValueError(f"black_box_reward_loss: `sigma` is {sigma}, expected a spread above 0")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"black_box_reward_loss: `sigma` is {sigma}, expected a finite spread above 0")
     if m < 2:
         raise ValueError("black_box_reward_loss: one particle has no baseline; draw two or more")
     with torch.no_grad():
@@ -111,6 +112,10 @@ def with_reward(
     >>> from lgd_kernels.learn import l2_loss
     >>> loss = with_reward(lambda x0, c: -x0.square().sum(1), gamma=0.1, loss=l2_loss)
     """
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+        raise TypeError(f"with_reward: `gamma` is a {type(gamma).__name__}, expected a float")
+    if not math.isfinite(gamma):
+        raise ValueError(f"with_reward: `gamma` is {gamma}, expected a finite number")
     if gamma == 0:
         return loss
 

@@ -7,12 +7,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels import checks
 from lgd_kernels.learn import checkpoint, distributed
 from lgd_kernels.learn.batches import Batches, Settings
 from lgd_kernels.learn.data import Data, size_of
@@ -26,7 +28,7 @@ from lgd_kernels.progress import Track, silent
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a gradient that is NaN or infinite, with what was seen. omega is as it was before the update."""
+    """A loss, a gradient or a weight is NaN or infinite: what was seen. omega is as it was before the update."""
 
 
 class Trainer:
@@ -42,9 +44,12 @@ class Trainer:
         loss: `(particles, omega [B]) -> [B]`, such as those of `lgd_kernels.learn`, `functools.partial` of one with
             other options, or `with_reward(...)`.
         held_out: more such data, for a loss of the average omega on draws that stay the same.
-        folder: where the checkpoint goes; None keeps none.
+        folder: where the checkpoint goes; None keeps none. It is made here. While one trainer trains in it, another is
+            refused, also in another process.
         every: so many updates make an interval, after which a row is logged and a checkpoint written; so at the end.
         logs: functions that take each row, a dict of numbers: see `lgd_kernels.learn.logs`.
+
+    Raises TypeError or ValueError, naming the argument.
 
     `train(steps)` goes on until so many updates are done in all. `resume()` continues from the checkpoint, bit for bit
     as if nothing had happened: a run that is killed loses one interval at most. Under torchrun each process takes its
@@ -85,38 +90,46 @@ class Trainer:
                 f"Trainer: `omega` is a {type(omega).__name__}, expected a torch.nn.Module with parameters to learn, "
                 "or an OmegaTable"
             )
-        self.settings = settings = settings or Settings()
-        if not 1 <= every:
-            raise ValueError(f"Trainer: `every` is {every}, expected 1 or more")
+        self.settings = settings = Settings() if settings is None else settings
+        if not isinstance(settings, Settings):
+            raise TypeError(f"Trainer: `settings` is a {type(settings).__name__}, expected lgd_kernels.learn.Settings")
+        checks.count("Trainer", "every", every)
         if settings.batch < distributed.rank_and_size()[1]:
             raise ValueError(f"Trainer: a batch of {settings.batch} leaves a process with nothing to do")
         self.omega, self.loss, self.held_out = omega, loss, held_out
         self.path = Path(folder) / "trainer.ckpt" if folder is not None else None
         self.every, self.logs, self.step = every, logs, 0
+        with self._alone():
+            pass  # refused now, not at the first checkpoint
         self.device = next(omega.parameters()).device
         self.batches = Batches(frozen, data, settings, self.device)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
-        self.weights, self.means = (list(one.parameters()) for one in (omega, self.ema))
+        self.weights, self.means = ([p for p in one.parameters() if p.numel()] for one in (omega, self.ema))
+        self.before = [weight.detach().clone() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(self.weights, settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.validation: list[Particles] | None = None
 
     def train(self, steps: int, track: Track = silent) -> None:
-        """Update until `steps` updates are done in all. Raises NotFinite before an update would spoil omega.
+        """Update until `steps` updates are done in all. Raises NotFinite before an update would spoil omega, and
+        ValueError where another trainer trains in the folder.
 
         Args:
             steps: how many; those before a resume count.
             track: shows progress: `lgd_kernels.progress.bars("omega")`.
         """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"Trainer.train: `steps` is {steps!r}, expected an integer, 0 or more")
         losses, seen, started = 0.0, 0, time.perf_counter()
-        for _ in track(range(self.step, steps), "omega"):
-            loss, norm = self.update()
-            losses, seen = losses + loss, seen + 1
-            if self.step % self.every == 0 or self.step == steps:
-                row = {"step": self.step, "loss": float(losses / seen), "gradient": float(norm)}
-                row["seconds"] = time.perf_counter() - started
-                losses, seen, started = 0.0, 0, time.perf_counter()
-                self.record(row)
+        with self._alone():
+            for _ in track(range(self.step, steps), "omega"):
+                loss, norm = self.update()
+                losses, seen = losses + loss, seen + 1
+                if self.step % self.every == 0 or self.step == steps:
+                    row = {"step": self.step, "loss": float(losses / seen), "gradient": float(norm)}
+                    row["seconds"] = time.perf_counter() - started
+                    losses, seen, started = 0.0, 0, time.perf_counter()
+                    self.record(row)
 
     def update(self) -> tuple[Tensor, Tensor]:
         """One step of the paper's algorithm. Returns the loss of the whole batch, and the norm of its gradient."""
@@ -126,11 +139,20 @@ class Trainer:
         share = distributed.rank_and_size()[1] / self.settings.batch  # gradients are averaged over the processes
         self.optimizer.zero_grad()
         (each.sum() * share).backward()
-        norm = nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.weights, math.inf if self.settings.clip is None else self.settings.clip)
         loss = distributed.total(each.detach().sum()) / self.settings.batch
         if not math.isfinite(float(loss) + float(norm)):
             raise NotFinite(self._seen(particles, omega, each, norm))
-        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.before, self.weights)
+            self.optimizer.step()
+            largest = torch._foreach_norm(self.weights, math.inf)  # NaN where a weight is
+            if not bool(torch.stack(largest).isfinite().all()):
+                torch._foreach_copy_(self.weights, self.before)
+                raise NotFinite(
+                    f"update {self.step + 1}: AdamW made weights of omega NaN or infinite, from a loss of "
+                    f"{float(loss):g} and a gradient of norm {float(norm):g}; a smaller `lr` or `weight_decay` helps"
+                )
         if isinstance(self.omega, TableModule):
             self.omega.project()
         self._average()
@@ -160,7 +182,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint: whole, or not at all."""
+        """Write the checkpoint: whole, or not at all. Raises NotFinite where NaN would be in it, and writes nothing."""
         if self.path is None:
             raise ValueError("Trainer.save: there is no folder; pass Trainer(..., folder=...)")
         state = {"run": json.dumps(self._run()), "step": self.step, "generator": self.batches.generator.get_state()}
@@ -168,15 +190,20 @@ class Trainer:
         state["cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         for name in ("omega", "ema", "optimizer"):
             state[name] = getattr(self, name).state_dict()
-        checkpoint.write(self.path, state)
+        if spoilt := checkpoint.with_nan(state):
+            raise NotFinite(f"update {self.step}: NaN in {', '.join(spoilt)}; the checkpoint was not written")
+        with self._alone():
+            checkpoint.write(self.path, state)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint in the folder; False where there is none.
+        """Go on from the checkpoint in the folder; False where there is none: then the files of `logs` start anew.
 
-        Raises ValueError for a file that is damaged or that another run wrote: other settings, another omega, schedule
-        or amount of data. (The loss and the denoiser cannot be told; pass the same.) Nothing has changed then.
+        Raises ValueError for a file that is damaged, that holds NaN, or that another run wrote: other settings, another
+        omega, schedule or amount of data. (The loss and the denoiser cannot be told; pass the same.) Nothing has
+        changed then.
         """
         if self.path is None or not self.path.exists():
+            self._rewind()
             return False
         state = checkpoint.read(self.path)
         wrote, here = json.loads(state["run"]), json.loads(json.dumps(self._run()))
@@ -186,6 +213,8 @@ class Trainer:
                     f"Trainer.resume: {self.path} is of another run: its {name} is {wrote.get(name)}, here it is "
                     f"{here[name]}; pass the same, or another folder"
                 )
+        if spoilt := checkpoint.with_nan(state):
+            raise ValueError(f"Trainer.resume: {self.path} holds NaN in {', '.join(spoilt)}; nothing was loaded")
         for name in ("omega", "ema", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.batches.generator.set_state(state["generator"])
@@ -193,10 +222,20 @@ class Trainer:
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
         self.step = state["step"]
+        self._rewind()
+        return True
+
+    def _rewind(self) -> None:
+        """Drop what the logs have of updates that are not done, or were lost."""
         if distributed.rank_and_size()[0] == 0:
             for log in self.logs:
                 getattr(log, "rewind", lambda step: None)(self.step)
-        return True
+
+    def _alone(self) -> AbstractContextManager:
+        """Holds the lock of the folder, where there is one. Rank 0 does."""
+        if self.path is None or distributed.rank_and_size()[0] != 0:
+            return nullcontext()
+        return checkpoint.locked(self.path.parent, "Trainer: `folder`")
 
     def _run(self) -> dict:
         """What a checkpoint has to agree with."""
