@@ -1,5 +1,6 @@
 """A small run of learning that several processes can start alike: `python tests/learning.py FOLDER STEPS [die]`."""
 
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from lgd_kernels.learn import Frozen, Settings, Trainer
 from lgd_kernels.learn.distributed import process_group, rank_and_size
 from lgd_kernels.learn.logs import JsonLines
 
+ROOT = Path(__file__).parents[1]
 EVERY = 10
 
 
@@ -47,6 +49,25 @@ def trainer(folder=None, dropout: float = 0.0, denoiser=denoiser, logs=None, dev
     logs = [JsonLines(Path(folder) / "log.jsonl")] if folder and logs is None else logs or []
     frozen = Frozen(denoiser, lgd.RectifiedFlow(), null=0)
     return Trainer(omega, frozen, data(), settings, held_out=data(20, 1), folder=folder, every=EVERY, logs=logs)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def state(run: Trainer) -> list[torch.Tensor]:
+    """All that a run is made of."""
+    optimizer = [value for weight in run.optimizer.state.values() for value in weight.values()]
+    generators = [run.batches.generator.get_state(), torch.get_rng_state()]
+    return [*run.omega.state_dict().values(), *run.ema.state_dict().values(), *optimizer, *generators]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def dying(at: int):
