@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -42,7 +43,9 @@ def sample(
             other function `omega(c, s, t) -> [B]` of times of the plan's schedule. A function is called once, before
             the loop, with N * B rows: t is the time of a call, s where a step from there ends (`plan.ends`). (What
             `table.at` returns is one weight for each sample, the same in all calls.) Calls where all of omega is 0
-            leave the unconditional network out, without a rule: limited intervals cost what they should.
+            leave the unconditional network out, without a rule: limited intervals cost what they should. Where
+            `omega.prediction` and `plan.prediction` are known and differ, the model's output is read wrongly: a
+            UserWarning says so.
         condition: the c of such a function, integers `[B]` or vectors `[B, E]`. By default `cond` where it is that (a
             table takes integers only), else None: a table of one condition, and functions that do not look at c, need
             none.
@@ -66,6 +69,7 @@ def sample(
     tensor([[4., 4.]])
     """
 
+    same_prediction(omega, plan)
     batch, steps = x.shape[0], len(plan)
     if callable(omega) and uncond is not None:
         omega = _run_of(omega, condition, cond, plan, x)
@@ -133,6 +137,18 @@ def _condition(omega: Callable, cond: Tensor, batch: int) -> Tensor | None:
         f"sample: `cond` is {said}, which does not say what c is in omega(c, s, t) of the {type(omega).__name__}; "
         f"pass condition=..., integers [B] = [{batch}], or vectors [B, E] for a network of embeddings"
     )
+
+
+def same_prediction(omega: object, plan: StepPlan) -> None:
+    """Warn where omega was learned for a model that returns something else than the plan reads."""
+    learned = getattr(omega, "prediction", None)
+    if learned is not None and plan.prediction is not None and learned != plan.prediction:
+        warnings.warn(
+            f"sample: `omega` was learned with prediction={learned!r}, but the plan has prediction="
+            f"{plan.prediction!r}; make the plan with prediction={learned!r}, or, if the model now returns "
+            f"{plan.prediction}, set omega.prediction = {plan.prediction!r}",
+            stacklevel=3,
+        )
 
 
 def _guided(omega: float | Tensor, steps: int) -> list[bool]:

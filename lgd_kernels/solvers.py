@@ -71,6 +71,7 @@ class StepPlan:
     start: float | Tensor = 0.0  # a number, or [B]
     ends: Tensor | None = None  # as times: where a step that starts at each of them ends, the s of omega(c, s, t)
     stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that leave both things it remembers
+    prediction: str | None = None  # what g is, where that is known
 
     def __repr__(self) -> str:
         table = f"table {list(self.table.shape)} {kind(self.table)}"
@@ -160,10 +161,8 @@ class StepPlan:
 
     def _and_kept(self, found: tuple[Tensor, ...], history: tuple[Tensor, ...], index: int | Tensor):
         """The next sample, and what the next step asks for."""
-        if not self.remembers:
-            return found[0], None
         if not self.deep:
-            return found
+            return found if self.remembers else (found[0], None)
         if self.stays is not None and len(history) == 2:
             stays = self._row(self.stays[..., None, None].to(found[1].device), index, found[1].shape[0])
             history = (torch.where(per_sample(stays, found[1]), history[1], history[0]),)
@@ -220,7 +219,7 @@ def one_step(
     plan_checks.churn("one_step", churn, levels.gap)
     a, b, v = step_coefficients(levels, prediction, churn)
     at, ends = (times[:-1], times[1:]) if to is None else (times, to)
-    return _plan("one_step", at, ends, tables.output(a, b, z=v))
+    return _plan("one_step", prediction, at, ends, tables.output(a, b, z=v))
 
 
 def consistency(schedule: Schedule, times: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
@@ -229,7 +228,7 @@ def consistency(schedule: Schedule, times: Tensor, *, prediction: Prediction = "
     levels = _levels("consistency", schedule, times, prediction)
     alpha, beta = x0_coefficients(levels, prediction)
     table = tables.output(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s)
-    return _plan("consistency", times[:-1], times[1:], table)
+    return _plan("consistency", prediction, times[:-1], times[1:], table)
 
 
 def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = True, **churning) -> StepPlan:
@@ -246,8 +245,15 @@ def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = Tr
     raised, added = tables.raised("edm_euler", sigmas, prediction, **churning)
     a, b, _ = step_coefficients(EDM().levels(raised, sigmas[1:]), prediction, 0.0)
     if not after:
-        return _plan("edm_euler", sigmas[:-1], sigmas[1:], tables.output(a, b, z=a * added))
-    return _plan("edm_euler", raised, sigmas[1:], tables.output(a, b, z=tables.late(added)), tables.first_noise(added))
+        return _plan("edm_euler", prediction, sigmas[:-1], sigmas[1:], tables.output(a, b, z=a * added))
+    return _plan(
+        "edm_euler",
+        prediction,
+        raised,
+        sigmas[1:],
+        tables.output(a, b, z=tables.late(added)),
+        tables.first_noise(added),
+    )
 
 
 def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning) -> StepPlan:
@@ -271,7 +277,7 @@ def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning) -> St
     calls = calls.any(-1) if calls.ndim == 2 else calls
     times, table = torch.stack((t, s), 1).flatten(0, 1), torch.stack((first, second), 1).flatten(0, 1)
     after = torch.stack((s, torch.cat((s[1:], torch.zeros_like(s[:1])))), 1).flatten(0, 1)  # below the last sigma: 0
-    return _plan("edm_heun", times[calls], after[calls], table[calls], tables.first_noise(added))
+    return _plan("edm_heun", prediction, times[calls], after[calls], table[calls], tables.first_noise(added))
 
 
 def adams_bashforth(sigmas: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
@@ -289,7 +295,7 @@ def adams_bashforth(sigmas: Tensor, *, prediction: Prediction = "x0") -> StepPla
     forward = h * (1 + share)
     table = tables.output(1 + forward * x, forward * g, kept=-h * share)
     table = torch.cat((table, tables.remembered(x, g, (last >= 0) & (h == 0))), -2)
-    return _plan("adams_bashforth", sigmas[:-1], sigmas[1:], table)
+    return _plan("adams_bashforth", prediction, sigmas[:-1], sigmas[1:], table)
 
 
 def dpm_solver_2m(
@@ -315,7 +321,13 @@ def dpm_solver_2m(
     alpha, beta = x0_coefficients(levels, prediction)
     ahead = b * (1 + share)
     table = tables.output(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
-    return _plan("dpm_solver_2m", times[:-1], times[1:], torch.cat((table, tables.remembered(alpha, beta, stays)), -2))
+    return _plan(
+        "dpm_solver_2m",
+        prediction,
+        times[:-1],
+        times[1:],
+        torch.cat((table, tables.remembered(alpha, beta, stays)), -2),
+    )
 
 
 def unipc(
@@ -364,7 +376,9 @@ def unipc(
     table = torch.cat((table, tables.remembered(alpha, beta, stays)), -2)
     before = torch.stack((-old, none), -1).unsqueeze(-1)
     some = checks.readable(stays) and bool(stays.any())  # unread, the step after has a corrector of first order
-    return _plan("unipc", times[:-1], times[1:], torch.cat((table, before), -1), stays=stays if some else None)
+    return _plan(
+        "unipc", prediction, times[:-1], times[1:], torch.cat((table, before), -1), stays=stays if some else None
+    )
 
 
 def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: str) -> Levels:
@@ -374,6 +388,7 @@ def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: str) -> Le
 
 def _plan(
     plan: str,
+    prediction: str,
     times: Tensor,
     ends: Tensor,
     table: Tensor,
@@ -381,4 +396,4 @@ def _plan(
     stays: Tensor | None = None,
 ) -> StepPlan:
     plan_checks.finite(plan, table)
-    return StepPlan(times, table, start, ends, stays)
+    return StepPlan(times, table, start, ends, stays, prediction)

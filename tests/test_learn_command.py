@@ -15,7 +15,6 @@ import lgd_kernels as lgd
 from lgd_kernels.__main__ import main
 from lgd_kernels.learn import command
 from lgd_kernels.omega.files import load
-from lgd_kernels.omega.table import OmegaTable
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parents[1]
@@ -46,6 +45,10 @@ def images(x, t, c):
 
 def flow(x, t, c):
     return (x - denoiser(x, t, c)) / t[:, None]
+
+
+def eps(x, t, c):
+    return (x - (1 - t[:, None]) * denoiser(x, t, c)) / t[:, None]
 
 
 class Net(nn.Module):
@@ -95,6 +98,19 @@ def reward(x0, c):
 
 
 edm = lgd.EDM(sigma_max=10.0)
+spoilt = torch.full((20, 3), torch.nan), torch.arange(20) % 2
+
+
+class Own(lgd.RectifiedFlow):
+    pass
+
+
+own = Own()
+null_vector = torch.zeros(3)
+
+
+def null_like(c):
+    return 0 * c
 """
 QUICK = ["--steps", "4", "--every", "2", "--batch", "64", "--items", "200", "--hidden", "8"]
 
@@ -141,19 +157,6 @@ def test_a_network_end_to_end(capsys):
     with open("out/log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["150"] and float(rows[0]["held_out"]) < 100
-
-
-def test_the_snippet_it_prints_runs(capsys):
-    """For a table, whose snippet looks it up inside the kernel."""
-    assert learn("--omega", "table", "--items", "2000", "--knots", "4") == 0
-    snippet = capsys.readouterr().out.partition("from lgd_kernels.omega")
-    c, s, t = torch.tensor([0, 1]), torch.full((2,), 0.3), torch.full((2,), 0.7)
-    x, cond, uncond = torch.randn(3, 2, 3).unbind(0)
-    space = {"lgd_kernels": lgd, "c": c, "s": s, "t": t, "x": x, "cond": cond, "uncond": uncond}
-    space["schedule"] = lgd.RectifiedFlow()
-    exec("".join(snippet[1:]), space)
-    assert space["x_s"].shape == (2, 3) and type(space["omega"]) is OmegaTable
-    assert (space["omega"](c, s, t) - torch.tensor([1.0, 0.6])).abs().max() < 0.1
 
 
 def test_a_network_that_has_nothing_to_gain_ends_near_zero():
@@ -300,6 +303,7 @@ def test_what_is_wrong_is_said(named, message, capsys):
         (["--held-out", "nowhere"], "--held-out: nowhere is no folder"),
         (["--held-out", "my_model:flat"], "--held-out: items have shapes"),
         (["--reward", "my_model:number"], "--reward: my_model:number is a int"),
+        (["--schedule", "my_model:own"], "--schedule: `schedule` is a Own, expected one of"),
     ],
 )
 def test_options_that_do_not_fit(options, message, capsys):
@@ -313,6 +317,7 @@ def test_options_that_do_not_fit(options, message, capsys):
         (["--omega", "table", "--resume"], "--reward and --resume are for --omega network"),
         (["--knots", "1"], "--knots is 1, expected 2 or more"),
         (["--omega", "spline"], "invalid choice"),
+        (["--gamma", "0.5"], "--black-box and --gamma say something of a reward: pass --reward"),
     ],
 )
 def test_options_that_cannot_be(options, message, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -63,11 +64,13 @@ def locked(folder: Path, argument: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "ab")  # noqa: SIM115
+        with tempfile.TemporaryFile(dir=folder):
+            file = open(folder / LOCK, "ab")  # noqa: SIM115
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
         raise ValueError(
-            f"{argument} is {folder}, which cannot be made or written ({error.strerror or error}); pass a folder where "
-            "files can be written"
+            f"{argument} is {folder}, which cannot be made or written ({reason}); pass a folder where files can be "
+            "written"
         ) from error
     with file:
         place = folder.resolve()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import impls
-from lgd_kernels.learn import command_fits, sources
+from lgd_kernels import files_atomic, impls
+from lgd_kernels.learn import checkpoint, command_fits, command_lines, readings, sources
 from lgd_kernels.learn.batches import Batches, Settings
-from lgd_kernels.learn.data import Data, size_of
+from lgd_kernels.learn.data import Data, items_of, size_of
 from lgd_kernels.learn.distributed import process_group, rank_and_size
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.logs import Csv, JsonLines
@@ -24,6 +27,7 @@ from lgd_kernels.learn.particles import Particles
 from lgd_kernels.learn.reward import Loss, black_box_reward_loss, reward_loss, with_reward
 from lgd_kernels.learn.trainer import NotFinite, Trainer
 from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.omega.files import described
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.progress import bars
 from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
@@ -39,6 +43,12 @@ SCHEDULES = {
 ROUNDS = 8  # draws of each held-out item
 KINDS = ("network", "table", "constant", "interval")
 OURS = Settings()
+NUMBERS = {  # of the options that are no settings of the trainer: what holds of them, and that in words
+    "beta": (lambda beta: 0 < beta <= 2, "a power in (0, 2]"),
+    "lam": (lambda lam: 0 <= lam <= 1, "a weight in [0, 1]"),
+    "churn": (lambda churn: 0 <= churn <= 1, "a number in [0, 1]"),
+    "gamma": (math.isfinite, "a finite number"),
+}
 FREE = ("steps", "resume", "threads", "device", "out", "impl", "every")  # what may differ when a run is resumed
 
 
@@ -46,6 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; argparse says what is wrong with one, and ends with status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m lgd_kernels learn", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="python -m lgd_kernels learn --data DATA --model MODULE:NAME [options]",
         description="Learn the guidance weight omega(c, s, t) of a frozen model from clean data. docs/learning.md is "
         "the guide. MODULE:NAME is a Python object; MODULE:NAME() calls it, MODULE:NAME(TEXT) calls it with a text.",
     )  # fmt: skip
@@ -100,13 +111,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--knots is {args.knots}, expected 2 or more")
     if args.omega != "network" and (args.reward or args.resume):
         parser.error("--reward and --resume are for --omega network; the fits are exact, and take seconds")
-    if args.black_box and not args.reward:
-        parser.error("--black-box says something of a reward: pass --reward")
+    if (args.black_box or args.gamma) and not args.reward:
+        parser.error("--black-box and --gamma say something of a reward: pass --reward")
     return args
 
 
+def _settings(args: argparse.Namespace) -> Settings:
+    """What of the options the trainer takes. Raises ValueError for a number that cannot be, naming its option."""
+    for name, (holds, expected) in NUMBERS.items():
+        if not holds(value := getattr(args, name)):
+            raise ValueError(f"--{name} is {value}, expected {expected}")
+    if args.m < 2 and args.lam > 0:
+        raise ValueError(f"--m is {args.m}, but with --lam above 0 particles repel each other: pass --m 2 or --lam 0")
+    try:
+        return Settings(
+            args.batch, args.m, args.delta, args.zeta, args.s_min, args.lr, ema=args.ema, seed=args.seed,
+            cache=args.cache,
+        )  # fmt: skip
+    except ValueError as error:
+        named = re.sub(r"^Settings: `(\w+)`", lambda found: "--" + found[1].replace("_", "-"), str(error))
+        raise ValueError(named.replace("Settings: ", "")) from error
+
+
 def main(arguments: list[str]) -> int:
-    """Run the command. Returns the exit status: 0, 2 for what was asked wrongly, 1 for a run that met NaN."""
+    """Run the command. Returns the exit status: 0; 2 for what was asked wrongly; 1 where NaN came up, or a file cannot
+    be written."""
     args = parse(arguments)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # where the user's modules lie
@@ -116,8 +145,10 @@ def main(arguments: list[str]) -> int:
         with process_group("gloo" if args.device == "cpu" else None) as device:
             if args.device == "cuda" and device.type != "cuda":
                 raise ValueError("--device cuda: PyTorch sees no GPU here")
-            return run(args, device)
-    except NotFinite as error:
+            settings = _settings(args)
+            with checkpoint.locked(args.out, "--out") if rank_and_size()[0] == 0 else nullcontext():
+                return run(args, settings, device)
+    except (NotFinite, OSError) as error:
         print(f"learn: {error}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, ImportError) as error:
@@ -125,11 +156,11 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
-def run(args: argparse.Namespace, device: torch.device) -> int:
+def run(args: argparse.Namespace, settings: Settings, device: torch.device) -> int:
     """Prepare, learn, compare, save. Only the first process writes and prints."""
     first, track = rank_and_size()[0] == 0, bars("learn")
     if first:
-        _keep_settings(args)
+        _same_run(args)
     data = sources.load(args.data, args.size)
     x0, c = sources.first(data)
     classes = None if c.is_floating_point() else _classes(args, data)
@@ -138,9 +169,10 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     frozen = _frozen(args, c, classes, device)
     _try(frozen, x0.to(device), c.to(device))
     learning, held = sources.parted(data, args.held_out, args.seed, args.size)
-    settings = Settings(
-        args.batch, args.m, args.delta, args.zeta, args.s_min, args.lr, ema=args.ema, seed=args.seed, cache=args.cache
-    )
+    if first:
+        _compare_readings(frozen, learning, min(320, 2 * args.m * args.batch), device)
+        asked = {name: value for name, value in vars(args).items() if name not in FREE}
+        files_atomic.write(args.out / "settings.json", (json.dumps(asked, indent=1) + "\n").encode())
     loss = partial(self_consistency_loss, beta=args.beta, lam=args.lam, churn=args.churn, impl=args.impl)
     batches = Batches(frozen, learning, settings, device)
     if args.omega == "network":
@@ -151,7 +183,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             network, frozen, learning, settings, loss=_rewarded(args, loss), held_out=held, folder=args.out,
             every=args.every, logs=[log],
         )  # fmt: skip
-        if args.resume and not trainer.resume():
+        if not trainer.resume() and args.resume:
             raise ValueError(f"--resume: there is no checkpoint in {args.out}")
         if trainer.step > args.steps:
             raise ValueError(f"--steps is {args.steps}, but {trainer.step} updates are done in {args.out}")
@@ -163,26 +195,28 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     omega = omega if args.omega == "network" else found[args.omega]
     found = {"unguided": _unguided, **{name: found[name] for name in ("constant", "interval")}, args.omega: omega}
     losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, found)
-    command_fits.save(args, found, frozen.schedule, losses, c.to(device), classes)
+    command_fits.save(args, found, frozen, losses, c.to(device), classes)
     print(command_fits.told(args, found, losses))
+    print("\n".join(command_lines.lines(args, frozen, x0, classes, device.type)))
     return 0
 
 
-def _keep_settings(args: argparse.Namespace) -> None:
-    """Write down what was asked for; refuse to resume, or to overwrite, a run that was asked for otherwise."""
-    path, asked = args.out / "settings.json", {k: v for k, v in vars(args).items() if k not in FREE}
+def _same_run(args: argparse.Namespace) -> None:
+    """Refuse to resume, or to overwrite, a run that was asked for otherwise."""
+    path = args.out / "settings.json"
     if args.resume and path.exists():
-        before = json.loads(path.read_text())
-        for name, value in asked.items():
-            if before.get(name) != value:
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--resume: {path} is damaged ({error}); remove it to go on with these options") from error
+        for name, value in vars(args).items():
+            if name not in FREE and before.get(name) != value:
                 raise ValueError(
                     f"--resume: the run in {args.out} had {name} = {before.get(name)}, here it is {value}; pass the "
                     "same, or another --out"
                 )
     if not args.resume and (args.out / "trainer.ckpt").exists():
         raise ValueError(f"{args.out} holds a checkpoint: go on from it with --resume, or pass another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asked, indent=1) + "\n")
 
 
 def _classes(args: argparse.Namespace, data: Data) -> int:
@@ -210,6 +244,10 @@ def _frozen(args: argparse.Namespace, c: Tensor, classes: int | None, device: to
         raise ValueError(f"--schedule is {args.schedule!r}, expected one of {', '.join(SCHEDULES)}, or MODULE:NAME")
     if not isinstance(schedule, Schedule):
         raise ValueError(f"--schedule: {args.schedule} is a {type(schedule).__name__}, expected a Schedule")
+    try:
+        described(schedule)
+    except TypeError as error:
+        raise ValueError(f"--schedule: {error}") from error
     null = classes if args.null is None else args.null
     if null is None:
         raise ValueError("--null is missing: c are embeddings; pass zeros, or MODULE:NAME")
@@ -235,6 +273,21 @@ def _try(frozen: Frozen, x0: Tensor, c: Tensor) -> None:
     frozen.predict(x0, t, c)
 
 
+def _compare_readings(frozen: Frozen, data: Data, count: int, device: torch.device) -> None:
+    """Warn where the model seems to return something else than --prediction."""
+    size = size_of(data)
+    items = torch.linspace(0, size - 1, min(count, size)).long()
+    found = readings.readings(frozen, *(one.to(device) for one in items_of(data, items)))
+    best = readings.better(found, frozen.prediction)
+    if best is not None:
+        errors = f"{found[best].error:.3g} instead of {found[frozen.prediction].error:.3g}"
+        print(
+            f"learn: warning: --prediction is {frozen.prediction}, but read as {best} the model's output fits the data "
+            f"better (mean squared error of x0: {errors}); if the model returns {best}, pass --prediction {best}",
+            file=sys.stderr,
+        )
+
+
 def _rewarded(args: argparse.Namespace, loss: Loss) -> Loss:
     if not args.reward:
         return loss
@@ -256,4 +309,11 @@ def _losses(parts: Iterable[Particles], loss: Loss, omegas: dict[str, command_fi
     for part in parts:
         for name, omega in omegas.items():
             found[name].append(loss(part, omega(part.c, part.s, part.t).float()).double().cpu())
-    return {name: torch.cat(losses) for name, losses in found.items()}
+    losses = {name: torch.cat(losses) for name, losses in found.items()}
+    for name, loss in losses.items():
+        if bad := int((~loss.isfinite()).sum()):
+            raise NotFinite(
+                f"the held-out loss of {name} is NaN or infinite in {bad} of {len(loss)} draws: look at the held-out "
+                "data, and at what the model returns for them"
+            )
+    return losses

@@ -10,9 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels import files_atomic
 from lgd_kernels.learn.batches import Batches
 from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
+from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.particles import curve
+from lgd_kernels.learn.trainer import NotFinite
 from lgd_kernels.omega import plot
 from lgd_kernels.omega.files import save as save_omega
 from lgd_kernels.omega.table import OmegaTable
@@ -34,6 +37,9 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
     curves, at, source = [], [], iter(parts)
     for _ in track(range(total), "loss curves"):
         part = next(source)
+        for name in ("x0", "cond", "uncond"):
+            if not bool(getattr(part, name).isfinite().all()):
+                raise NotFinite(f"`{name}` is NaN or infinite in a batch of items for the fits")
         curves.append(curve(part, churn=args.churn, impl=args.impl))
         at.append((part.c, part.s, part.t))
     c, s, t = (torch.cat(one).cpu() for one in zip(*at, strict=True))
@@ -61,21 +67,21 @@ def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
 def save(
     args: argparse.Namespace,
     found: dict[str, Omega],
-    schedule: Schedule,
+    frozen: Frozen,
     losses: dict[str, Tensor],
     c: Tensor,
     classes: int | None,
 ) -> None:
     """omega.safetensors and what it is compared with, result.json and, where matplotlib is installed, omega.png."""
-    for name in ("constant", "interval"):
-        save_omega(args.out / f"{name}.safetensors", found[name], schedule)
-    save_omega(args.out / "omega.safetensors", found[args.omega], schedule)
+    schedule = frozen.schedule
+    for name, omega in (("constant", found["constant"]), ("interval", found["interval"]), ("omega", found[args.omega])):
+        save_omega(args.out / f"{name}.safetensors", omega, schedule, frozen.prediction)
     result = {name: {"held_out": float(loss.mean()), "draws": len(loss)} for name, loss in losses.items()}
     for name, loss in losses.items():
         if name != args.omega:
             mean, half = paired(losses[args.omega], loss)
             result[name]["learned_minus_this"] = {"mean": mean, "half_width": half}
-    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    files_atomic.write(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is not None:
         conditions = c if classes is None else torch.arange(classes, device=c.device)
         plot.draw(found[args.omega], conditions, schedule).savefig(args.out / "omega.png", dpi=120)
@@ -89,7 +95,7 @@ def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Tensor]) -> str:
-    """The table of held-out losses, and how the file is used."""
+    """The table of held-out losses, and where the files are."""
     learned = losses[args.omega]
     lines = [
         f"held-out loss, {len(learned)} draws, the same for all (95 % intervals over these draws):",
@@ -109,9 +115,4 @@ def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Te
     path = args.out / "omega.safetensors"
     drawn = args.out / "omega.png"
     lines += [f"omega: {path}", *([f"picture: {drawn}"] if drawn.exists() else []), ""]
-    lines += ["from lgd_kernels.omega.files import load", f'omega = load("{path}")']
-    if args.omega == "table":
-        lines += ["x_s = lgd_kernels.guided_step(x, cond, uncond, omega.at(c, s, t), schedule.levels(t, s))"]
-    else:
-        lines += ["x_s = lgd_kernels.guided_step(x, cond, uncond, omega(c, s, t), schedule.levels(t, s))"]
     return "\n".join(lines)

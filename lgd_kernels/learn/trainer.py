@@ -23,7 +23,9 @@ from lgd_kernels.learn.logs import Row
 from lgd_kernels.learn.losses import self_consistency_loss
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.learn.reward import Loss
-from lgd_kernels.omega.table import OmegaTable, TableModule
+from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
+from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.omega.table import OmegaTable, TableModule, know
 from lgd_kernels.progress import Track, silent
 
 
@@ -105,6 +107,8 @@ class Trainer:
         self.batches = Batches(frozen, data, settings, self.device)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
+        if isinstance(omega, (OmegaNetwork, TableModule, Constant, Interval, ClampLinear)):  # files keep both
+            know(self.ema, getattr(omega, "schedule", frozen.schedule), frozen.prediction)
         self.weights, self.means = ([p for p in one.parameters() if p.numel()] for one in (omega, self.ema))
         self.before = [weight.detach().clone() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(self.weights, settings.lr, weight_decay=settings.weight_decay, fused=True)

@@ -1,10 +1,11 @@
 """omega in a safetensors file: what it is, what it was learned with, and nothing that runs.
 
 tensors   the parameters and buffers of a module; values, s_knots and t_knots of a table
-header    format "lgd_kernels.omega" · version · kind · settings (JSON) · schedule (JSON, or null) · digest
+header    format "lgd_kernels.omega" · version · kind · settings (JSON) · schedule (JSON, or null) · digest,
+          and the prediction, where that is known
 
 The digest is the SHA-256 of the whole file, in hex, with 64 zeros in its own place. The first files had none: a header
-of exactly the other five entries needs none, any other header does.
+of exactly format, version, kind, settings and schedule needs none, any other header does.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels import files_atomic, schedules
+from lgd_kernels.levels import PREDICTIONS
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.omega.table import OmegaTable
+from lgd_kernels.omega.table import OmegaTable, know
 from lgd_kernels.schedules import Schedule
 
 FORMAT, VERSION = "lgd_kernels.omega", 1
@@ -42,13 +44,19 @@ SCHEDULES = {cls.__name__: cls for cls in Schedule.__subclasses__() if cls.__mod
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Schedule | None = None) -> None:
+def save(
+    path: str | os.PathLike,
+    omega: nn.Module | OmegaTable,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+) -> None:
     """Write omega to a safetensors file, whole or not at all: it is written beside the path, then moved there.
 
     Args:
         omega: an `OmegaNetwork`, `OmegaTable`, `Constant`, `Interval` or `ClampLinear`, on any device.
         schedule: whose times s and t are. A network knows its own; a constant needs none; for the rest it must be
             given, since a table of times means nothing without it.
+        prediction: what the model returns that omega was learned for. By default `omega.prediction`, where it has one.
 
     Raises TypeError or ValueError for anything else, and for tensors that `load` would refuse, such as NaN; ImportError
     where safetensors is not installed.
@@ -66,6 +74,7 @@ def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Sched
     if own is not None and schedule is not None and described(own) != described(schedule):
         raise ValueError(f"save: `schedule` is {_brief(schedule)}, but omega was made for {_brief(own)}")
     schedule = own or schedule
+    prediction = _prediction("save", prediction, getattr(omega, "prediction", None), "omega")
     if schedule is None and kind != "constant":
         raise ValueError(f"save: `schedule` is missing; the times of a {kind} mean nothing without one")
     if kind == "table":
@@ -79,6 +88,7 @@ def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Sched
         "kind": kind,
         "settings": json.dumps(settings),
         "schedule": json.dumps(schedule and described(schedule)),
+        **({"prediction": prediction} if prediction is not None else {}),
     }
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -91,14 +101,21 @@ def save(path: str | os.PathLike, omega: nn.Module | OmegaTable, schedule: Sched
     files_atomic.write(path, content.replace(BLANK.encode(), _digest(content), 1))
 
 
-def load(path: str | os.PathLike, schedule: Schedule | None = None, device: str = "cpu") -> nn.Module | OmegaTable:
+def load(
+    path: str | os.PathLike,
+    schedule: Schedule | None = None,
+    device: str = "cpu",
+    prediction: str | None = None,
+) -> nn.Module | OmegaTable:
     """Read what `save` wrote: the same values, bit for bit, and no code but ours runs.
 
-    The tensors are copies: what happens to the file afterwards does not reach them.
+    The tensors are copies: what happens to the file afterwards does not reach them. The schedule and the
+    prediction that the file was saved with are `omega.schedule` and `omega.prediction`, where they are known.
 
     Args:
         schedule: if given, the file must have been saved with this one.
         device: where the tensors shall be.
+        prediction: if given, the file must have been saved with this one, or with none.
 
     Raises ValueError, naming the file and what is wrong with it, for anything that `save` did not write: no
     safetensors file, a foreign one, a damaged or edited one (every bit counts), another version or kind, another
@@ -109,7 +126,7 @@ def load(path: str | os.PathLike, schedule: Schedule | None = None, device: str 
     path = Path(path)
     header, tensors, intact = _read(path)
     try:
-        found = _found(path, header, tensors, schedule)
+        found = _found(path, header, tensors, schedule, prediction)
     except ValueError as error:
         raise error if intact else ValueError(f"{error} ({DAMAGED})") from error
     if not intact:
@@ -117,7 +134,13 @@ def load(path: str | os.PathLike, schedule: Schedule | None = None, device: str 
     return found.to(device)
 
 
-def _found(path: Path, header: dict[str, str], tensors: dict[str, Tensor], schedule: Schedule | None):
+def _found(
+    path: Path,
+    header: dict[str, str],
+    tensors: dict[str, Tensor],
+    schedule: Schedule | None,
+    prediction: str | None,
+) -> nn.Module | OmegaTable:
     if header.get("version") != str(VERSION):
         raise ValueError(
             f"load: {path} has version {header.get('version')}, expected {VERSION}; update lgd_kernels, or save again"
@@ -136,10 +159,13 @@ def _found(path: Path, header: dict[str, str], tensors: dict[str, Tensor], sched
         )
     if schedule is not None and saved is not None and described(schedule) != saved:
         raise ValueError(f"load: {path} was saved with the schedule {_brief(own)}, expected {_brief(schedule)}")
+    known = _prediction("load", prediction, header.get("prediction"), str(path))
     try:
-        return _made(kind, settings, own, tensors)
+        omega = _made(kind, settings, own, tensors)
     except UNREADABLE as error:
         raise ValueError(f"load: {path} does not hold what its header says, a {kind}: {error}") from error
+    know(omega, own, known)
+    return omega
 
 
 def described(schedule: Schedule) -> dict:
@@ -185,6 +211,18 @@ def schedule_of(description: dict) -> Schedule:
             f"{_brief(schedule)} is no schedule: from data to noise, times and noise must rise and signal must not"
         )
     return schedule
+
+
+def _prediction(where: str, given: str | None, known: str | None, of: str) -> str | None:
+    """What is known of it; ValueError where the two differ, or for what is none."""
+    for one in (given, known):
+        if one is not None and one not in PREDICTIONS:
+            raise ValueError(f"{where}: `prediction` of {of} is {one!r}, expected one of {', '.join(PREDICTIONS)}")
+    if None not in (given, known) and given != known:
+        raise ValueError(
+            f"{where}: {of} was learned with prediction={known!r}, expected {given!r}; pass what the model returns"
+        )
+    return known if given is None or where == "load" else given
 
 
 def _made(kind: str, settings: dict, schedule: Schedule | None, tensors: dict[str, Tensor]) -> nn.Module | OmegaTable:

@@ -133,7 +133,7 @@ class OmegaNetwork(nn.Module):
         values = self._over(conditions, s_knots, t_knots)
         floating = (values if s_knots.dtype == torch.float32 or not s_knots.is_floating_point() else s_knots).dtype
         knots = [k if k.is_floating_point() else k.to(floating) for k in (s_knots, t_knots)]
-        table = OmegaTable(values, *knots)
+        table = OmegaTable(values, *knots, schedule=self.schedule, prediction=getattr(self, "prediction", None))
         s, t = ((k[1:] + k[:-1]) / 2 for k in (s_knots, t_knots))
         if not s_knots.is_floating_point():
             s, t = s.floor().to(s_knots.dtype), t.floor().to(t_knots.dtype)  # the schedule counts: the integer below

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels.checks import DATA_DTYPES, readable, smallest
-from lgd_kernels.levels import OmegaLookup, kind, omega_at, span
+from lgd_kernels.levels import PREDICTIONS, OmegaLookup, kind, omega_at, span
 from lgd_kernels.schedules import Schedule
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -23,6 +23,9 @@ class OmegaTable:
         values: `[C, S, T]`, any float dtype: omega of condition c at `(s_knots[i], t_knots[j])`. Differentiable: a step
             that looks omega up sends its gradient here, summed over the samples of a cell in a fixed order.
         s_knots, t_knots: `[S]` and `[T]`, strictly increasing, float32 or float64, of one dtype.
+        schedule, prediction: whose times the knots are, and what the model returned that the table was learned for
+            ("x0", "eps", "v" or "flow"). Where they are known they are attributes, and files keep them
+            (`lgd_kernels.omega.files`); sampling a plan of another prediction warns.
 
     A corner with `s_knots[i] >= t_knots[j]` holds no step. It is filled from the diagonal: it takes the value of the
     last row before the diagonal in its column (a column without such a row takes the first column that has one).
@@ -34,7 +37,15 @@ class OmegaTable:
     tensor([[3.]])
     """
 
-    def __init__(self, values: Tensor, s_knots: Tensor, t_knots: Tensor) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        s_knots: Tensor,
+        t_knots: Tensor,
+        *,
+        schedule: Schedule | None = None,
+        prediction: str | None = None,
+    ) -> None:
         _tensors("OmegaTable", values=values, s_knots=s_knots, t_knots=t_knots)
         if values.ndim != 3 or values.dtype not in DATA_DTYPES or not values.numel():
             raise ValueError(
@@ -55,7 +66,10 @@ class OmegaTable:
             if readable(knots) and not bool((knots.diff() > 0).all() and knots.isfinite().all()):
                 finite = "" if bool(knots.isfinite().all()) else " and be finite"
                 raise ValueError(f"OmegaTable: `{name}` must increase strictly{finite}, got {knots.tolist()}")
+        if prediction is not None and prediction not in PREDICTIONS:
+            raise ValueError(f"OmegaTable: `prediction` is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
         self.values, self.s_knots, self.t_knots = values, s_knots.detach(), t_knots.detach()
+        know(self, schedule, prediction)
 
     def at(self, c: Tensor | None, s: Tensor, t: Tensor) -> OmegaLookup:
         """Where each sample looks: condition c `[B]` (integers), times s and t `[B]` (float32 or float64, alike).
@@ -205,6 +219,7 @@ class TableModule(nn.Module):
         self.values = nn.Parameter(table.values.detach().clone())
         self.register_buffer("s_knots", table.s_knots.clone())
         self.register_buffer("t_knots", table.t_knots.clone())
+        know(self, getattr(table, "schedule", None), getattr(table, "prediction", None))
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """As the table: omega `[B]`."""
@@ -217,7 +232,16 @@ class TableModule(nn.Module):
 
     def table(self) -> OmegaTable:
         """A copy of it as it is now."""
-        return OmegaTable(self.values.detach().clone(), self.s_knots, self.t_knots)
+        known = {name: getattr(self, name, None) for name in ("schedule", "prediction")}
+        return OmegaTable(self.values.detach().clone(), self.s_knots, self.t_knots, **known)
+
+
+def know(omega: OmegaTable | nn.Module, schedule: Schedule | None, prediction: str | None) -> None:
+    """Set what is known of where omega comes from, as attributes."""
+    if schedule is not None:
+        omega.schedule = schedule
+    if prediction is not None:
+        omega.prediction = prediction
 
 
 def in_order(where: str, s: Tensor, t: Tensor) -> None:

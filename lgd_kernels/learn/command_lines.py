@@ -1,0 +1,81 @@
+"""The lines that the command prints last: Python that samples the model with the learned omega, as they stand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from lgd_kernels.learn.frozen import Frozen
+
+STEPS = 20
+
+
+def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | None, device: str) -> list[str]:
+    """Without an empty line or a block, so that they can be pasted. They need the model's module, and embeddings' data.
+
+    Args:
+        x0: items `[N, ...]`, for their shape and dtype.
+        classes: how many labels there are, or None for embeddings.
+        device: where the model is.
+    """
+    count = 256 if math.prod(x0.shape[1:]) <= 4096 else 16  # embeddings may be fewer
+    there = "" if device == "cpu" else f', device="{device}"'
+    like = there if x0.dtype == torch.float32 else f"{there}, dtype={x0.dtype}"
+    shape = ", ".join(map(str, ("len(c)", *x0.shape[1:])))
+    module, model = _expression(args.model)
+    if isinstance(frozen.denoiser, nn.Module):
+        model += ".eval()" if device == "cpu" else f'.to("{device}").eval()'
+    imports = ["import torch", f"import {module}", "from lgd_kernels import sampler, solvers"]
+    if classes is not None:
+        condition = f"c = torch.arange({count}{there}) % {classes}  # the labels to sample"
+    else:
+        imports.append("from lgd_kernels.learn import sources")
+        to = "" if device == "cpu" else f'.to("{device}")'
+        condition = (
+            f"c = sources.first(sources.load({json.dumps(args.data)}), {count})[1]{to}  # the embeddings to sample"
+        )
+    if isinstance(frozen.null, int):
+        null = f"torch.full_like(c, {frozen.null})"
+    elif args.null == "zeros":
+        null = "torch.zeros_like(c)"
+    else:
+        module, null = _expression(args.null)
+        imports.insert(2, f"import {module}")
+        null += ".to(c).expand_as(c)" if isinstance(frozen.null, Tensor) else "(c)"
+    return [
+        "from lgd_kernels.omega.files import load",
+        *dict.fromkeys(imports),
+        f"model = {model}",
+        condition,
+        f"null = {null}",
+        f"omega = load({json.dumps(str(args.out / 'omega.safetensors'))}{there})",
+        "schedule, prediction = omega.schedule, omega.prediction",
+        f"times = schedule.from_unit(torch.linspace({_start(args, frozen)}, 0, {STEPS + 1}{there}))",
+        "plan = solvers.one_step(schedule, times, prediction=prediction)",
+        "weights = [omega(c, s.expand(len(c)), t.expand(len(c))).detach() for t, s in zip(times[:-1], times[1:])]",
+        f"x = schedule.signal_noise(times[:1])[1] * torch.randn({shape}{like})",
+        "sample = torch.no_grad()(sampler.sample)",
+        "samples = sample(model, x, plan, cond=c, uncond=null, omega=torch.stack(weights))",
+    ]
+
+
+def _expression(text: str) -> tuple[str, str]:
+    """(the module, the object as Python writes it) of module:name, module:name() or module:name(text).
+
+    >>> _expression("my_model:make(some file.pt)")
+    ('my_model', 'my_model.make("some file.pt")')
+    """
+    module, name, argument = re.fullmatch(r"([\w.]+):([\w.]+)(?:\((.*)\))?", text, re.DOTALL).groups()
+    called = "" if argument is None else f"({json.dumps(argument) if argument else ''})"
+    return module, f"{module}.{name}{called}"
+
+
+def _start(args: argparse.Namespace, frozen: Frozen) -> float:
+    """The unit time to start at: pure noise, unless eps says nothing of the data there."""
+    signal, _ = frozen.schedule.signal_noise(frozen.schedule.from_unit(torch.ones(1)))
+    return 1 - (args.zeta or 0.01) if frozen.prediction == "eps" and float(signal) == 0 else 1
