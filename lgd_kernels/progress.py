@@ -1,8 +1,9 @@
-"""A progress bar for a terminal, and silence for a pipe."""
+"""A progress bar for a terminal or a notebook, and silence for a pipe."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -16,7 +17,8 @@ def silent(items: Sequence[T], label: str) -> Iterable[T]:
 
 
 def bars(prefix: str) -> Track:
-    """`track(items, label)`, which draws a bar on stderr while its items are taken, or `silent` without a terminal."""
+    """`track(items, label)`, which draws a bar while its items are taken: on stderr in a terminal; in a notebook with
+    `tqdm.auto` where tqdm is installed; elsewhere `silent`."""
 
     def track(items: Sequence[T], label: str) -> Iterator[T]:
         bar = _bar(f"{prefix} {label:<22}")
@@ -25,13 +27,14 @@ def bars(prefix: str) -> Track:
             yield item
         bar(len(items), len(items))
 
-    return track if sys.stderr.isatty() else silent
+    return track if _seen() else silent
 
 
 def report(op: str, progress: bool | Report | None) -> Report | None:
     """What the argument `progress` of an op asks for: a function of (done, total), or None for silence.
 
-    True draws a bar on stderr, or nothing without a terminal; None and False say nothing; a function is called itself.
+    True draws a bar as `bars` does, in a terminal or a notebook, and nothing elsewhere; None and False say nothing; a
+    function is called itself.
 
     >>> report("energy_mmd", print)(3, 8)
     3 8
@@ -39,7 +42,7 @@ def report(op: str, progress: bool | Report | None) -> Report | None:
     if progress is None or progress is False:
         return None
     if progress is True:
-        return _bar(op) if sys.stderr.isatty() else None
+        return _bar(op) if _seen() else None
     if not callable(progress):
         raise TypeError(
             f"{op}: `progress` is a {type(progress).__name__}, expected True for a bar, or a function of (done, total)"
@@ -47,8 +50,42 @@ def report(op: str, progress: bool | Report | None) -> Report | None:
     return progress
 
 
+def _seen() -> bool:
+    """Whether somebody can see a bar."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel, whose stderr is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
+
+
+def _tqdm(label: str) -> Report | None:
+    """A bar of tqdm's, a widget where there is ipywidgets; None where tqdm is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it recommends ipywidgets
+            from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    bar = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        bar = tqdm(desc=label.strip(), total=total, leave=False) if bar is None else bar
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            bar = None
+
+    return show
+
+
 def _bar(label: str) -> Report:
     """Draws while done < total, and wipes itself away at the end."""
+    if _in_notebook() and (bar := _tqdm(label)) is not None:
+        return bar
     drawn = -1
 
     def show(done: int, total: int) -> None:

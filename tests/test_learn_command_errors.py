@@ -1,4 +1,4 @@
-"""`python -m lgd_kernels learn`: numbers, folders and files that cannot be, refused in one line before any work."""
+"""`python -m lgd_kernels learn`: numbers, folders and files that cannot be: one line, before any work is done."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
