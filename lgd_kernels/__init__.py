@@ -1,6 +1,9 @@
 """Fused kernels for learned guidance of diffusion models. `python -m lgd_kernels info` says what runs here."""
 
+from typing import TYPE_CHECKING
+
 from lgd_kernels.churn import churn_from_eta
+from lgd_kernels.first_use import lazily
 from lgd_kernels.impls import available_impls, why_not
 from lgd_kernels.levels import Levels
 from lgd_kernels.omega.table import OmegaTable
@@ -16,6 +19,17 @@ from lgd_kernels.ops.guided_step.api import guided_step
 from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.philox import philox_normal
 from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
+
+if TYPE_CHECKING:
+    from lgd_kernels import integrations as integrations
+    from lgd_kernels import learn as learn
+    from lgd_kernels import log_prob as log_prob
+    from lgd_kernels import metrics as metrics
+    from lgd_kernels import omega as omega
+    from lgd_kernels import rules as rules
+    from lgd_kernels import sampler as sampler
+    from lgd_kernels import solvers as solvers
+    from lgd_kernels.sampler import sample as sample
 
 __all__ = [
     "EDM",
@@ -48,3 +62,8 @@ __all__ = [
     "why_not",
 ]
 __version__ = "0.1.0"
+__getattr__, __dir__ = lazily(
+    __name__,
+    *("integrations", "learn", "log_prob", "metrics", "omega", "rules", "sampler", "solvers"),
+    sample="sampler",
+)

@@ -1,1 +1,12 @@
 """Where people sample already: diffusers, k-diffusion, ComfyUI. Nothing here is imported by the package itself."""
+
+from typing import TYPE_CHECKING
+
+from lgd_kernels.first_use import lazily
+
+if TYPE_CHECKING:
+    from lgd_kernels.integrations import comfyui as comfyui
+    from lgd_kernels.integrations import diffusers as diffusers
+    from lgd_kernels.integrations import k_diffusion as k_diffusion
+
+__getattr__, __dir__ = lazily(__name__, "comfyui", "diffusers", "k_diffusion")

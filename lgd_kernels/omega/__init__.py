@@ -1,1 +1,13 @@
 """Where omega(c, s, t) comes from."""
+
+from typing import TYPE_CHECKING
+
+from lgd_kernels.first_use import lazily
+
+if TYPE_CHECKING:
+    from lgd_kernels.omega import files as files
+    from lgd_kernels.omega import forms as forms
+    from lgd_kernels.omega import network as network
+    from lgd_kernels.omega import table as table
+
+__getattr__, __dir__ = lazily(__name__, "files", "forms", "network", "table")
