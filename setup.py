@@ -1,17 +1,23 @@
 """Builds lgd_kernels._C, the CPU kernels, and, where nvcc is found, lgd_kernels._C_cuda. Metadata: pyproject.toml."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError, ExecError
+from setuptools.modified import newer_group
 
+builds = SimpleNamespace(**runpy.run_path("lgd_kernels/builds.py"))  # importing the package would import torch
 HEADERS = sorted(glob("csrc/*/*.h") + glob("csrc/*/*.cuh") + glob("python/*.h") + glob("python/cuda/*.h"))
 NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 # Machine code for Ampere to Blackwell, and PTX that later GPUs compile for themselves.
@@ -24,14 +30,93 @@ warnings = ["-Wall", "-Wextra"]
 # No -march: each row loop carries its own instruction sets (csrc/common/scalar.h). FMA contraction is said aloud.
 arithmetic = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 threads = ["-fopenmp"] if sys.platform == "linux" else []
+LOOP = """
+int total(int n) {
+  int sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += i;
+  return sum;
+}
+"""
 
 
 class BuildExtensions(build_ext):
-    """setuptools knows no nvcc: _C_cuda's kernels are compiled, and the module linked, by it."""
+    """Beside what setuptools does: compiles the digest of the sources into each extension, builds _C_cuda with nvcc,
+    builds _C without OpenMP where the compiler has none, and keeps the command that failed for `info`."""
+
+    def run(self):
+        self.failed = []  # (command, output) of each that failed
+        inplace, built = self.inplace, Path(self.build_lib, "lgd_kernels")
+        for name in builds.NEEDS:
+            if f"lgd_kernels.{name}" not in (extension.name for extension in self.extensions):
+                builds.note_path(built, name).unlink(missing_ok=True)
+        try:
+            super().run()
+        finally:
+            for name in builds.NEEDS if inplace else ():
+                made, note = builds.note_path(built, name), builds.note_path(Path("lgd_kernels"), name)
+                note.unlink(missing_ok=True)
+                if made.is_file():
+                    shutil.copyfile(made, note)
 
     def build_extension(self, extension):
-        if extension.name != "lgd_kernels._C_cuda":
-            return super().build_extension(extension)
+        out, digest, on_cpu = (
+            Path(self.get_ext_fullpath(extension.name)),
+            builds.digest(Path()),
+            extension.name == cpu.name,
+        )
+        current = builds.digest_in(out) == digest and not newer_group(extension.sources + HEADERS, str(out))
+        if on_cpu and current and not self.force:
+            return
+        note = builds.note_path(out.parent, extension.name.rpartition(".")[2])
+        for path in (out, note):  # what an earlier build made must not be taken for what this one does
+            path.unlink(missing_ok=True)
+        for folder in (out.parent, Path(self.build_temp)):
+            folder.mkdir(parents=True, exist_ok=True)
+        Path(self.build_temp, "source_digest.h").write_text(f'#define LGD_SOURCE_DIGEST "{digest}"\n')
+        extension.include_dirs.append(self.build_temp)
+        try:
+            if on_cpu:
+                self.leave_out_what_is_missing(extension, note)
+                super().build_extension(extension)
+            else:
+                self.build_cuda(extension, out)
+        except (BaseError, CCompilerError) as error:
+            self.write(note, "its build failed", str(error))
+            raise CompileError(f"{extension.name}: {note.read_text()}") from error
+
+    def leave_out_what_is_missing(self, extension, note):
+        """Build without -fopenmp, or -fopenmp-simd, where the compiler does not take it, and say so in the note."""
+        if self.compiler.compiler_type != "unix":
+            return
+        if sys.platform != "darwin":  # where setuptools sets the deployment target for each command
+            self.compiler.spawn = self.compiler.call = self.call  # the second since setuptools 84
+        flags = [flag for flag in ("-fopenmp", "-fopenmp-simd") if flag in extension.extra_compile_args]
+        if self.compiles(flags):
+            return
+        self.failed.clear()
+        if not self.compiles([]):
+            raise CompileError("the C++ compiler makes no module of ten lines")
+        for flag in flags:
+            if not self.compiles([flag]):
+                self.write(note, f"built without {flag}" + ", to run on one thread" * (flag == "-fopenmp"), "")
+                for arguments in (extension.extra_compile_args, extension.extra_link_args):
+                    arguments[:] = [one for one in arguments if one != flag]
+
+    def compiles(self, flags):
+        """Whether the compiler makes a module of a parallel loop with these flags."""
+        with tempfile.TemporaryDirectory() as folder:
+            source, out = Path(folder, "loop.cpp"), Path(folder, "loop.so")
+            source.write_text(LOOP)
+            try:
+                made = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                self.compiler.link_shared_object(made, str(out), extra_postargs=flags, target_lang="c++")
+            except (BaseError, CCompilerError):
+                return False
+            return True
+
+    def build_cuda(self, extension, out):
+        """setuptools knows no nvcc: it compiles the kernels and links the module."""
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
@@ -43,18 +128,38 @@ class BuildExtensions(build_ext):
 
         def compiled(source):
             made = str(folder / (source.replace("/", "_") + ".o"))
-            self.run_nvcc([*common, *(targets if source.endswith(".cu") else []), "-c", source, "-o", made])
+            self.call([*common, *(targets if source.endswith(".cu") else []), "-c", source, "-o", made])
             return made
 
         with ThreadPoolExecutor(JOBS or os.cpu_count()) as threads:
             objects = list(threads.map(compiled, extension.sources))
-        out = Path(self.get_ext_fullpath(extension.name))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self.run_nvcc([NVCC, "-shared", "-cudart", "static", *objects, "-o", str(out)])
+        self.call([NVCC, "-shared", "-cudart", "static", *objects, "-o", str(out)])
 
-    def run_nvcc(self, command):
-        if subprocess.run(command).returncode:
-            raise CompileError(" ".join(command))
+    def call(self, command, **options):
+        """Run a command of the build; its output is shown whole when it ends, and kept if it failed."""
+        command = [str(part) for part in command]
+        self.announce(subprocess.list2cmdline(command), level=20)
+        try:
+            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", **options)
+            status, output = run.returncode, run.stdout
+        except OSError as error:
+            status, output = "none", f"error: {command[0]} cannot be run: {error.strerror}"
+        if output.strip():
+            print(output, file=sys.stderr, flush=True)
+        if status:
+            self.failed.append((command, output))
+            raise ExecError(f"{command[0]} failed with exit status {status}")
+
+    def write(self, note, words, otherwise):
+        """The note: what happened in one line, the command, its last lines. `otherwise` where no command was kept."""
+        command, output = self.failed[0] if self.failed else ([], otherwise)
+        self.failed.clear()
+        lines = [line.rstrip() for line in output.splitlines() if line.strip()] or ["it printed nothing"]
+        telling = (line for line in lines if re.search(r"error|cannot|not found|unrecogni|unsupported", line, re.I))
+        shown = [f"$ {subprocess.list2cmdline(command)}"] if command else []
+        earlier = note.read_text() if note.is_file() else ""
+        said = [f"{words}: {next(telling, lines[-1]).strip()}", *shown, *lines[-30:]]
+        note.write_text("\n".join([*said, earlier]))
 
 
 def nvcc_version():
@@ -68,7 +173,7 @@ cpu = Pybind11Extension(
     depends=HEADERS,  # built again when these change
     cxx_std=17,
     extra_compile_args=warnings + arithmetic + threads,
-    extra_link_args=threads,
+    extra_link_args=[*threads],
     # Without a compiler the package still installs, and says so in `python -m lgd_kernels info`.
     optional=os.environ.get("LGD_REQUIRE_EXT", "0") != "1",
 )

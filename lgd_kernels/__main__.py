@@ -1,15 +1,19 @@
-"""`python -m lgd_kernels info`, `demo digits`, `demo mixture` and `learn`."""
+"""`python -m lgd_kernels info`, `demo digits`, `demo mixture`, `learn`; also the console script `lgd_kernels`."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
+import warnings
+from pathlib import Path
 
 USAGE = """usage: python -m lgd_kernels info            what was built, what runs here, and why the rest does not
        python -m lgd_kernels demo digits     learn guidance weights on handwritten digits (--help for options)
        python -m lgd_kernels demo mixture    the same where all is known: a mixture of Gaussians in the plane
-       python -m lgd_kernels learn           learn omega for a model and data of your own (--help for options)"""
+       python -m lgd_kernels learn           learn omega for a model and data of your own (--help for options)
+       python -m lgd_kernels --version"""
 
 
 def info() -> int:
@@ -21,14 +25,13 @@ def info() -> int:
 
     print(f"lgd_kernels {lgd_kernels.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("  " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy")))
-    extension = impls.extension()
-    if extension:
-        threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "one thread"
-        print(f"  C++ extension: built by {extension.compiler}, runs as {extension.instruction_set()}, {threads}")
-    else:
-        print(f"  {impls.extension_error()}")
-    cuda = impls.cuda_extension()
-    print(f"  CUDA extension: built by nvcc {cuda.compiler}" if cuda else "  CUDA extension: not built")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of is printed
+        extension, cuda = impls.extension(), impls.cuda_extension()
+    print(f"  C++ extension: {_described(extension) if extension else impls.extension_error()}")
+    _print_build("_C", extension)
+    print(f"  CUDA extension: {f'built by nvcc {cuda.compiler}' if cuda else impls.cuda_extension_error()}")
+    _print_build("_C_cuda", cuda)
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for index in range(torch.cuda.device_count()):
@@ -48,8 +51,37 @@ def info() -> int:
     return 0
 
 
+def _described(extension) -> str:
+    import torch
+
+    threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "one thread"
+    return f"built by {extension.compiler}, runs as {extension.instruction_set()}, {threads}"
+
+
+def _print_build(name: str, extension) -> None:
+    """Where an extension lies, if not here; whether it is of these sources; and what setup.py noted of its build."""
+    from lgd_kernels import builds
+
+    if extension:
+        path = Path(extension.__file__)
+        if path.resolve().parent != builds.PACKAGE:
+            print(f"    loaded from {path}")
+        if stale := builds.stale(path):
+            print(f"    {stale}")
+        note = builds.note(name, path.parent)
+    else:
+        note = builds.note(name)
+    for line in note.splitlines():
+        print(f"    {line}")
+
+
 def main(arguments: list[str]) -> int:
     match arguments:
+        case ["--version" | "-V"]:
+            import lgd_kernels
+
+            print(f"lgd_kernels {lgd_kernels.__version__}")
+            return 0
         case ["info"]:
             return info()
         case ["demo", "digits", *options]:
@@ -78,5 +110,20 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def command() -> int:
+    """The console script: `main`, which ends in silence where the reader of a pipe has gone (`... info | head -1`)."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # fails again if it is stdout that nobody reads
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+            return 141  # as a program that SIGPIPE ends
+        raise
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

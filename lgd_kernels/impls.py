@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import operator
 import os
 import pkgutil
+import sys
+import warnings
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lgd_kernels import builds
 
 Impl = Literal["cuda", "triton", "cpu", "reference"]
 NAMES = get_args(Impl)
@@ -148,6 +153,11 @@ def cuda_extension():
     return _load("_C_cuda")[0]
 
 
+def cuda_extension_error() -> str:
+    """Why `_C_cuda` is missing, or ""."""
+    return _load("_C_cuda")[1]
+
+
 def triton_interpreted() -> bool:
     """Triton runs its kernels in Python, on the CPU: for tests. Set before the first kernel is loaded."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -199,23 +209,53 @@ def _cpu_unfit(device: str):
 
 def _triton_unfit(device: str):
     if importlib.util.find_spec("triton") is None:
-        yield "triton is not installed (pip install triton; Linux only)"
+        yield _no_triton()
     if device == "cpu" and not triton_interpreted():
         yield "triton runs on GPU tensors, these are on the CPU (tests run its interpreter: TRITON_INTERPRET=1)"
     elif device not in ("cpu", "cuda"):
         yield f"triton runs on CUDA and ROCm tensors, these are on {device}"
 
 
+def _no_triton() -> str:
+    if sys.platform != "linux":
+        return "triton is not installed (torch brings it on Linux only)"
+    if torch.version.cuda is None and torch.version.hip is None and not triton_interpreted():
+        return "triton is not installed (torch's wheels for CUDA and ROCm bring it; this torch is for the CPU)"
+    try:
+        needs = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        needs = []
+    pinned = [need.partition(";")[0].strip() for need in needs if "triton" in need.partition(";")[0]]
+    if torch.version.hip is not None:
+        return (
+            f"triton is not installed (install {(pinned or ['the one for ROCm'])[0]} from where this torch came from)"
+        )
+    return f"triton is not installed (pip install '{(pinned or ['triton'])[0]}')"
+
+
 @functools.cache
 def _load(name: str):
     """(module, "") or (None, why not)."""
-    needs = {"_C": "a C++17 compiler", "_C_cuda": "nvcc"}[name]
-    try:
-        return importlib.import_module(f"lgd_kernels.{name}"), ""  # after torch, so both share one OpenMP runtime
+    full = f"lgd_kernels.{name}"
+    if full in sys.modules and sys.modules[full] is None:  # to do without it
+        return None, builds.why_missing(name)
+    own = builds.extension_in(builds.PACKAGE, name)
+    path = own or builds.same_elsewhere(name)
+    if path is None:
+        reason = builds.why_missing(name)
+        if name == "_C" and builds.elsewhere(name):
+            warnings.warn(f"{reason}. Until then all runs on the slower reference", stacklevel=2)
+        return None, reason
+    try:  # after torch, so both share one OpenMP runtime
+        if own:
+            return importlib.import_module(full), ""
+        spec = importlib.util.spec_from_file_location(full, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except ImportError as error:
-        if importlib.util.find_spec(f"lgd_kernels.{name}") is None:
-            return None, f"the extension lgd_kernels.{name} is not built (it needs {needs} at install time)"
-        return None, f"the extension lgd_kernels.{name} does not load: {error}"
+        return None, f"the extension {full if own else path} does not load: {error}"
+    sys.modules[full] = module
+    return module, ""
 
 
 def _cuda_unfit(device: str):

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "arguments.h"
+#include "sources.h"
 
 namespace lgd {
 void bind_combine(pybind11::module_& module);
@@ -43,6 +44,7 @@ double smallest(Tensor tensor) {
 
 PYBIND11_MODULE(_C, module) {
   lgd::Python::instance();
+  module.attr("source_digest") = lgd::source_digest;
   lgd::bind_combine(module);
   lgd::bind_dynamic_threshold(module);
   lgd::bind_energy_mmd(module);

@@ -302,9 +302,7 @@ def test_tables_that_are_not_finite(tmp_path, name, value):
         comfyui.load_table(str(tmp_path / "omega.pt"))
     assert f"`{name}`" in one_line(error)
     if not math.isnan(value) or name == "values":
-        with pytest.raises(
-            ValueError, match=f"`{name}` (holds NaN or infinities|must increase strictly and be finite)"
-        ):
+        with pytest.raises(ValueError, match=f"`{name}` (holds NaN or infinities|must increase strictly and)"):
             comfyui.CFGFunction(lgd.OmegaTable(**kept))
 
 

@@ -1,6 +1,7 @@
 """Which implementation runs, why another does not, and that an import stays cheap and silent."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import impls
+from lgd_kernels import __main__ as program
+from lgd_kernels import builds, impls
 from lgd_kernels.ops.guided_score import op
 
 ROOT = Path(__file__).parents[1]
 ONE = torch.ones(1, 2)
+PACKAGES = ("lgd_kernels", "lgd_kernels.omega", "lgd_kernels.integrations")
 
 
 def forget():
@@ -129,12 +132,35 @@ def test_why_not_what_is_not_written(monkeypatch):
     assert lgd.why_not("guided_score", "cuda", ONE) == ["guided_score has no 'cuda' implementation in this version"]
 
 
-def test_why_not_without_triton(monkeypatch):
+@pytest.mark.parametrize(
+    ("cuda", "hip", "interpret", "hint"),
+    [
+        ("13.0", None, "0", "(pip install 'triton==3.6.0')"),
+        (None, "7.0", "0", "(install triton==3.6.0 from where this torch came from)"),
+        (None, None, "0", "(torch's wheels for CUDA and ROCm bring it; this torch is for the CPU)"),
+        (None, None, "1", "(pip install 'triton==3.6.0')"),
+    ],
+)
+def test_why_not_without_triton(monkeypatch, cuda, hip, interpret, hint):
+    """torch brings the triton that fits, so that is the one to install."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
-    assert lgd.why_not("guided_score", "triton", device="cuda") == [
-        "triton is not installed (pip install triton; Linux only)"
-    ]
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: ["numpy", "triton==3.6.0; sys_platform == 'linux'"]
+    )
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert lgd.why_not("guided_score", "triton", device="cuda") == [f"triton is not installed {hint}"]
+
+
+def test_why_not_without_triton_elsewhere(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    reason = "triton is not installed (torch brings it on Linux only)"
+    assert lgd.why_not("guided_score", "triton", device="cuda") == [reason]
 
 
 @pytest.mark.parametrize(
@@ -144,14 +170,17 @@ def test_why_not_without_triton(monkeypatch):
         (False, "the extension lgd_kernels._C does not load: undefined symbol"),
     ],
 )
-def test_why_the_extension_is_missing(monkeypatch, missing, reason):
+def test_why_the_extension_is_missing(monkeypatch, tmp_path, missing, reason):
     """Not built and not loadable are different problems, and have different words."""
 
     def fail(name):
         raise ImportError("undefined symbol")
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else "found")
+    monkeypatch.setattr(builds, "PACKAGE", tmp_path)
+    monkeypatch.setattr(builds, "extension_in", lambda folder, name: None if missing else folder / name)
+    monkeypatch.setattr(builds, "elsewhere", lambda name: [])
+    monkeypatch.setattr(builds, "note", lambda name: "")
     assert impls._load.__wrapped__("_C") == (None, reason)  # without the cache
 
 
@@ -236,7 +265,8 @@ def test_import_is_silent_and_light():
 import json, sys
 import lgd_kernels as lgd
 def loaded():
-    heavy = "triton", "lgd_kernels._C", "lgd_kernels._C_cuda", "matplotlib", "sklearn"
+    heavy = "triton", "lgd_kernels._C", "lgd_kernels._C_cuda", "matplotlib", "sklearn", "safetensors"
+    heavy += tuple("lgd_kernels." + name for name in ("learn", "metrics", "solvers", "sampler", "integrations"))
     return [name for name in heavy if name in sys.modules]
 before = loaded()
 import torch
@@ -250,6 +280,29 @@ print(json.dumps([before, loaded(), impls.extension_error()]))
     assert after == ([] if missing else ["lgd_kernels._C"])
 
 
+def test_submodules_are_there_on_first_use():
+    """Named, but not loaded before; and what is not there raises as usual."""
+    code = """
+import sys
+import lgd_kernels as lgd
+names = "integrations learn log_prob metrics omega rules sample sampler solvers".split()
+assert set(names) <= set(dir(lgd)) and "lgd_kernels.metrics" not in sys.modules
+found = [getattr(lgd, name) for name in names]
+assert [one.__name__.removeprefix("lgd_kernels.") for one in found] == names
+assert lgd.sample is lgd.sampler.sample and lgd.metrics is sys.modules["lgd_kernels.metrics"]
+assert callable(lgd.omega.files.load) and callable(lgd.integrations.k_diffusion.sample_euler)
+assert "files" in dir(lgd.omega) and "comfyui" in dir(lgd.integrations)
+for package in lgd, lgd.omega, lgd.integrations:
+    try:
+        package.guided_soup
+    except AttributeError as error:
+        print(error)
+"""
+    out, errors = python(code)
+    said = [f"module '{name}' has no attribute 'guided_soup'" for name in PACKAGES]
+    assert errors == "" and out.splitlines() == said
+
+
 def test_import_without_the_extension_and_without_triton():
     code = """
 import sys
@@ -260,3 +313,36 @@ print(lgd.available_impls("guided_step"), lgd.guided_score(torch.ones(1, 1), tor
 """
     out, errors = python(code)
     assert errors == "" and out == "('reference',) 2.0\n"
+
+
+def test_version(capsys):
+    assert program.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lgd_kernels {lgd.__version__}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered):
+    """As in `python -m lgd_kernels info | head -1`, where the pipe is gone before all is written."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "lgd_kernels", "info"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    running.stdout.close()
+    errors = running.stderr.read()
+    running.stderr.close()
+    assert running.wait(timeout=120) == 141 and errors == ""
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    """Only that of stdout is a reader's choice."""
+
+    def broken(arguments):
+        raise BrokenPipeError("a worker died")
+
+    monkeypatch.setattr(program, "main", broken)
+    with pytest.raises(BrokenPipeError, match="a worker died"):
+        program.command()
