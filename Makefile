@@ -31,7 +31,9 @@ aot-matrix:              # that table and its tests under the oldest Triton of a
 	$(MAKE) aot test ARGS=tests/test_aot.py
 
 docs: install            # README, docs/ and a page for each op, from its docstrings, as a site: build/site/index.html
-	$(VENV)/bin/mkdocs build --quiet
+	@mkdir -p build
+	@# Without --quiet, which hides warnings from --strict too; what is said is shown where it fails.
+	$(VENV)/bin/mkdocs build --strict >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 
 lint: install
 	$(RUN) -m ruff check .

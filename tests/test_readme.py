@@ -24,7 +24,7 @@ def test_python_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
     namespace = {}
     monkeypatch.chdir(tmp_path)  # one writes a file
     for snippet in blocks(page, "python"):
-        for line, needs in {"import diffusers": "diffusers", "omega.files import": "safetensors"}.items():
+        for line, needs in {"import diffusers": "diffusers"}.items():
             if line in snippet:  # optional; last on its page
                 pytest.importorskip(needs)
         exec(compile(snippet, page.name, "exec"), namespace)
@@ -75,6 +75,32 @@ def test_make_understands_its_file():
     for target in ("demo", "test", "bench", "gpu"):
         run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("link", ["other.md", "absent.md", "other.md#absent"])
+def test_make_docs_fails_on_a_broken_link(tmp_path, link):
+    """The verb and the settings as they are, on two pages; a good build says nothing."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    for name in ("Makefile", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    pages = {"index.md": f"# One\n\n[a link]({link})\n", "other.md": "# Two\n", "pages.py": ""}
+    (tmp_path / "docs").mkdir()
+    for name, text in pages.items():
+        (tmp_path / "docs" / name).write_text(text)
+    mkdocs = tmp_path / "venv" / "bin" / "mkdocs"
+    mkdocs.parent.mkdir(parents=True)
+    mkdocs.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mkdocs "$@"\n')
+    mkdocs.chmod(0o755)
+    command = ["make", "-s", "docs", "VENV=venv", "-o", "venv/installed"]  # nothing to install
+    run = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
+    if "absent" in link:
+        assert run.returncode != 0 and link in run.stdout and "1 warnings in strict mode" in run.stdout
+    else:
+        assert run.returncode == 0 and run.stdout == "" and (tmp_path / "build/site/index.html").is_file(), run.stdout
 
 
 def test_paths_in_the_docs_exist():

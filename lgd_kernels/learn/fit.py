@@ -169,7 +169,7 @@ def fit_interval(
         t: `[N]`, times of the schedule, as the items have them.
         edges: `[E]`, times of the schedule, increasing: what low and high may be. (0, ..., 1] of rectified flow
             contains the constants.
-        Others, and errors, as in `fit_table`.
+        bracket, beta, lam, unbiased: as in `fit_table`, with its errors.
 
     >>> import torch, lgd_kernels as lgd
     >>> t = torch.tensor([0.25, 0.75])
