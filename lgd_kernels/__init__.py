@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from lgd_kernels import sampler as sampler
     from lgd_kernels import solvers as solvers
     from lgd_kernels.sampler import sample as sample
+else:  # with a __getattr__ in sight, a type checker would take every name
+    __getattr__, __dir__ = lazily(
+        __name__,
+        *("integrations", "learn", "log_prob", "metrics", "omega", "rules", "sampler", "solvers"),
+        sample="sampler",
+    )
 
 __all__ = [
     "EDM",
@@ -62,8 +68,3 @@ __all__ = [
     "why_not",
 ]
 __version__ = "0.1.0"
-__getattr__, __dir__ = lazily(
-    __name__,
-    *("integrations", "learn", "log_prob", "metrics", "omega", "rules", "sampler", "solvers"),
-    sample="sampler",
-)

@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from lgd_kernels.integrations import comfyui as comfyui
     from lgd_kernels.integrations import diffusers as diffusers
     from lgd_kernels.integrations import k_diffusion as k_diffusion
-
-__getattr__, __dir__ = lazily(__name__, "comfyui", "diffusers", "k_diffusion")
+else:
+    __getattr__, __dir__ = lazily(__name__, "comfyui", "diffusers", "k_diffusion")

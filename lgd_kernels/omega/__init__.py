@@ -9,5 +9,5 @@ if TYPE_CHECKING:
     from lgd_kernels.omega import forms as forms
     from lgd_kernels.omega import network as network
     from lgd_kernels.omega import table as table
-
-__getattr__, __dir__ = lazily(__name__, "files", "forms", "network", "table")
+else:
+    __getattr__, __dir__ = lazily(__name__, "files", "forms", "network", "table")
