@@ -60,11 +60,8 @@ class BuildExtensions(build_ext):
                     shutil.copyfile(made, note)
 
     def build_extension(self, extension):
-        out, digest, on_cpu = (
-            Path(self.get_ext_fullpath(extension.name)),
-            builds.digest(Path()),
-            extension.name == cpu.name,
-        )
+        out, on_cpu = Path(self.get_ext_fullpath(extension.name)), extension.name == cpu.name
+        digest = builds.digest(Path())
         current = builds.digest_in(out) == digest and not newer_group(extension.sources + HEADERS, str(out))
         if on_cpu and current and not self.force:
             return
@@ -82,6 +79,7 @@ class BuildExtensions(build_ext):
             else:
                 self.build_cuda(extension, out)
         except (BaseError, CCompilerError) as error:
+            note.unlink(missing_ok=True)
             self.write(note, "its build failed", str(error))
             raise CompileError(f"{extension.name}: {note.read_text()}") from error
 

@@ -19,11 +19,12 @@ MARK = "lgd-sources-"  # before the digest, in an extension's bytes
 SOURCES = {".h", ".cuh", ".cpp", ".cu"}
 
 
-def digest(root: Path = PACKAGE.parent) -> str:
+def digest(root: Path | None = None) -> str:
     """The digest of the C++ and CUDA sources of a checkout, "" where there are none beside the package.
 
     Names, contents and nothing else count: times do not, and a line may end in CR LF.
     """
+    root = root or PACKAGE.parent
     found = {path.relative_to(root).as_posix(): path for top in ("csrc", "python") for path in (root / top).rglob("*")}
     found = {name: path for name, path in found.items() if path.suffix in SOURCES}
     if not any(name.startswith("csrc/") for name in found):
@@ -107,7 +108,11 @@ def why_missing(name: str) -> str:
     if foreign:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         reasons.append(f"{foreign[0].name} is for another Python than this {version}")
-    return f"{missing}: {'; '.join(reasons)}" if reasons else f"{missing} (it needs {NEEDS[name]} at install time)"
+    if reasons:
+        return f"{missing}: {'; '.join(reasons)}"
+    if digest():
+        return f"{missing} (`pip install {PACKAGE.parent}` builds it where there is {NEEDS[name]})"
+    return f"{missing} (it needs {NEEDS[name]} at install time)"
 
 
 def stale(extension: Path) -> str:

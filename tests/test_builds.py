@@ -127,7 +127,7 @@ def test_a_source_that_does_not_compile(checkout, build):
 
 
 def test_a_required_extension_says_why_at_the_end(checkout, build):
-    run = build(BROKEN, LGD_REQUIRE_EXT="1")
+    run = build(NO_OPENMP.replace(WORKS, BROKEN), LGD_REQUIRE_EXT="1")
     assert run.returncode == 1
     *_, title, command, warming, error = run.stdout.strip().splitlines()
     assert title == "error: lgd_kernels._C: its build failed: one_cpu.cpp:3: error: no such name"
@@ -291,21 +291,22 @@ def places(tmp_path, monkeypatch):
     return here, there
 
 
-def test_other_places(places):
+def test_other_places(places, monkeypatch):
     here, there = places
     assert builds.others() == [there]
     assert builds.elsewhere("_C") == [] and builds.why_missing("_C").endswith(
         "(it needs a C++17 compiler at install time)"
     )
     assert builds.why_missing("_C_cuda").endswith("(it needs nvcc at install time)")
+    monkeypatch.setattr(builds, "digest", lambda: "a" * 64)  # a checkout, of which nothing was built yet
+    assert builds.why_missing("_C").endswith(f"(`pip install {here.parent}` builds it where there is a C++17 compiler)")
 
 
-def test_why_missing_gives_every_reason(places, monkeypatch):
+def test_why_missing_gives_every_reason(places):
     here, there = places
     (there / "_C.so").write_bytes(b"no digest")
     (here / "_C.cpython-999-x86_64-linux-gnu.so").write_bytes(b"")
     (there / "_C.failed.log").write_text("its build failed: no -lomp\n$ g++\n")
-    monkeypatch.setattr(builds, "digest", lambda: "")
     said = builds.why_missing("_C")
     assert "is not built: its build failed: no -lomp (`python -m lgd_kernels info` shows the command" in said
     assert (
