@@ -7,6 +7,7 @@ registers, spills and the widths of the loads are facts, not estimates.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
 import math
@@ -15,17 +16,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from unittest import mock
 
 import torch
 
 from lgd_kernels.columns import triangle
 
+T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1] / "lgd_kernels"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+PAUSES = (0.5, 1, 2, 4, 8)  # seconds between attempts to start a process
 
 
 class Variant(NamedTuple):
@@ -174,9 +181,13 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     from lgd_kernels import triton_common
 
     built, run = [], JITFunction.run
+
+    def compiled(*to, warmup, **by):
+        built.append(again(lambda: run(*to, warmup=True, **by)))  # ptxas is a process of its own
+
     with (
         mock.patch.object(driver, "_active", AbsentGPU(target)),
-        mock.patch.object(JITFunction, "run", lambda *to, warmup, **by: built.append(run(*to, warmup=True, **by))),
+        mock.patch.object(JITFunction, "run", compiled),
         mock.patch.object(triton_common, "_truncates", lambda out: False),  # as on a GPU
         mock.patch.object(torch.version, "hip", "7.0" if target.startswith("gfx") else None),
     ):
@@ -238,7 +249,20 @@ def cuobjdump(*arguments: str) -> str:
         import triton
 
         tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    return again(lambda: subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout)
+
+
+def again(work: Callable[[], T], pauses: Iterable[float] | None = None) -> T:
+    """What `work` returns. A machine under load may refuse to start a process (EAGAIN, ENOMEM): after each of the
+    pauses, in seconds, it is asked once more."""
+    for pause in PAUSES if pauses is None else pauses:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM):
+                raise
+        time.sleep(pause)
+    return work()
 
 
 def main() -> int:

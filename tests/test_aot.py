@@ -1,7 +1,10 @@
 """Every GPU kernel compiles for every target, spills nothing, and reads 16 bytes at a time. No GPU is needed."""
 
+import errno
 import os
 import re
+import subprocess
+from pathlib import Path
 
 import aot
 import pytest
@@ -35,6 +38,44 @@ def test_triton(kernel, variant, dtype, gpu):
         if gpu.startswith("gfx"):
             per_tensor, tensors = (1, tensors) if dtype == "fp32" else (0, 0)
     assert row.wide_loads >= tensors * per_tensor, row
+
+
+def test_waits_where_no_process_can_be_started():
+    """Bounded, and only for what passes by itself."""
+    refusals = [BlockingIOError(errno.EAGAIN, "fork"), OSError(errno.ENOMEM, "fork")]
+
+    def work():
+        if refusals:
+            raise refusals.pop()
+        return 7
+
+    assert aot.again(work, (0, 0)) == 7
+    refusals += [BlockingIOError(errno.EAGAIN, "fork")] * 3
+    with pytest.raises(BlockingIOError):
+        aot.again(work, (0, 0))
+    refusals[:] = [FileNotFoundError(errno.ENOENT, "ptxas"), OSError(errno.EAGAIN, "never asked for")]
+    refusals.reverse()
+    with pytest.raises(FileNotFoundError):
+        aot.again(work, (0, 0))
+    assert len(refusals) == 1
+
+
+def test_a_refused_fork_fails_no_row(monkeypatch, tmp_path):
+    """Every tool is refused once."""
+    start, refused = subprocess.Popen.__init__, set()
+
+    def once(self, command, *args, **options):
+        if command[0] not in refused:
+            refused.add(command[0])
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(self, command, *args, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", once)
+    monkeypatch.setattr(aot, "PAUSES", (0, 0))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing is compiled already
+    kernel = aot.triton_kernels()[0]
+    assert aot.compile_triton(kernel, *aot.cases(kernel)[0], aot.TARGETS[0]).registers > 0
+    assert {Path(tool).name for tool in refused} >= {"ptxas", "cuobjdump"}
 
 
 def test_cuda():
