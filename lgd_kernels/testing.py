@@ -16,7 +16,7 @@ from lgd_kernels.schedules import RectifiedFlow
 # 1, odd, prime, larger than a kernel's block and than a chunk, not a multiple of a vector, no trailing dimension
 SHAPES = ((1, 1), (1,), (7,), (3, 5), (2, 3, 7, 11), (5, 127), (2, 1031), (2, 8209), (3, 4, 16, 16))
 EMPTY_SHAPES = ((0, 4), (3, 0), (0,), (2, 3, 0))
-LAYOUTS = ("contiguous", "sliced", "strided", "expanded", "permuted", "channels_last", "offset")
+LAYOUTS = ("contiguous", "sliced", "strided", "expanded", "permuted", "channels_last", "offset", "odd stride")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -37,6 +37,8 @@ def sample(
     if layout == "offset":  # not aligned to a vector
         flat = _randn((torch.Size(shape).numel() + 3,), dtype, generator)
         return flat[3:].view(shape)
+    if layout == "odd stride":  # the first row is aligned to a vector, the next is not
+        return _randn((*shape[:-1], shape[-1] + 3), dtype, generator)[..., : shape[-1]]
     return _randn(shape, dtype, generator)
 
 

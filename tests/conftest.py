@@ -57,6 +57,38 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20251001)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fills fresh memory with NaN (integers: with their largest), by whichever function torch is asked for it.
+
+    Holds the addresses that were filled: a test asserts that its results are among them (`address`), so that it fails
+    when an op allocates in a way that is not poisoned here.
+    """
+    filled: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
+
+    def poison(owner, name):
+        function = getattr(owner, name)
+
+        def fresh(*args, **kwargs):
+            found = function(*args, **kwargs)
+            if found.numel() and found.device.type != "meta":
+                filled[address(found)] = found.untyped_storage()
+                found.fill_(torch.nan if found.is_floating_point() else torch.iinfo(found.dtype).max)
+            return found
+
+        monkeypatch.setattr(owner, name, fresh)
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        poison(torch, name)
+    poison(torch.Tensor, "new_empty")
+    yield filled
+    assert filled, "the test asks for `poisoned`, but nothing that it ran allocated memory by a poisoned function"
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 @pytest.fixture(autouse=True)
 def same_threads_after():
     threads = torch.get_num_threads()

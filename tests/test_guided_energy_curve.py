@@ -108,7 +108,7 @@ def test_omega_may_be_a_number_one_each_or_many_each(curve, generator):
 @pytest.mark.extension
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 1.75, 2.0])
 @pytest.mark.parametrize("points", [1, 7, 65, 130])
-def test_the_cpu_loop_is_the_formula(curve, beta, points, generator):
+def test_the_cpu_loop_is_the_formula(curve, beta, points, generator, poisoned):
     """From the smallest distance to the largest, coincident pairs (nothing, but for beta = 2) and NaN included."""
     at = Statistics(*(part.clone() for part in curve.statistics))
     at.P0[0], at.P1[0], at.P2[0] = 0.0, 0.0, 0.0

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import address
 from energy import dtypes, guided_energy, interpreted, loss_and_slope, problem, truth
 
 import lgd_kernels as lgd
@@ -101,15 +102,12 @@ def test_gradients_to_the_data_have_the_same_bits(target, generator):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_changes_no_input_and_reads_no_stale_memory(target, generator, monkeypatch):
+def test_changes_no_input_and_reads_no_stale_memory(target, generator, poisoned):
     """Fresh allocations are poisoned; inputs lie between sentinels."""
     held = torch.full((4, 2, 2, 3000), torch.nan)
     held[..., 500:2500] = torch.randn(4, 2, 2, 2000, generator=generator)
     held = held.to(target.device)
     before, levels = held.clone(), testing.moved(testing.step_levels(2), target.device)
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kw: empty(*args, **kw).fill_(torch.nan))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(torch.nan))
     x, cond, uncond, y = held[..., 500:2500].unbind(0)
     for kind in (y, lgd.Renoise(y[:, 0], 3, 2)):
         leaves = [tensor.detach().requires_grad_() for tensor in (x, cond, uncond)]
@@ -117,6 +115,7 @@ def test_changes_no_input_and_reads_no_stale_memory(target, generator, monkeypat
         loss = guided_energy(target, *leaves, omega, levels, kind, churn=1.0, seed=9)
         grads = torch.autograd.grad(loss.sum(), (*leaves, omega))
         assert loss.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+        assert {address(one) for one in (loss, *grads[:3])} <= poisoned.keys()
     assert torch.equal(held.nan_to_num(7.0), before.nan_to_num(7.0))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import dtypes_of
+from conftest import address, dtypes_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
@@ -193,7 +193,7 @@ def test_inference_mode_meta_and_autocast(generator):
     assert lgd.guided_score(cond.to("meta"), uncond.to("meta"), 0.5).shape == cond.shape
 
 
-def test_writes_only_its_output_and_reads_no_stale_memory(target, generator, monkeypatch):
+def test_writes_only_its_output_and_reads_no_stale_memory(target, generator, poisoned):
     """Fresh allocations are poisoned; inputs lie between sentinels."""
     held = torch.full((2, 3000), torch.nan)
     held[:, 500:2500] = torch.randn(2, 2000, generator=generator)
@@ -201,9 +201,8 @@ def test_writes_only_its_output_and_reads_no_stale_memory(target, generator, mon
     cond, uncond = held[:1, 500:2500], held[1:, 500:2500]
     before = held.clone()
     expected = lgd.guided_score(cond.cpu(), uncond.cpu(), 0.5, impl="reference")
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(torch.nan))
     guided = lgd.guided_score(cond, uncond, 0.5, impl=target.impl)
+    assert address(guided) in poisoned
     torch.testing.assert_close(guided.cpu(), expected)
     assert torch.equal(held.nan_to_num(7.0), before.nan_to_num(7.0))
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import address
 
 import lgd_kernels as lgd
 from lgd_kernels import impls
@@ -136,11 +137,11 @@ def test_layout_by_hand():
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1), (5, 3, 7), (3, 255), (2, 256), (2, 257), (2, 8195), (1, 40000)])
 @pytest.mark.parametrize("seed", [0, 1234567890123456789])
-def test_normals_by_default(shape, seed):
+def test_normals_by_default(shape, seed, poisoned):
     """Rows around a quad (4), a vectorised group (256) and a chunk (8192), and enough work for two threads."""
     extension()
     found = lgd.philox_normal(shape, seed, stream=3, first_sample=11)
-    assert found.dtype == torch.float32 and found.shape == shape
+    assert found.dtype == torch.float32 and found.shape == shape and address(found) in poisoned
     assert_same_normals(found, normal(shape, seed, 3, 11, torch.device("cpu")))
 
 

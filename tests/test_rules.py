@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import dtypes_of
+from conftest import address, dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import rules, testing
@@ -226,6 +226,17 @@ def test_steps(name, prediction, space, generator):
     expected = lgd.guided_step(x, g, g, 0.0, levels, prediction=kind, **options)
     found = lgd.guided_step(x, c, u, OMEGA, levels, prediction=prediction, rule=rule, rule_space=space, **options)
     assert_exact(found, expected)
+
+
+@pytest.mark.extension
+@each_rule
+def test_reads_no_stale_memory(name, generator, poisoned):
+    """In one call of the extension, which writes into fresh memory."""
+    c, u = (one.float() for one in pair(generator))
+    found = lgd.guided_score(c, u, OMEGA.float(), rule=RULES[name][0])
+    assert address(found) in poisoned
+    expected = lgd.guided_score(c, u, OMEGA.float(), rule=RULES[name][0], impl="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_steps_draw_the_same_noise(target, generator):
