@@ -5,13 +5,16 @@ GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test bench peers gpu aot aot-matrix docs lint format install
+.PHONY: demo test slow bench peers gpu aot aot-matrix docs lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
 
 test: install            # every test; a missing extension is a failure here, not a skip
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+slow: install            # the tests that take minutes: every op's on older instruction sets
+	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --maxprocesses 8 $(ARGS)
 
 bench: install           # verify, then time, against eager and compiled PyTorch (ARGS="guided_step --quick"; --help lists all)
 	$(RUN) -m benchmarks $(ARGS)

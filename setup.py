@@ -30,6 +30,8 @@ warnings = ["-Wall", "-Wextra"]
 # No -march: each row loop carries its own instruction sets (csrc/common/scalar.h). FMA contraction is said aloud.
 arithmetic = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 threads = ["-fopenmp"] if sys.platform == "linux" else []
+# csrc/common/instruction_set_cpu.cpp is asked first which instruction sets there are.
+linking = [*threads, "-Wl,--wrap=__cpu_indicator_init"] if sys.platform == "linux" else []
 LOOP = """
 int total(int n) {
   int sum = 0;
@@ -171,7 +173,7 @@ cpu = Pybind11Extension(
     depends=HEADERS,  # built again when these change
     cxx_std=17,
     extra_compile_args=warnings + arithmetic + threads,
-    extra_link_args=[*threads],
+    extra_link_args=linking,
     # Without a compiler the package still installs, and says so in `python -m lgd_kernels info`.
     optional=os.environ.get("LGD_REQUIRE_EXT", "0") != "1",
 )

@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(config, items):
     if interpreted and not INTERPRETED:
         config.hook.pytest_deselected(items=interpreted)
         items[:] = [item for item in items if item not in set(interpreted)]
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and "slow" not in config.option.markexpr:  # -m slow
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
     unbuilt = impls.extension_error() if os.environ.get("LGD_REQUIRE_EXT") != "1" else ""
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params.values()

@@ -42,35 +42,53 @@ LGD_INLINE float philox_uniform(uint32_t word) {
   return u < 0x1.fffffep-1f ? u : 0x1.fffffep-1f;
 }
 
+// a b + c, rounded once wherever there is an instruction for that (the compiler contracts it).
+struct Contracted {
+  LGD_INLINE static float fused(float a, float b, float c) { return a * b + c; }
+};
+
+// The same without one. In double the product is exact, and a sum that was rounded to odd may be rounded once more.
+struct Emulated {
+  LGD_INLINE static float fused(float a, float b, float c) {
+    const double product = double(a) * b, sum = product + c, part = sum - product;
+    const double error = (product - (sum - part)) + (c - part);  // sum + error is exact
+    const uint64_t bits = bits_as<uint64_t>(sum);
+    const uint64_t odd = (error > 0) == (sum > 0) ? bits + 1 : bits - 1;
+    return float(bits_as<double>(error == 0 || (bits & 1) ? bits : odd));
+  }
+};
+
 // ln u for 0 < u < 1: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), ln(1 + f) = f + f^2 P(f), 3e-8 relative.
+template <class By = Contracted>
 LGD_INLINE float philox_log(float u) {
   const uint32_t bits = bits_as<uint32_t>(u) - 0x3f3504f3u;  // sqrt(1/2)
   const float e = float(int32_t(bits) >> 23);
   const float f = bits_as<float>((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
   float p = 0.0873475968837738f;
-  p = p * f - 0.14307497441768646f;
-  p = p * f + 0.14917992055416107f;
-  p = p * f - 0.1657051295042038f;
-  p = p * f + 0.19962070882320404f;
-  p = p * f - 0.25001755356788635f;
-  p = p * f + 0.33333951234817505f;
-  p = p * f - 0.49999991059303284f;
-  return e * 0.6931471805599453f + (f + f * f * p);
+  p = By::fused(p, f, -0.14307497441768646f);
+  p = By::fused(p, f, 0.14917992055416107f);
+  p = By::fused(p, f, -0.1657051295042038f);
+  p = By::fused(p, f, 0.19962070882320404f);
+  p = By::fused(p, f, -0.25001755356788635f);
+  p = By::fused(p, f, 0.33333951234817505f);
+  p = By::fused(p, f, -0.49999991059303284f);
+  return By::fused(e, 0.6931471805599453f, By::fused(f * f, p, f));
 }
 
 // (cos, sin) of u turns. The nearest quarter turn is taken off exactly, so the angle keeps every bit of u.
+template <class By = Contracted>
 LGD_INLINE void philox_turn(float u, float& cosine, float& sine) {
   const int32_t quarter = int32_t(u * 4.0f + 0.5f);
   const float f = u - float(quarter) * 0.25f, square = f * f;  // f in [-1/8, 1/8]
   float c = 59.2459602355957f;
-  c = c * square - 85.44374084472656f;
-  c = c * square + 64.93932342529297f;
-  c = c * square - 19.739208221435547f;
-  c = c * square + 1.0f;
+  c = By::fused(c, square, -85.44374084472656f);
+  c = By::fused(c, square, 64.93932342529297f);
+  c = By::fused(c, square, -19.739208221435547f);
+  c = By::fused(c, square, 1.0f);
   float s = -75.39356231689453f;
-  s = s * square + 81.59235382080078f;
-  s = s * square - 41.3416633605957f;
-  s = s * square + 6.2831854820251465f;
+  s = By::fused(s, square, 81.59235382080078f);
+  s = By::fused(s, square, -41.3416633605957f);
+  s = By::fused(s, square, 6.2831854820251465f);
   s = s * f;
   const bool odd = quarter & 1;
   const float along = odd ? s : c, across = odd ? c : s;
@@ -78,10 +96,11 @@ LGD_INLINE void philox_turn(float u, float& cosine, float& sine) {
   sine = bits_as<float>(bits_as<uint32_t>(across) ^ (uint32_t(quarter & 2) << 30));
 }
 
+template <class By = Contracted>
 LGD_INLINE void box_muller(uint32_t word0, uint32_t word1, float& z0, float& z1) {
-  const float r = sqrtf(-2.0f * philox_log(philox_uniform(word0)));
+  const float r = sqrtf(-2.0f * philox_log<By>(philox_uniform(word0)));
   float cosine, sine;
-  philox_turn(philox_uniform(word1), cosine, sine);
+  philox_turn<By>(philox_uniform(word1), cosine, sine);
   z0 = r * cosine;
   z1 = r * sine;
 }

@@ -32,15 +32,24 @@ LGD_CLONES void fill_words(Group& group, const Counters& from) {
     }
 }
 
+template <class By>
 LGD_INLINE void normals_of(Group& group, int quads) {
   for (int pair = 0; pair < 4; pair += 2)
     for (int i = 0; i < quads; ++i)
-      box_muller(group.words[pair][i], group.words[pair + 1][i], group.normals[pair][i], group.normals[pair + 1][i]);
+      box_muller<By>(group.words[pair][i], group.words[pair + 1][i], group.normals[pair][i],
+                     group.normals[pair + 1][i]);
 }
-LGD_CLONES void fill_normals(Group& group, int quads) { normals_of(group, quads); }
 
-#ifdef LGD_HAS_CLONES
-// The same, 2.5 times as fast as what the compiler finds. A word is the low half of a 64-bit lane: the product reads
+#ifndef LGD_HAS_CLONES
+void fill_normals(Group& group, int quads) { normals_of<Contracted>(group, quads); }
+#else
+// The same bits for every instruction set.
+void fill_normals(Group& group, int quads) { normals_of<Emulated>(group, quads); }
+__attribute__((target("arch=x86-64-v3"))) void fill_normals_avx2(Group& group, int quads) {
+  normals_of<Contracted>(group, quads);
+}
+
+// fill_words, 2.5 times as fast as what the compiler finds. A word is the low half of a 64-bit lane: the product reads
 // nothing else, so the high half need not be cleared, and a round is two products, two shifts and four xors.
 __attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counters& from) {
   const __m256i multiply0 = _mm256_set1_epi64x(0xD2511F53), multiply1 = _mm256_set1_epi64x(0xCD9E8D57);
@@ -127,7 +136,7 @@ __attribute__((target("avx512f"))) void fill_words_avx512(Group& group, const Co
 #pragma GCC diagnostic pop
 
 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void fill_normals_avx512(Group& group, int quads) {
-  normals_of(group, quads);
+  normals_of<Contracted>(group, quads);
 }
 #endif
 
@@ -155,8 +164,9 @@ void philox_fill_rows(float* out, int64_t stride, int64_t rows, int64_t count, i
   if (__builtin_cpu_supports("x86-64-v4")) {
     words = fill_words_avx512;
     normals = fill_normals_avx512;
-  } else if (__builtin_cpu_supports("avx2")) {
+  } else if (__builtin_cpu_supports("x86-64-v3")) {
     words = fill_words_avx2;
+    normals = fill_normals_avx2;
   }
 #endif
   for (int64_t at = 0; at < count; at += 4 * kQuads) {
