@@ -113,8 +113,8 @@ def finite(plan: str, table: Tensor) -> None:
     """What a schedule of the user's own, or times at the ends of a dtype, may break."""
     if readable(table) and not bool(table.isfinite().all()):
         raise ValueError(
-            f"{plan}: factors of call {_first(~table.isfinite())} are not finite in {table.dtype}; times.double() has "
-            "the wider range"
+            f"{plan}: factors of call {_first(~table.isfinite())} are not finite in {table.dtype}; give times in "
+            "float64, or look at the schedule's levels there"
         )
 
 

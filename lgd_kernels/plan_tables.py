@@ -17,7 +17,7 @@ def ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, 
     moves = levels.gap != 0
     h = -torch.log1p(-levels.gap / torch.where(moves, levels.signal_s * levels.noise_t, 1.0))  # 0/0 at s = t = 0, 1
     last = last_moved(moves)
-    ratio = h / of_last(h, last, 0.0)
+    ratio = torch.where(last >= 0, h / of_last(h, last, 1.0), torch.inf)
     second, stays = torch.isfinite(ratio) & (h > 0), ~moves & (last >= 0)
     if first_order is not None:
         first_order = first_order.reshape(first_order.shape + (1,) * (h.ndim - first_order.ndim))

@@ -151,3 +151,21 @@ def test_eta_is_ddims(run):
     _, ours, _ = pair("ddim")
     with pytest.raises(ValueError, match="`eta` is 1.5"):
         ours.step(noise(0), ours.timesteps[0], noise(0), eta=1.5)
+
+
+def test_a_first_timestep_that_repeats():
+    """diffusers begins at the second of them, and runs off its end; both begin at the first where they are told to."""
+    make = functools.partial(getattr(diffusers, DPM), beta_schedule="squaredcos_cap_v2", use_exponential_sigmas=True)
+    ends = []
+    for one in (make(), FusedScheduler(make())):
+        one.set_timesteps(15)
+        assert one.timesteps[0] == one.timesteps[1]
+        one.set_begin_index(0)
+        x = noise(0)
+        for t in one.timesteps:
+            x = one.step(toy(x, t), t, x).prev_sample
+        ends.append(x)
+    assert_close(ends[1], ends[0])
+    ours = FusedScheduler(make())
+    with pytest.raises(ValueError, match=r"timesteps repeat here, and set_begin_index\(0\) begins at the first"):
+        whole_run(ours, 15)

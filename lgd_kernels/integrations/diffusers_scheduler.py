@@ -236,10 +236,12 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         index = self._index
         wanted = self._listed[index] if index < len(self._listed) else None
         if float(timestep) != wanted:
+            twice = len(set(self._listed)) < len(self._listed)
+            hint = "; timesteps repeat here, and set_begin_index(0) begins at the first of them" if twice else ""
             raise ValueError(
                 f"FusedScheduler: `timestep` is {float(timestep)}, expected {wanted}, step {index} of this run; "
                 "set_timesteps(n) starts anew, and set_begin_index(k) right after it at step k; for two samples or "
-                "more a timestep [B] goes anywhere"
+                "more a timestep [B] goes anywhere" + hint
             )
 
     def _noise(self, eta: float, index: Tensor, sample: Tensor, prediction: Tensor, generator, noise) -> dict:
