@@ -99,7 +99,8 @@ class BuildExtensions(build_ext):
             raise CompileError("the C++ compiler makes no module of ten lines")
         for flag in flags:
             if not self.compiles([flag]):
-                self.write(note, f"built without {flag}" + ", to run on one thread" * (flag == "-fopenmp"), "")
+                lost = "OpenMP, to run on one thread" if flag == "-fopenmp" else flag
+                self.write(note, f"built without {lost}", "")
                 for arguments in (extension.extra_compile_args, extension.extra_link_args):
                     arguments[:] = [one for one in arguments if one != flag]
 

@@ -103,7 +103,7 @@ def test_no_openmp(checkout, build):
     run = build(NO_OPENMP.replace("#!/bin/sh\n", logging, 1))
     assert run.returncode == 0 and made(checkout), run.stdout
     first, command, said = (checkout / NOTE).read_text().split("\n", 2)
-    assert first == "built without -fopenmp, to run on one thread: clang: error: no library -lomp"
+    assert first == "built without OpenMP, to run on one thread: clang: error: no library -lomp"
     assert command.startswith("$ ") and " -fopenmp" in command and said == "clang: error: no library -lomp\n"
     compiled = [line for line in (checkout / "log").read_text().splitlines() if "one_cpu.cpp" in line]
     assert len(compiled) == 1 and "-fopenmp-simd" in compiled[0] and "-fopenmp " not in compiled[0]
