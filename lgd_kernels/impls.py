@@ -80,12 +80,14 @@ def launcher(op: str, impl: str):
 
 def through_reference(op: str, impl: str | None) -> bool:
     """Whether a call must run as plain PyTorch: because it asks to, or because vmap, jvp or func.grad do."""
+    if impl is None:
+        return transforms_active()
+    if not isinstance(impl, str):
+        raise TypeError(f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}")
     if impl == "reference":
         return True
     if not transforms_active():
         return False
-    if impl is None:
-        return True
     raise ValueError(f"{op}: impl={impl!r} has no rule for vmap, jvp or func.grad; impl=None takes the reference there")
 
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import __main__ as program
-from lgd_kernels import builds, impls
+from lgd_kernels import builds, impls, testing
 from lgd_kernels.ops.guided_score import op
 
 ROOT = Path(__file__).parents[1]
@@ -346,3 +347,21 @@ def test_another_broken_pipe_is_an_error(monkeypatch):
     monkeypatch.setattr(program, "main", broken)
     with pytest.raises(BrokenPipeError, match="a worker died"):
         program.command()
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "ndarray", "Tensor", "list"])
+def test_an_impl_that_is_no_name(kind):
+    x = torch.ones(2, 3)
+    impl = {"float": 1.0, "bool": True, "ndarray": np.ones(2), "Tensor": torch.ones(2), "list": ["cpu"]}[kind]
+    calls = {
+        "guided_score": lambda: lgd.guided_score(x, x, 1.0, impl=impl),
+        "guided_step": lambda: lgd.guided_step(x, x, x, 1.0, testing.step_levels(2), impl=impl),
+        "combine": lambda: lgd.combine((x,), torch.ones(2, 1), impl=impl),
+        "moments": lambda: lgd.moments((x,), impl=impl),
+        "dynamic_threshold": lambda: lgd.dynamic_threshold(x, impl=impl),
+        "energy_mmd": lambda: lgd.energy_mmd(x, x, impl=impl),
+        "guided_energy": lambda: lgd.guided_energy(*[x[None]] * 3, 1.0, testing.step_levels(1), x[None], impl=impl),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name}: `impl` is a {kind}, expected None or one of cuda, triton"):
+            call()
