@@ -32,6 +32,10 @@ arithmetic = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fas
 threads = ["-fopenmp"] if sys.platform == "linux" else []
 # csrc/common/instruction_set_cpu.cpp is asked first which instruction sets there are.
 linking = [*threads, "-Wl,--wrap=__cpu_indicator_init"] if sys.platform == "linux" else []
+if os.environ.get("LGD_SANITIZE") == "1":  # `make sanitize`; the last -O counts
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    arithmetic += ["-O1", "-g", *sanitizers]
+    linking += sanitizers
 LOOP = """
 int total(int n) {
   int sum = 0;
