@@ -5,7 +5,17 @@ GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-.PHONY: demo test slow bench peers gpu aot aot-matrix docs lint format install
+# Python itself is not built with the sanitizers, so their libraries come first.
+SANITIZED = env LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 LGD_REQUIRE_EXT=1 \
+	TORCHINDUCTOR_CACHE_DIR=$(abspath build/sanitize/inductor)
+SANITIZED_TESTS = $(wildcard $(foreach op,combine combine_moments dynamic_threshold energy_mmd energy_mmd_autograd \
+	energy_mmd_pieces guided_energy guided_energy_autograd guided_energy_curve guided_energy_safety guided_score \
+	guided_step guided_step_autograd log_prob metrics moments omega_table philox rule_tape rules solvers step_plan,\
+	tests/test_$(op).py)) -n auto --maxprocesses 4
+SANITIZED_CALLS = 10000
+
+.PHONY: demo test slow fuzz sanitize bench peers gpu aot aot-matrix docs lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m lgd_kernels demo digits $(ARGS)
@@ -15,6 +25,16 @@ test: install            # every test; a missing extension is a failure here, no
 
 slow: install            # the tests that take minutes: every op's on older instruction sets
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --maxprocesses 8 $(ARGS)
+
+fuzz: install            # 100,000 random calls of the public functions, against float64 (ARGS="--calls 2000 --seed 1 --jobs 1")
+	PYTHONPATH=.:tests $(RUN) -m fuzz.run $(ARGS)
+
+sanitize: install        # tests of C++ and the fuzzer with AddressSanitizer and UBSan, in a copy of the tree (gcc on Linux)
+	mkdir -p build/sanitize
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --update --preserve=timestamps -t build/sanitize
+	cd build/sanitize && LGD_SANITIZE=1 LGD_REQUIRE_EXT=1 NVCC=none $(abspath $(RUN)) setup.py -q build_ext --inplace
+	cd build/sanitize && $(SANITIZED) $(abspath $(RUN)) -m pytest -p no:cacheprovider $(or $(ARGS),$(SANITIZED_TESTS))
+	cd build/sanitize && $(SANITIZED) PYTHONPATH=.:tests $(abspath $(RUN)) -m fuzz.run --calls $(SANITIZED_CALLS) --timeout 3600
 
 bench: install           # verify, then time, against eager and compiled PyTorch (ARGS="guided_step --quick"; --help lists all)
 	$(RUN) -m benchmarks $(ARGS)
