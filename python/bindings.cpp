@@ -3,6 +3,7 @@
 
 #include "arguments.h"
 #include "sources.h"
+#include "stop.h"
 
 namespace lgd {
 void bind_combine(pybind11::module_& module);
@@ -45,6 +46,8 @@ double smallest(Tensor tensor) {
 PYBIND11_MODULE(_C, module) {
   lgd::Python::instance();
   module.attr("source_digest") = lgd::source_digest;
+  const auto threading = pybind11::module_::import("threading");
+  lgd::main_thread = threading.attr("main_thread")().attr("ident").cast<unsigned long>();
   lgd::bind_combine(module);
   lgd::bind_dynamic_threshold(module);
   lgd::bind_energy_mmd(module);

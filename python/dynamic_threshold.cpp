@@ -12,8 +12,7 @@ namespace {
 template <class Work>
 void for_parts(int64_t row, int parts, const Work& work) {
   if (parts == 1) return work(0, 0, row);
-#pragma omp parallel for num_threads(parts)
-  for (int part = 0; part < parts; ++part) work(part, row * part / parts, row * (part + 1) / parts);
+  for_tasks(parts, parts, [&](int64_t part) { work(int(part), row * part / parts, row * (part + 1) / parts); });
 }
 
 // The statistics of ranks `rank` and `rank + 1`, or, where the weight is 0, the first twice; NaN where x0 has one.
@@ -62,8 +61,7 @@ void run(const DynamicThreshold& op, int64_t batch, int64_t row, int threads, S*
   };
   if (batch < 2 * threads) {  // too few to share out: together at each
     std::vector<int64_t> counts(int64_t(threads) * kDigits);
-    for (int64_t sample = 0; sample < batch; ++sample) whole(sample, threads, counts.data());
-    return;
+    return for_tasks(batch, 1, [&](int64_t sample) { whole(sample, threads, counts.data()); });
   }
   for_tasks(batch, threads, [&](int64_t sample) {
     static thread_local std::vector<int64_t> counts(kDigits);

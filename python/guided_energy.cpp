@@ -16,10 +16,23 @@ S* scratch(const GuidedEnergy& op) {
   return kept.data();
 }
 
+// work(first, last) for pieces of a stretch of a row, whole spans of about 2^24 pairs of elements (5 ms) each.
+template <class Work>
+void in_pieces(const GuidedEnergy& op, int64_t first, int64_t last, const Work& work) {
+  Watch watch;
+  const int64_t length = std::max<int64_t>(1, (1 << 16) / (op.m * (op.k + op.m))) * kEnergySpan;
+  for (int64_t at = first; at < last; at += length) {
+    work(at, std::min(at + length, last));
+    if (watch.stops()) return;
+  }
+}
+
 template <class S>
 void run(const GuidedEnergyBackward& op, int64_t batch, int64_t row, int threads) {
   for_chunks(batch, row, threads, [&](int64_t item, int64_t first, int64_t last) {
-    guided_energy_backward<S>(op, item, first, last, scratch<S>(op.forward));
+    S* kept = scratch<S>(op.forward);
+    in_pieces(op.forward, first, last,
+              [&](int64_t from, int64_t to) { guided_energy_backward<S>(op, item, from, to, kept); });
   });
 }
 
@@ -27,7 +40,8 @@ template <class S>
 void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, int threads, S* loss,
          S* slope, double* statistics) {
   const auto work = [&](int64_t item, int64_t first, int64_t last, double* sums) {
-    guided_energy<S>(op, item, first, last, sums, scratch<S>(op));
+    S* kept = scratch<S>(op);
+    in_pieces(op, first, last, [&](int64_t from, int64_t to) { guided_energy<S>(op, item, from, to, sums, kept); });
   };
   const int64_t count = op.statistics();
   reduce_rows(batch, row, threads, count, statistics, work, [&](int64_t item) {
@@ -82,7 +96,10 @@ void bind_guided_energy(py::module_& module) {
     const Sizes sizes(shifts);
     py::gil_scoped_release release;
     for_tasks(sizes.batch, sizes.batch * sizes.row > 512 ? threads : 1, [&](int64_t item) {
-      energy_curve(curve, of.at<double>(item, 0), at.at<double>(item, 0), sizes.row, out.at<double>(item, 0));
+      Watch watch;
+      for (int64_t first = 0; first < sizes.row && !watch.stops(); first += kCurveShifts)
+        energy_curve(curve, of.at<double>(item, 0), at.at<double>(item, first),
+                     std::min(kCurveShifts, sizes.row - first), out.at<double>(item, first));
     });
   });
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../csrc/common/rows.h"
+#include "stop.h"
 
 namespace lgd {
 
@@ -14,11 +15,18 @@ constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 
 // work(task), for each. A thread's share is a stretch of neighbours, the same ones in every call, for its core may
 // still have what it read and wrote there the last time. Then it takes over what others, who may wake up late, have not
-// begun.
+// begun. What a task throws ends all of them, and so does Ctrl-C; both leave from here as exceptions, when no thread
+// works any longer.
 template <class Work>
 void for_tasks(int64_t tasks, int threads, const Work& work, int64_t together = 1) {
+  Stop own, *outer = Stop::current(), &stop = outer ? *outer : own;
   if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) work(task);
+    const Working working(stop);
+    Watch watch;
+    for (int64_t first = 0; first < tasks; first += together) {
+      for (int64_t task = first; task < std::min(first + together, tasks); ++task) work(task);
+      if (watch.stops()) stop.rethrow();
+    }
     return;
   }
   struct alignas(64) Share {
@@ -30,16 +38,26 @@ void for_tasks(int64_t tasks, int threads, const Work& work, int64_t together = 
     shares[thread].next = tasks * thread / threads;
     shares[thread].end = tasks * (thread + 1) / threads;
   }
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int thread = 0; thread < threads; ++thread)
+  const auto run = [&](int thread) {
+    const Working working(stop);
+    Watch watch;
     for (int turn = 0; turn < threads; ++turn) {
       Share& share = shares[(thread + turn) % threads];
       for (;;) {
         const int64_t first = share.next.fetch_add(together, std::memory_order_relaxed);
         if (first >= share.end) break;
         for (int64_t task = first; task < std::min(first + together, share.end); ++task) work(task);
+        if (watch.stops()) return;
       }
     }
+  };
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) try {
+      run(thread);
+    } catch (...) {
+      stop.fail(std::current_exception());
+    }
+  stop.rethrow();
 }
 
 // work(sample, first, last) for every chunk of every row.

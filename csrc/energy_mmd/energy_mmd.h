@@ -10,32 +10,45 @@ namespace lgd {
 
 constexpr int kMmdTile = 64;  // points; the pairs of two tiles fill half of the nearest cache
 
-// Points in tiles, coordinate by coordinate: [tile][dimension][64], so that the lanes of a vector are points. The rest
-// of the last tile is 0, and so are its weights.
+// A tile of points, or a stretch of its coordinates: [count][64], coordinate by coordinate, so that the lanes of a
+// vector are points; `first` and `count` are coordinates. Where there are fewer points the rest is 0, and so are its
+// weights.
 template <class S>
-struct Points {
-  const S* tiles;
-  const S* weights;
-  int64_t count, dimension;
+void mmd_pack(const S* rows, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count, S* packed);
+template <class S>
+void mmd_unpack(const double* packed, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count,
+                S* rows);
 
-  LGD_INLINE int64_t tile_count() const { return (count + kMmdTile - 1) / kMmdTile; }
-  LGD_INLINE const S* tile(int64_t index) const { return tiles + index * dimension * kMmdTile; }
+// The pairs of two tiles that hold so many points, rounded up to fours and to sixteens.
+struct TilePairs {
+  int rows, columns;
+  bool same;  // one tile with itself: of its pairs those with i < j
+
+  TilePairs(int64_t x_points, int64_t y_points, bool same)
+      : rows(int((x_points + 3) / 4 * 4)), columns(int((y_points + 15) / 16 * 16)), same(same) {}
 };
+// Below, x and y are two tiles, or the same stretch of coordinates of both; p and q are weights of their points;
+// squares and weights of pairs are [64][64]. s_ij of a stretch (of whole 256 coordinates, but for the last), added to
+// what the stretches before it gave (`more`).
+template <class S>
+void mmd_squares(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension, bool more,
+                 S* squares);
+// The sum of p_i q_j k(s_ij); s_ij become w_ij where slopes are wanted.
+template <class S>
+double mmd_values(const MmdKernel& kernel, const TilePairs& of, const S* p, const S* q, bool slopes, S* squares);
+// Adds c sum_j w_ij (x_i - y_j), and the opposite, to the gradients [dimension][64] that are given.
+template <class S>
+void mmd_gradients(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension,
+                   const S* weights, double coefficient, double* d_x, double* d_y);
 
+// The same of points with themselves: <x_i, x_i>, or 0; sum p_i^2 k; and the gradients, which are 0 but of products.
 template <class S>
-void mmd_pack(const S* rows, int64_t count, int64_t dimension, int64_t tile, S* packed);
+void mmd_own_squares(const MmdKernel& kernel, const S* x, int64_t dimension, S* squares);
 template <class S>
-void mmd_unpack(const double* packed, int64_t count, int64_t dimension, int64_t tile, S* rows);
-
-// The pairs of one tile of x and one of y, or, where they are the same tile, those with i < j. Returns their sum; adds
-// to the gradients [dimension][64] that are given. `squares` holds 64 x 64.
+double mmd_own_values(const MmdKernel& kernel, const S* p, S* squares);
 template <class S>
-double mmd_tile(const MmdKernel& kernel, const Points<S>& x, int64_t x_tile, const Points<S>& y, int64_t y_tile,
-                bool same, double coefficient, double* d_x, double* d_y, S* squares);
-
-// The sum over pairs of a point with itself of p_i^2 k(x_i, x_i) in a tile; adds to its gradient.
-template <class S>
-double mmd_itself(const MmdKernel& kernel, const Points<S>& x, int64_t tile, double coefficient, double* d_x);
+void mmd_own_gradients(const MmdKernel& kernel, const S* x, int64_t dimension, const S* p, const S* slopes,
+                       double coefficient, double* d_x);
 
 // A row of products <x_i, y_j>, with norms: how the large dimensions come. Squared distances follow, and where one is
 // below `closest` times the sum of the norms it is taken again from differences. products [count] become w_ij; those of

@@ -25,7 +25,7 @@ LGD_INLINE void store(S* to, const typename Vector<S>::type& lanes) {
 
 // s_ij of the first `rows` x `columns` pairs; four points of x meet two vectors of points of y, in registers.
 template <class S, bool kProduct>
-LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, int columns, S* squares) {
+LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, int columns, bool more, S* squares) {
   constexpr int kLanes = Vector<S>::kLanes;
   typedef typename Vector<S>::type V;
   for (int64_t first = 0; first < dimension; first += kSpan) {
@@ -45,7 +45,7 @@ LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, i
         for (int r = 0; r < 4; ++r)
           for (int half = 0; half < 2; ++half) {
             S* to = squares + (i + r) * kTile + j + half * kLanes;
-            store(to, first ? load(to) + sums[r][half] : sums[r][half]);
+            store(to, first || more ? load(to) + sums[r][half] : sums[r][half]);
           }
       }
   }
@@ -158,11 +158,6 @@ LGD_CLONES void transpose(const S* from, S* to) {
     }
 }
 
-LGD_INLINE int rest_of(int64_t count, int64_t tile, int step) {
-  const int64_t rest = count - tile * kTile < kTile ? count - tile * kTile : kTile;
-  return int((rest + step - 1) / step * step);
-}
-
 // To both sides; `weights` are those of the points of y, and turned over to those of x.
 template <bool kProduct, class S>
 void gradients(const S* x, const S* y, int64_t dimension, int rows, int columns, const S* weights, double coefficient,
@@ -233,62 +228,79 @@ LGD_CLONES S stretch(const F& kernel, S* squares, const S* weights, S turn, int 
 }  // namespace
 
 template <class S>
-void mmd_pack(const S* rows, int64_t count, int64_t dimension, int64_t tile, S* packed) {
-  const int64_t first = tile * kTile, here = count - first < kTile ? count - first : kTile;
-  for (int64_t c = 0; c < dimension; ++c)
-    for (int64_t i = 0; i < kTile; ++i) packed[c * kTile + i] = i < here ? rows[(first + i) * dimension + c] : S(0);
+void mmd_pack(const S* rows, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count, S* packed) {
+  const int64_t here = points - tile * kTile < kTile ? points - tile * kTile : kTile;
+  rows += tile * kTile * dimension + first;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = 0; i < kTile; ++i) packed[c * kTile + i] = i < here ? rows[i * dimension + c] : S(0);
 }
 
 template <class S>
-void mmd_unpack(const double* packed, int64_t count, int64_t dimension, int64_t tile, S* rows) {
-  const int64_t first = tile * kTile, here = count - first < kTile ? count - first : kTile;
+void mmd_unpack(const double* packed, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count,
+                S* rows) {
+  const int64_t here = points - tile * kTile < kTile ? points - tile * kTile : kTile;
+  rows += tile * kTile * dimension + first;
   for (int64_t i = 0; i < here; ++i)
-    for (int64_t c = 0; c < dimension; ++c) rows[(first + i) * dimension + c] = S(packed[c * kTile + i]);
+    for (int64_t c = 0; c < count; ++c) rows[i * dimension + c] = S(packed[c * kTile + i]);
 }
 
 template <class S>
-double mmd_tile(const MmdKernel& kernel, const Points<S>& x, int64_t x_tile, const Points<S>& y, int64_t y_tile,
-                bool same, double coefficient, double* d_x, double* d_y, S* squares) {
-  const S *from = x.tile(x_tile), *to = y.tile(y_tile);
-  const int rows = rest_of(x.count, x_tile, 4), columns = rest_of(y.count, y_tile, 16);
-  const bool product = kernel.of_product();
-  if (product)
-    pair_sums<S, true>(from, to, x.dimension, rows, columns, squares);
+void mmd_squares(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension, bool more,
+                 S* squares) {
+  if (kernel.of_product())
+    pair_sums<S, true>(x, y, dimension, of.rows, of.columns, more, squares);
   else
-    pair_sums<S, false>(from, to, x.dimension, rows, columns, squares);
-  const S *p = x.weights + x_tile * kTile, *q = y.weights + y_tile * kTile;
+    pair_sums<S, false>(x, y, dimension, of.rows, of.columns, more, squares);
+}
+
+template <class S>
+double mmd_values(const MmdKernel& kernel, const TilePairs& of, const S* p, const S* q, bool slopes, S* squares) {
   const double sum = with_kernel<S>(kernel, [&](const auto& functor) {
-    const S two = product ? 1 : 2;
-    return d_x || d_y ? pair_values<true>(functor, p, q, rows, columns, same, two, squares)
-                      : pair_values<false>(functor, p, q, rows, columns, same, two, squares);
+    const S two = kernel.of_product() ? 1 : 2;
+    return slopes ? pair_values<true>(functor, p, q, of.rows, of.columns, of.same, two, squares)
+                  : pair_values<false>(functor, p, q, of.rows, of.columns, of.same, two, squares);
   });
-  if (!d_x && !d_y) return sum;
-  for (int i = 0; i < kTile; ++i)
-    for (int j = i < rows ? columns : 0; j < kTile; ++j) squares[i * kTile + j] = 0;
-  if (product)
-    gradients<true>(from, to, x.dimension, rows, columns, squares, coefficient, d_x, d_y);
-  else
-    gradients<false>(from, to, x.dimension, rows, columns, squares, coefficient, d_x, d_y);
+  for (int i = 0; i < kTile && slopes; ++i)
+    for (int j = i < of.rows ? of.columns : 0; j < kTile; ++j) squares[i * kTile + j] = 0;
   return sum;
 }
 
 template <class S>
-double mmd_itself(const MmdKernel& kernel, const Points<S>& x, int64_t tile, double coefficient, double* d_x) {
-  const S *at = x.tile(tile), *p = x.weights + tile * kTile;
-  alignas(64) S argument[kTile] = {}, value[kTile], slope[kTile];
-  const bool product = kernel.of_product();
-  if (product)
-    for (int64_t c = 0; c < x.dimension; ++c)
-      for (int i = 0; i < kTile; ++i) argument[i] += at[c * kTile + i] * at[c * kTile + i];
-  with_kernel<S>(kernel, [&](const auto& functor) { functor(argument, value, slope, kTile); });
+void mmd_gradients(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension,
+                   const S* weights, double coefficient, double* d_x, double* d_y) {
+  if (kernel.of_product())
+    gradients<true>(x, y, dimension, of.rows, of.columns, weights, coefficient, d_x, d_y);
+  else
+    gradients<false>(x, y, dimension, of.rows, of.columns, weights, coefficient, d_x, d_y);
+}
+
+template <class S>
+void mmd_own_squares(const MmdKernel& kernel, const S* x, int64_t dimension, S* squares) {
+  if (kernel.of_product())
+    for (int64_t c = 0; c < dimension; ++c)
+      for (int i = 0; i < kTile; ++i) squares[i] += x[c * kTile + i] * x[c * kTile + i];
+}
+
+template <class S>
+double mmd_own_values(const MmdKernel& kernel, const S* p, S* squares) {
+  alignas(64) S value[kTile], slope[kTile];
+  with_kernel<S>(kernel, [&](const auto& functor) { functor(squares, value, slope, kTile); });
   double sum = 0;
-  for (int i = 0; i < kTile; ++i) sum += double(p[i]) * double(p[i]) * double(value[i]);
-  if (product && d_x)
-    for (int64_t c = 0; c < x.dimension; ++c)
-      for (int i = 0; i < kTile; ++i)
-        d_x[c * kTile + i] +=
-            coefficient * 2 * double(p[i]) * double(p[i]) * double(slope[i]) * double(at[c * kTile + i]);
+  for (int i = 0; i < kTile; ++i) {
+    sum += double(p[i]) * double(p[i]) * double(value[i]);
+    squares[i] = slope[i];
+  }
   return sum;
+}
+
+template <class S>
+void mmd_own_gradients(const MmdKernel& kernel, const S* x, int64_t dimension, const S* p, const S* slopes,
+                       double coefficient, double* d_x) {
+  if (!kernel.of_product() || !d_x) return;
+  for (int64_t c = 0; c < dimension; ++c)
+    for (int i = 0; i < kTile; ++i)
+      d_x[c * kTile + i] +=
+          coefficient * 2 * double(p[i]) * double(p[i]) * double(slopes[i]) * double(x[c * kTile + i]);
 }
 
 template <class S>
@@ -330,11 +342,15 @@ void mmd_close_pair(const S* x, const S* y, S weight, int64_t count, S* d_x, S* 
 }
 
 #define LGD_INSTANTIATE(S)                                                                                       \
-  template void mmd_pack(const S*, int64_t, int64_t, int64_t, S*);                                               \
-  template void mmd_unpack(const double*, int64_t, int64_t, int64_t, S*);                                        \
-  template double mmd_tile(const MmdKernel&, const Points<S>&, int64_t, const Points<S>&, int64_t, bool, double, \
-                           double*, double*, S*);                                                                \
-  template double mmd_itself(const MmdKernel&, const Points<S>&, int64_t, double, double*);                      \
+  template void mmd_pack(const S*, int64_t, int64_t, int64_t, int64_t, int64_t, S*);                             \
+  template void mmd_unpack(const double*, int64_t, int64_t, int64_t, int64_t, int64_t, S*);                      \
+  template void mmd_squares(const MmdKernel&, const TilePairs&, const S*, const S*, int64_t, bool, S*);          \
+  template double mmd_values(const MmdKernel&, const TilePairs&, const S*, const S*, bool, S*);                  \
+  template void mmd_gradients(const MmdKernel&, const TilePairs&, const S*, const S*, int64_t, const S*, double, \
+                              double*, double*);                                                                 \
+  template void mmd_own_squares(const MmdKernel&, const S*, int64_t, S*);                                        \
+  template double mmd_own_values(const MmdKernel&, const S*, S*);                                                \
+  template void mmd_own_gradients(const MmdKernel&, const S*, int64_t, const S*, const S*, double, double*);     \
   template double mmd_product_row(const MmdKernel&, ProductRow<S>&);                                             \
   template void mmd_close_pair(const S*, const S*, S, int64_t, S*, S*);
 LGD_INSTANTIATE(float)

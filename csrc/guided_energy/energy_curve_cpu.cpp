@@ -6,9 +6,8 @@
 namespace lgd {
 namespace {
 
-constexpr int kLanes = 8;        // pairs side by side, a whole vector of any width: a power is a chain of its own
-constexpr int kTerms = 64;       // pairs that all shifts meet before the next
-constexpr int64_t kShifts = 64;  // looked at together: their sums stay in the nearest cache
+constexpr int kLanes = 8;   // pairs side by side, a whole vector of any width: a power is a chain of its own
+constexpr int kTerms = 64;  // pairs that all shifts meet before the next
 
 struct Terms {
   alignas(64) double a[kTerms], b[kTerms], c[kTerms], share[kTerms];
@@ -71,9 +70,9 @@ void for_terms(const EnergyCurve& curve, const double* statistics, const Add& ad
 void energy_curve(const EnergyCurve& curve, const double* statistics, const double* shifts, int64_t count,
                   double* found) {
   const auto add = curve.order == 0 ? add_terms<0> : curve.order == 1 ? add_terms<1> : add_terms<2>;
-  for (int64_t at = 0; at < count; at += kShifts) {
-    const int64_t some = std::min(kShifts, count - at);
-    alignas(64) double sums[kShifts][kLanes] = {};
+  for (int64_t at = 0; at < count; at += kCurveShifts) {
+    const int64_t some = std::min(kCurveShifts, count - at);
+    alignas(64) double sums[kCurveShifts][kLanes] = {};
     for_terms(curve, statistics, [&](const Terms& terms) { add(terms, shifts + at, some, curve.beta, sums); });
     for (int64_t i = 0; i < some; ++i)
       found[at + i] = ((sums[i][0] + sums[i][4]) + (sums[i][2] + sums[i][6])) +

@@ -7,8 +7,8 @@
 namespace lgd {
 namespace {
 
-constexpr int kTile = 4;        // targets, or other particles, that one meets at a time: their sums fill the registers
-constexpr int64_t kSpan = 256;  // elements of a row that are looked at together; their sums go on in double
+constexpr int kTile = 4;  // targets, or other particles, that one meets at a time: their sums fill the registers
+constexpr int64_t kSpan = kEnergySpan;
 
 template <class S>
 struct Vector {
