@@ -26,6 +26,8 @@ CASES = {  # name: (samples of x and y, dimensions, dtype, options)
     "lam 0": (70, 90, 5, torch.float64, {"lam": 0.0}),
     "lam 0.5, weights": (70, 90, 5, torch.float64, {"lam": 0.5, "weights": True}),
     "batch, weights": (70, 90, 5, torch.float64, {"weights": True, "batched": True}),
+    "large weights": (70, 90, 5, torch.float32, {"weights": 1e36}),  # sums are infinite in float32
+    "small weights": (70, 90, 5, torch.float32, {"weights": 1e-30, "batched": True}),  # and squares 0
     "batch": (70, 90, 5, torch.float64, {"batched": True, "kernel": lgd.Gaussian((0.5, 2.0))}),
     "reference": (70, 90, 5, torch.float64, {"impl": "reference"}),
     "narrow": (301, 200, 3, torch.float32, {"kernel": lgd.Gaussian(1e-3)}),  # all is in the pairs with itself
@@ -44,7 +46,8 @@ def inputs(name):
     x, y = x.to(dtype), (y + 0.5).to(dtype)
     if weighted:
         options["x_weights"], options["y_weights"] = (
-            torch.rand(*batch, count, generator=generator, dtype=torch.float64) for count in (n, k)
+            (weighted * torch.rand(*batch, count, generator=generator, dtype=torch.float64)).to(dtype)
+            for count in (n, k)
         )
         options["x_weights"][..., : n // 4] = 0  # of the first of four processes, all
         options["y_weights"][..., 1 - k // 4 :] = 0  # of the last, all but one
@@ -120,7 +123,7 @@ def refused(call):
 
 def refusals(rank, size):
     x, group = torch.zeros(3, 2), distributed.group.WORLD
-    first = rank == 0
+    first, one = rank == 0, torch.tensor([0.0, 3.0, 0.0])
     return {
         "shape": refused(lambda: lgd.energy_mmd(x[:, : 2 - first], x[:, : 2 - first], group=group)),
         "dtype": refused(lambda: lgd.energy_mmd(x.double() if first else x, x, group=group)),
@@ -130,6 +133,8 @@ def refusals(rank, size):
         "empty": refused(lambda: lgd.energy_mmd(x[:0], x, group=group)),
         "one": refused(lambda: lgd.energy_mmd(x[: int(first)], x, group=group)),
         "weights": refused(lambda: lgd.energy_mmd(x, x, x_weights=x[:, 0] + 1 if first else None, group=group)),
+        "no weight": refused(lambda: lgd.energy_mmd(x, x, y_weights=x[:, 0], group=group)),
+        "weight of one": refused(lambda: lgd.energy_mmd(x, x, x_weights=one if first else x[:, 0], group=group)),
         "transform": refused(lambda: torch.func.grad(lambda x: lgd.energy_mmd(x, x, group=group))(x)),
     }
 

@@ -132,6 +132,53 @@ def test_weights_count_samples(impl, generator):
     )
 
 
+SUMS = [  # (dtype of the weights, a factor of all)
+    (torch.float16, 1e-6), (torch.float16, 5e4), (torch.bfloat16, 1e-38), (torch.float32, 1e-42),
+    (torch.float32, 1e-30), (torch.float32, 1e-22), (torch.float32, 1e19), (torch.float32, 1e38),
+    (torch.float64, 1e-310), (torch.float64, 1e-200), (torch.float64, 1e200), (torch.float64, 1e306),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights, factor", SUMS)
+@pytest.mark.parametrize("n, D", [(9, 3), (67, 65)])  # from differences, and from products
+def test_weights_of_any_positive_sum(n, D, weights, factor, impl, generator):
+    """Value and gradients are those of the same weights divided by their sum; also in batches and in pieces."""
+    for dtype, limit in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
+        x, y = (torch.randn(2, count, D, generator=generator, dtype=dtype).requires_grad_() for count in (n, 70))
+        given = [(factor * (torch.rand(2, count, generator=generator).double() + 0.1)).to(weights) for count in (n, 70)]
+        shares = [one.double() / one.double().sum(1, keepdim=True) for one in given]
+
+        def call(p, q, x=x, y=y, **options):
+            loss = lgd.energy_mmd(x, y, x_weights=p, y_weights=q, impl=impl, **options)
+            return loss, *torch.autograd.grad(loss.sum(), (x, y))
+
+        want, apart = call(*shares, batched=True), call(*shares, batched=True, lam=0.0)
+        for found in (call(*given, batched=True), call(*given, batched=True, progress=lambda *at: None)):
+            for one, true, size in zip(found, want, apart, strict=True):
+                torch.testing.assert_close(one, true, rtol=0, atol=limit * size.abs().max().item())
+
+
+@pytest.mark.parametrize("D", [3, 80])
+def test_a_power_of_two_in_the_weights_changes_no_bit(D, impl, generator):
+    x, y = (torch.randn(n, D, generator=generator).requires_grad_() for n in (67, 70))
+    p, q = torch.rand(67, generator=generator), torch.rand(70, generator=generator)
+    found = []
+    for up, down in ((1.0, 1.0), (2.0**90, 2.0**-90)):
+        loss = lgd.energy_mmd(x, y, x_weights=p * up, y_weights=q * down, impl=impl)
+        found.append([loss, *torch.autograd.grad(loss, (x, y))])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("wrong", [[1.0, math.inf, 1.0], [1.0, math.nan, 1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_wrong_weights_that_cannot_be_read_give_nan(wrong, lam, impl):
+    """As on a GPU: the operator itself, which looks at no values."""
+    x, y = torch.arange(6.0).view(1, 3, 2), torch.ones(1, 4, 2)
+    definition = x, y, torch.tensor([wrong]), None, "energy", [1.0], lam, True, True, None, [True, True], impl
+    loss, d_x, d_y = torch.ops.lgd.energy_mmd(*definition)
+    assert loss.isnan() and d_y.isnan().all()
+
+
 def compare(impl, x, y, kernel, limit, **options):
     """Value and gradients against float64, as part of the sum of the terms' sizes."""
     leaves = [one.detach().requires_grad_() for one in (x, y)]
@@ -166,6 +213,20 @@ def test_agrees_with_float64(kernel, options, impl, generator):
             x, y = testing.sample((n, *shape), dtype, generator), testing.sample((k, *shape), dtype, generator)
             limit = LIMIT.get(dtype, 8 * 2.0**-24)
             compare(impl, x, y, kernel, 2 * limit if kernel == KERNELS["polynomial"] else limit, **options)
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("kernel, options", [
+    (lgd.Energy(), {}), (lgd.Gaussian(1.5), {"unbiased": False}), (lgd.Polynomial(), {"unbiased": False}),
+    (lgd.Energy(1.75), {"lam": 0.0}),
+])  # fmt: skip
+def test_few_long_samples_agree_with_float64(kernel, options, generator):
+    """Of so many dimensions that the tiles are packed some coordinates at a time."""
+    D = 16384 + 1024 + 3
+    x, y = (torch.randn(n, D, generator=generator) / D**0.5 for n in (2, 18))
+    limit = (32 if isinstance(kernel, lgd.Polynomial) else 16) * 2.0**-24
+    compare("cpu", x, y, kernel, limit, **options)
+    compare("cpu", x, y, kernel, limit, y_weights=1e-30 * (torch.rand(18, generator=generator) + 0.5), **options)
 
 
 @pytest.mark.extension

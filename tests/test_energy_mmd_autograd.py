@@ -1,5 +1,7 @@
 """energy_mmd: its gradients, the manners of its operator, its memory and its refusals."""
 
+import math
+
 import pytest
 import torch
 from mmd import OPTIONS, definition, each_kernel
@@ -161,6 +163,22 @@ def test_without_the_extension(monkeypatch):
     torch.testing.assert_close(x.grad, torch.tensor([[0.0], [-1.0]]))  # -1/2 + 1/2; -1/2 - 1/2
 
 
+@pytest.mark.parametrize("D", [3, 80])
+def test_autocast_changes_no_bit(D, impl, generator):
+    """Forward, backward and the gradient of a gradient."""
+    x, y = (torch.randn(n, D, generator=generator).requires_grad_() for n in (70, 66))
+
+    def call():
+        loss = lgd.energy_mmd(x, y, beta=1.75, impl=impl)
+        first = torch.autograd.grad(loss, (x, y), create_graph=True)
+        return loss, *first, *torch.autograd.grad(first[0].square().sum(), (x, y))
+
+    expected = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_why_not():
     assert lgd.why_not("energy_mmd", "cuda") == ["energy_mmd has no 'cuda' implementation in this version"]
     assert list(KINDS) == ["energy", "gaussian", "laplace", "rational", "polynomial"]  # enum Kernels
@@ -190,6 +208,39 @@ CASES = {
         r"`x_weights` has shape \[3\], expected \[4\], one for each",
     ),
     "negative": (dict(y_weights=-torch.ones(5)), ValueError, "`y_weights` has the value -1, expected weights of 0"),
+    "infinite": (dict(x_weights=torch.tensor([1, 1, math.inf, 1])), ValueError, "`x_weights` has the value inf"),
+    "not a number": (dict(y_weights=torch.full((5,), math.nan)), ValueError, "`y_weights` has the value nan, expected"),
+    "no weight": (
+        dict(x_weights=torch.zeros(4)),
+        ValueError,
+        "`x_weights` has the sum 0, expected .* positive, finite",
+    ),
+    "no weight, nothing within": (dict(y_weights=torch.zeros(5), lam=0.0), ValueError, "`y_weights` has the sum 0"),
+    "no weight in one problem": (
+        dict(
+            x=torch.ones(2, 2, 3),
+            y=torch.ones(2, 3, 3),
+            x_weights=torch.eye(2) * 0 + torch.tensor([[1.0], [0.0]]),
+            batched=True,
+        ),
+        ValueError,
+        "`x_weights` has the sum 0",
+    ),
+    "weights of an infinite sum": (
+        dict(y_weights=torch.full((5,), 1e308, dtype=torch.float64)),
+        ValueError,
+        "has the sum inf.*divide by the largest",
+    ),
+    "weight of one": (
+        dict(x_weights=torch.tensor([0.0, 2, 0, 1e-20])),
+        ValueError,
+        "`x_weights` gives one sample all the weight.*lam=0",
+    ),
+    "weight of one target": (
+        dict(y_weights=torch.eye(5)[1]),
+        ValueError,
+        "`y_weights` gives one sample all the weight.*target_term=False",
+    ),
     "weights' gradient": (dict(y_weights=torch.ones(5, requires_grad=True)), ValueError, "`y_weights` requires grad"),
     "precision": (dict(precision="fast"), ValueError, "`precision` is 'fast', expected None, 'direct' or 'product'"),
     "impl": (dict(impl="fast"), ValueError, "`impl` is 'fast', expected None or one of cuda, triton, cpu, reference"),

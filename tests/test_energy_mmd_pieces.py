@@ -99,6 +99,8 @@ def test_each_process_hears_of_its_share(processes):
         ("empty", "`x` holds no sample in any process"),
         ("one", "`x` holds one sample, which has no other"),
         ("weights", "the dtype of `x_weights` is torch.float32 in rank 0 of the group and None in rank 1"),
+        ("no weight", "`y_weights` has the sum 0, expected weights of a positive, finite sum"),
+        ("weight of one", "`x_weights` gives one sample all the weight"),
         ("transform", "`group` does not go with torch.compile, vmap"),
     ],
 )

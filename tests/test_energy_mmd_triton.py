@@ -68,6 +68,20 @@ def test_options_and_weights(D, options, kernels, generator):
     compare(kernels, x, y, lgd.Energy(), x_weights=p, y_weights=q, **options)
 
 
+@pytest.mark.parametrize("D, factor", [(3, 1e-30), (3, 1e38), (40, 1e-22), (40, 1e36)])
+def test_weights_of_any_positive_sum(D, factor, kernels, generator):
+    x, y = torch.randn(17, D, generator=generator), torch.randn(12, D, generator=generator)
+    p, q = (factor * (0.1 + torch.rand(n, generator=generator)) for n in (17, 12))
+    on_device = {"x_weights": p.to(kernels.device), "y_weights": q.to(kernels.device)}
+    leaves = [one.to(kernels.device).requires_grad_() for one in (x, y)]
+    loss = lgd.energy_mmd(*leaves, impl="triton", **on_device)
+    shares = {name: one.double() / one.double().sum() for name, one in on_device.items()}
+    true = lgd.energy_mmd(*leaves, impl="reference", **shares)
+    for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(true, leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", [None, "product", "direct"])
 @pytest.mark.parametrize("kernel", [lgd.Energy(1.75), lgd.Polynomial()], ids=str)
 def test_tiles(kernel, precision, kernels, generator):

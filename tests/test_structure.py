@@ -132,8 +132,14 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "bandwidth": ({"checks"}, {"pairs", "progress"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
-    "sharded": ({"checks", "pieces"}, {"impls", "progress"}),  # several calls of the operator, in several processes
-    "pieces": ({"op"}, {"levels", "progress"}),  # several calls of the operator for one of the user's
+    "sharded": (
+        {"checks", "pieces", "reference"},
+        {"impls", "progress"},
+    ),  # several calls of the operator, in several processes
+    "pieces": (
+        {"checks", "op", "reference"},
+        {"levels", "progress"},
+    ),  # several calls of the operator for one of the user's
     "op": ({"reference"}, {"arguments", "columns", "impls", "levels", "philox"}),
     "reference": (set(), {"columns", "levels", "philox"}),
     "triton": (
@@ -146,7 +152,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "triton_tiles": ({"triton_values"}, {"triton_common"}),
     "triton_values": (set(), set()),
     "triton_particles": (set(), {"philox", "native", "triton_common"}),
-    "cpu": (set(), {"columns", "impls", "levels", "native"}),
+    "cpu": (set(), {"columns", "impls", "levels", "native", "precision"}),
     "cuda": (set(), {"impls", "levels", "native"}),
     "targets": (set(), set()),
     "kernels": (set(), set()),

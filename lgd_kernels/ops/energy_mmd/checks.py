@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lgd_kernels.checks import DATA_DTYPES, power, readable, smallest
@@ -13,6 +14,7 @@ from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomi
 OP = "energy_mmd"
 Precision = Literal["direct", "product"]
 PRECISIONS = get_args(Precision)
+LEAST_SHARE = 2.0**-40  # of pairs of different samples, in weight: below it, 1 - sum p^2 is mostly rounding
 
 
 def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, part=False) -> None:
@@ -24,6 +26,12 @@ def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, p
     if not part:
         dimension = 1 if batched else 0
         partners(x.shape[dimension], y.shape[dimension], lam, unbiased, target_term)
+        for name, given, counts in (("x_weights", x_weights, True), ("y_weights", y_weights, target_term)):
+            if given is not None and readable(given):
+                sums(name, given.sum(-1, dtype=torch.float64).reshape(-1))
+                if lam > 0 and unbiased and counts:
+                    shares = given.double() / given.amax(-1, keepdim=True)
+                    shared(name, shares.sum(-1).reshape(-1), shares.square().sum(-1).reshape(-1))
 
 
 def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
@@ -51,6 +59,13 @@ def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
         raise ValueError(f"{OP}: `y` is on {y.device}, expected {x.device} like `x`; .to(...) moves it")
 
 
+def finite(op: str, waits: bool = False, **tensors: Tensor | None) -> None:
+    """No NaN and no infinity, where that can be read; `waits`: on any device, since the caller waits for it anyway."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (waits or readable(tensor)) and not tensor.isfinite().all():
+            raise ValueError(f"{op}: `{name}` holds NaN or infinity, expected numbers")
+
+
 def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batched: bool) -> None:
     if value is None:
         return
@@ -67,8 +82,28 @@ def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batch
         raise ValueError(f"{OP}: `{name}` is on {value.device}, expected {like.device} like `{like_name}`")
     if value.requires_grad:
         raise ValueError(f"{OP}: `{name}` requires grad, but weights have none; pass {name}.detach()")
-    if readable(value) and not smallest(value.flatten()) >= 0:
-        raise ValueError(f"{OP}: `{name}` has the value {smallest(value.flatten()):g}, expected weights of 0 or more")
+    if readable(value):
+        least, most = smallest(value.flatten()), -smallest(-value.flatten())
+        if not (least >= 0 and most < math.inf):
+            wrong = most if least >= 0 else least
+            raise ValueError(f"{OP}: `{name}` has the value {wrong:g}, expected weights of 0 or more, none infinite")
+
+
+def sums(name: str, totals: Tensor) -> None:
+    """Sums of the weights `[B]`, in float64: positive and finite, where they can be read."""
+    if readable(totals) and not (smallest(totals) > 0 and -smallest(-totals) < math.inf):
+        wrong = next(total for total in totals.tolist() if not 0 < total < math.inf)
+        hint = "; divide by the largest" if wrong > 0 else ""
+        raise ValueError(f"{OP}: `{name}` has the sum {wrong:g}, expected weights of a positive, finite sum{hint}")
+
+
+def shared(name: str, totals: Tensor, squares: Tensor) -> None:
+    """More than one sample has a weight, where that can be read: of P^2 - sum p^2 more is left than rounding."""
+    if readable(totals) and not smallest(totals.square() - squares - LEAST_SHARE * totals.square()) > 0:
+        raise ValueError(
+            f"{OP}: `{name}` gives one sample all the weight, which has no other to be compared with; pass lam=0, "
+            f"unbiased=False{', target_term=False' if name == 'y_weights' else ''} or weights of two samples or more"
+        )
 
 
 def options(beta, lam, unbiased, kernel, target_term, precision) -> None:

@@ -93,6 +93,7 @@ def unrounded(x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, tar
         grads = reference.energy_mmd_gradients(*definition) if any(wanted) else (None, None)
         kept = (grad.contiguous() if want else None for grad, want in zip(grads, wanted, strict=True))
         return reference.energy_mmd(*definition).double(), *kept
+    definition = x, y, reference.scaled(x_weights), reference.scaled(y_weights), *definition[4:]
     loss = x.new_empty(x.shape[0], dtype=torch.float64)
     grads = [one.new_empty(one.shape, dtype=dtype) if want else None for one, want in zip((x, y), wanted, strict=True)]
     impls.launcher("energy_mmd", impl).forward(loss, *grads, *definition, precision)

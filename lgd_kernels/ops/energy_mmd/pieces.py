@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd import op
+from lgd_kernels.ops.energy_mmd.checks import LEAST_SHARE
+from lgd_kernels.ops.energy_mmd.reference import scaled
 from lgd_kernels.progress import Report
 
 ALONE = 2.0**60  # of lam: beside it the term between two sets is no longer seen
@@ -105,6 +107,7 @@ def run(pieces: Iterable[Piece], form: Form, report: Report | None, total: int, 
 def energy_mmd(x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, target_term, precision, impl, report):
     """As `op.energy_mmd`, differentiable once, in pieces that `report` hears of."""
     form = Form(kernel, parameters, unbiased, precision, impl)
+    x_weights, y_weights = scaled(x_weights), scaled(y_weights)
     sides = [Side(x, x_weights, room_for(x, y, wanted(x))), Side(y, y_weights, room_for(y, x, wanted(y)))]
     share = 1 / (sides[0].total() * sides[1].total())
     pieces = [Piece(*sides, share, share)]
@@ -188,7 +191,7 @@ def _within(piece: Piece, form: Form) -> Tensor:
     rows, _, value, slope = piece
     scale = rows.pairs(form.unbiased)
     # what is lost to rounding in P^2 - sum p^2 is not a pair
-    scale = torch.where(scale > 2.0**-40 * rows.total().square(), scale, 0.0)
+    scale = torch.where(scale > LEAST_SHARE * rows.total().square(), scale, 0.0)
     copies = 1 if rows.count <= 64 else 64 * 64 // rows.count + 1  # few pairs would be taken for a small problem
     mean = rows.points.mean(1, keepdim=True, dtype=widest(rows.points.dtype)).to(rows.points.dtype)
     found, grad, _ = op.unrounded(

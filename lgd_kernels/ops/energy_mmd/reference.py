@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,11 +59,23 @@ def energy_mmd_gradients(
     return (factor(kernel) * d_x).to(dtype), (factor(kernel) * d_y).to(dtype)
 
 
+def scaled(weights: Tensor | None, largest: Tensor | None = None) -> Tensor | None:
+    """Weights [B, n] in float64, divided by a power of two, so that the largest ([B], of this part or of all) lies in
+    [1, 2): no sum, square or product of two overflows, and ordinary weights give the same bits as before. NaN where a
+    weight is negative or NaN, and for a set whose largest weight is 0 or infinite."""
+    if weights is None:
+        return None
+    weights = weights.double()
+    largest = (weights.amax(1) if largest is None else largest)[:, None]
+    return torch.where(weights >= 0, weights, math.nan) / (largest / (2 * torch.frexp(largest).mantissa))
+
+
 def _shares(points: Tensor, weights: Tensor | None) -> Tensor:
     """[B, n] in float64, with sum 1."""
     if weights is None:
         return torch.full(points.shape[:2], 1 / points.shape[1], dtype=torch.float64, device=points.device)
-    return weights.double() / weights.double().sum(1, keepdim=True)
+    weights = scaled(weights)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _pairs(p: Tensor, unbiased: bool) -> Tensor:

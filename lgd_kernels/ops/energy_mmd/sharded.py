@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from lgd_kernels import impls
-from lgd_kernels.ops.energy_mmd import checks, pieces
+from lgd_kernels.ops.energy_mmd import checks, pieces, reference
 from lgd_kernels.ops.energy_mmd.pieces import Form, Piece, Side
 from lgd_kernels.progress import Report
 
@@ -109,11 +109,13 @@ def energy_mmd(
 ) -> Tensor:
     """x [B, n, D] and y [B, k, D], of this process, to the loss [B] of all."""
     room = [pieces.room_for(one, other, pieces.wanted(one)) for one, other in ((x, y), (y, x))]
-    own = [
-        Side(one.detach(), weights if weights is None else weights.detach(), found)
-        for one, weights, found in zip((x, y), (x_weights, y_weights), room, strict=True)
-    ]
+    weights = _scaled({"x_weights": x_weights, "y_weights": y_weights}, parts)
+    own = [Side(one.detach(), of_one, found) for one, of_one, found in zip((x, y), weights, room, strict=True)]
     *totals, x_squares, y_squares = _added_up([*(one.total() for one in own), *(one.squares() for one in own)], parts)
+    if lam and unbiased:
+        for name, total, squares in (("x_weights", totals[0], x_squares), ("y_weights", totals[1], y_squares)):
+            if name == "x_weights" or target_term:
+                checks.shared(name, total, squares)
     between = 1 / (totals[0] * totals[1])
     nothing = torch.zeros_like(between)
     within = [
@@ -151,12 +153,30 @@ def energy_mmd(
     return pieces.attached(x, y, _added_up([loss], parts)[0], *room)
 
 
+def _scaled(weights: dict[str, Tensor | None], parts: Parts) -> list[Tensor | None]:
+    """By the largest weight in any process; or an error in all, where the sum over them is not positive and finite."""
+    scaled = []
+    for name, own in weights.items():
+        if own is not None:
+            own = own.detach().double()
+            largest = own.amax(1) if own.shape[1] else own.new_zeros(len(own))
+            every = torch.stack(_gathered([own.sum(1), largest], parts))
+            checks.sums(name, every[:, 0].sum(0))
+            own = reference.scaled(own, every[:, 1].amax(0))
+        scaled.append(own)
+    return scaled
+
+
 def _added_up(own: list[Tensor], parts: Parts) -> Tensor:
     """Sums over the processes of some numbers, in the order of ranks: the same bits in all."""
+    return sum(_gathered(own, parts))
+
+
+def _gathered(own: list[Tensor], parts: Parts) -> list[Tensor]:
     stacked = torch.stack(own)
     every = [torch.empty_like(stacked) for _ in parts.counts[0]]
     distributed.all_gather(every, stacked, group=parts.group)
-    return sum(every)
+    return every
 
 
 def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[tuple[int, list[Side | None]]]:
