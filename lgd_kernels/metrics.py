@@ -19,6 +19,7 @@ from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.energy_mmd import checks
 from lgd_kernels.ops.energy_mmd.api import energy_mmd
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Kernel, Polynomial, join_kernel, split_kernel
+from lgd_kernels.precision import full_precision
 
 ROWS = 8192  # samples whose covariance is added up at a time
 
@@ -38,7 +39,8 @@ def energy_distance(
     """2 E ||x - y||^beta - E ||x - x'||^beta - E ||y - y'||^beta: twice `energy_mmd`, whose arguments these are.
 
     The statisticians' normalisation: for D = 1, beta = 1 and unbiased=False, `scipy.stats.energy_distance(x, y) ** 2`.
-    Unbiased, it is 0 on average for samples of one law, and so may be negative. Differentiable as `energy_mmd` is.
+    Unbiased, it is 0 on average for samples of one law, and so may be negative. Differentiable as `energy_mmd` is. NaN
+    where a sample holds NaN or infinity.
 
     Source: Szekely and Rizzo, J. Stat. Plan. Inference 143 (2013).
 
@@ -90,7 +92,11 @@ def mmd_test(
         unbiased: means over pairs of different samples.
         progress: True for a bar, or a function of (done, total), numbers of pairs.
 
-    Values within 1e-6 E|k| (1/n + 1/k) of each other count as equal. Sums of blocks go on in float64. No gradient.
+    Values within 1e-6 E|k| (1/n + 1/k) of each other count as equal. Sums of blocks go on in float64. No gradient. The
+    settings of autocast and TF32 change nothing.
+
+    Raises ValueError or TypeError as `energy_mmd` does, and ValueError where x or y holds NaN or infinity. Where kernel
+    values overflow (features of 1e20 in float32, whose squares do), value and p are NaN: scale the features.
 
     Source: Gretton et al., JMLR 13 (2012); Phipson and Smyth (2010) for p.
 
@@ -101,6 +107,7 @@ def mmd_test(
     """
     kernel = Energy() if kernel is None else kernel
     checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
+    checks.finite("mmd_test", waits=True, x=x, y=y)
     count("mmd_test", "permutations", permutations)
     report = reports.report("mmd_test", progress)
     n, k = len(x), len(y)
@@ -116,10 +123,12 @@ def mmd_test(
         if rows == columns:
             itself[rows] = values.diagonal()
             values.fill_diagonal_(0)
-            turned = values @ signs[columns] / 2
+            with full_precision(points.device):
+                turned = values @ signs[columns] / 2
         else:
             sums[columns] += values.sum(0)
-            turned.addmm_(values, signs[columns])
+            with full_precision(points.device):
+                turned.addmm_(values, signs[columns])
         sums[rows] += values.sum(1)
         if columns.stop >= n + k:
             form += 2 * turned.mul_(signs[rows]).sum(0, dtype=torch.float64)
@@ -127,6 +136,8 @@ def mmd_test(
     found *= -1 if isinstance(kernel, Energy) else 1
     equal = 1e-6 * float(sums.abs().sum()) / (n + k) ** 2 * (1 / n + 1 / k)
     value, permuted = found[0], found[1:]
+    if not found.isfinite().all():  # of overflowed kernel values no comparison means anything
+        return MMDTest(value * math.nan, math.nan, permuted)
     p_value = (1 + int((permuted >= value - equal).sum())) / (1 + permutations)
     return MMDTest(value, p_value, permuted)
 
@@ -194,6 +205,8 @@ def kernel_inception_distance(
     of n, and is v / n for all of them. It is too large where x and y have nearly one law, and infinite or NaN for
     m = min(n, k), where subsets tell nothing.
 
+    Raises ValueError where x or y holds NaN or infinity; on a GPU, where looking would wait, the result is NaN.
+
     Source: Binkowski et al., arXiv 1801.01401.
 
     >>> import torch
@@ -203,6 +216,7 @@ def kernel_inception_distance(
     True
     """
     checks.samples(x, y, False)
+    checks.finite("kernel_inception_distance", x=x, y=y)
     count("kernel_inception_distance", "subsets", subsets)
     count("kernel_inception_distance", "subset_size", subset_size)
     fewest = min(len(x), len(y))
@@ -238,13 +252,20 @@ class FeatureStatistics(NamedTuple):
 def feature_statistics(x: Tensor) -> FeatureStatistics:
     """Mean and covariance (over n - 1) of features `[n, ...]`, in float64, in blocks of rows.
 
+    Raises ValueError where x holds NaN or infinity; on a GPU, where looking would wait, the results are NaN.
+
     >>> import torch
     >>> feature_statistics(torch.tensor([[0.0], [2.0]]))
     FeatureStatistics(mean=tensor([1.], dtype=torch.float64), covariance=tensor([[2.]], dtype=torch.float64))
     """
+    return _statistics("feature_statistics", "x", x)
+
+
+def _statistics(op: str, name: str, x: Tensor) -> FeatureStatistics:
     if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 2:
         came = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-        raise ValueError(f"feature_statistics: `x` {came}, expected features [n, ...] of two samples or more")
+        raise ValueError(f"{op}: `{name}` {came}, expected features [n, ...] of two samples or more")
+    checks.finite(op, **{name: x})
     x = x.reshape(len(x), -1)
     mean = x.mean(0, dtype=torch.float64)
     covariance = mean.new_zeros(len(mean), len(mean))
@@ -265,6 +286,8 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
     values of A_x A_y^T: no square root of a matrix that is not symmetric, nothing complex, and no noise from n < D,
     since eigenvalues below D 2^-52 of the largest are taken as 0.
 
+    Raises ValueError where features or statistics hold NaN or infinity.
+
     Source: Heusel et al., arXiv 1706.08500; Dowson and Landau (1982).
 
     >>> import torch
@@ -272,7 +295,10 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
     >>> round(frechet_distance(x, 2 * x + 3).item(), 6)  # (1 - 5)^2 + (sqrt(2) - sqrt(8))^2
     18.0
     """
-    x, y = (one if isinstance(one, FeatureStatistics) else feature_statistics(one) for one in (x, y))
+    x, y = (
+        one if isinstance(one, FeatureStatistics) else _statistics("frechet_distance", name, one)
+        for name, one in (("x", x), ("y", y))
+    )
     for name, one in (("x", x), ("y", y)):
         size = len(x.mean)
         if one.mean.shape != (size,) or one.covariance.shape != (size, size):
@@ -280,6 +306,12 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
                 f"frechet_distance: `{name}` has a mean {list(one.mean.shape)} and a covariance "
                 f"{list(one.covariance.shape)}, expected [{size}] and [{size}, {size}] like the mean of `x`"
             )
+        for part, values in one._asdict().items():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"frechet_distance: the {part} of `{name}` holds NaN or infinity, expected numbers; scale features "
+                    "down whose squares overflow float64"
+                )
     roots = [_root(one.covariance.double()) for one in (x, y)]
     overlap = torch.linalg.svdvals(roots[0] @ roots[1].t()).sum()
     apart = (x.mean.double() - y.mean.double()).square().sum()

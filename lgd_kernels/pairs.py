@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lgd_kernels.precision import full_precision
 from lgd_kernels.progress import Report
 
 BLOCK = 1024  # rows and columns: 4 MiB of float32
@@ -45,14 +46,16 @@ def upper_blocks(
     for rows in (slice(first, first + BLOCK) for first in starts):
         for columns in (slice(first, first + BLOCK) for first in starts if first >= rows.start):
             a, b = points[rows], points[columns]
-            if of_product:
-                yield rows, columns, a @ b.t()
-            elif products:
-                sums = norms[rows, None] + norms[columns]
-                squares = torch.addmm(sums, centred[rows], centred[columns].t(), alpha=-2)
-                yield rows, columns, _mended(squares, sums, a, b, rows == columns)
-            else:
-                yield rows, columns, _differences(a, b)
+            with full_precision(points.device):
+                if of_product:
+                    block = a @ b.t()
+                elif products:
+                    sums = norms[rows, None] + norms[columns]
+                    squares = torch.addmm(sums, centred[rows], centred[columns].t(), alpha=-2)
+                    block = _mended(squares, sums, a, b, rows == columns)
+                else:
+                    block = _differences(a, b)
+            yield rows, columns, block
             done += len(a) * len(b)
             if report is not None:
                 report(done, total)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from mmd import each_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgd_kernels as lgd
@@ -227,6 +228,105 @@ def test_median_bandwidth_is_the_median(D, dtype, generator, monkeypatch):
     assert lgd.median_bandwidth(x[:1].expand(5, D)) == 0
 
 
+METRICS = {
+    "energy_distance": metrics.energy_distance,
+    "energy_distance, reference": partial(metrics.energy_distance, impl="reference"),
+    "mmd_test": partial(metrics.mmd_test, permutations=20),
+    "mmd_test, products": partial(metrics.mmd_test, permutations=20, kernel=lgd.Polynomial()),
+    "mmd_test, gaussian": partial(metrics.mmd_test, permutations=20, kernel=lgd.Gaussian(4.0)),
+    "kernel_inception_distance": partial(metrics.kernel_inception_distance, subsets=2, subset_size=20),
+    "frechet_distance": metrics.frechet_distance,
+    "median_bandwidth": lgd.median_bandwidth,
+}
+each_metric = pytest.mark.parametrize("metric", METRICS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("of", ["x", "y"])
+@each_metric
+def test_what_is_not_finite_is_refused_or_gives_nan(metric, of, value, generator):
+    """With the name of the argument; and no p-value."""
+    samples = dict(zip("xy", draws(generator, 40, 50, dtype=torch.float32), strict=True))
+    samples[of][7, 1] = value
+    if metric.startswith("energy_distance"):
+        assert METRICS[metric](*samples.values()).isnan()
+        return
+    name = metric.split(",")[0]
+    with pytest.raises(ValueError, match=f"{name}: `{of}` holds NaN or infinity, expected numbers"):
+        METRICS[metric](*samples.values())
+
+
+@pytest.mark.parametrize("D", [3, 20])
+@pytest.mark.parametrize("kernel", [lgd.Energy(), lgd.Energy(2.0), lgd.Polynomial()], ids=str)
+def test_no_p_value_where_kernel_values_overflow(kernel, D, generator):
+    """Squares of 1e20 are infinite in float32; in float64 the same features have a p."""
+    x, y = (1e20 * one for one in draws(generator, 40, 50, D=D, dtype=torch.float32))
+    found = metrics.mmd_test(x, y, kernel=kernel, permutations=50)
+    assert math.isnan(found.p_value) and found.value.isnan()
+    assert metrics.mmd_test(x.double(), y.double(), kernel=kernel, permutations=50).p_value > 0.02
+
+
+def test_statistics_that_are_not_finite_are_named(generator):
+    x, y = draws(generator, 40, 50)
+    good = metrics.feature_statistics(x)
+    with pytest.raises(ValueError, match="the covariance of `y` holds NaN or infinity"):
+        metrics.frechet_distance(x, good._replace(covariance=good.covariance * math.nan))
+    with pytest.raises(ValueError, match="the mean of `x` holds NaN or infinity"):
+        metrics.frechet_distance(good._replace(mean=good.mean + math.inf), y)
+    with pytest.raises(ValueError, match="the covariance of `y` holds .* squares overflow float64"):
+        metrics.frechet_distance(x, y * 1e200)
+    with pytest.raises(ValueError, match="feature_statistics: `x` holds NaN or infinity"):
+        metrics.feature_statistics(x * math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [2, 80])
+@each_metric
+def test_autocast_changes_no_bit(metric, D, dtype, generator):
+    x, y = draws(generator, 90, 80, D=D, dtype=torch.float32)
+    expected = tensors(METRICS[metric](x, y + 0.03))
+    with torch.autocast("cpu", dtype=dtype):
+        found = tensors(METRICS[metric](x, y + 0.03))
+    assert all(map(torch.equal, found, expected))
+
+
+class Products(TorchFunctionMode):
+    """The settings that products of float32 meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__ or "matmul" in function.__name__:
+            if any(isinstance(one, torch.Tensor) and one.dtype == torch.float32 for one in args):
+                self.met.append((torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.extension
+def test_products_of_float32_are_whole(generator):
+    """Whatever is set around the call (as TF32 on a GPU, so bfloat16 on a CPU that has it), and left as it was."""
+    x, y = draws(generator, 90, 80, D=80, dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    for metric in (
+        "energy_distance",
+        "mmd_test",
+        "mmd_test, products",
+        "kernel_inception_distance",
+        "median_bandwidth",
+    ):
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with torch.autocast("cpu"), Products() as products:
+                METRICS[metric](x, y)
+                assert torch.is_autocast_enabled("cpu") and torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision(before)
+        # 20 x 20 pairs of the subsets are few enough for differences
+        assert set(products.met) == ({(False, "ieee")} if metric != "kernel_inception_distance" else set()), metric
+
+
 CASES = {
     "samples": (lambda x: metrics.mmd_test(x, x[:, :2]), ValueError, "`y` has shape"),
     "kernel": (lambda x: metrics.mmd_test(x, x, kernel="energy"), TypeError, "`kernel` is a str"),
@@ -236,11 +336,11 @@ CASES = {
     "features": (
         lambda x: metrics.frechet_distance(x, x[:1]),
         ValueError,
-        r"`x` has shape \[1, 3\], expected features",
+        r"frechet_distance: `y` has shape \[1, 3\], expected features",
     ),
     "dimensions": (lambda x: metrics.frechet_distance(x, x[:, :2]), ValueError, r"`y` has a mean \[2\]"),
     "one in all": (lambda x: lgd.median_bandwidth(x[:1]), ValueError, "expected two or more in all"),
-    "infinity": (lambda x: lgd.median_bandwidth(x / 0), ValueError, "NaN or infinity among the samples"),
+    "infinity": (lambda x: lgd.median_bandwidth(x / 0), ValueError, "median_bandwidth: `x` holds NaN or infinity"),
 }
 
 

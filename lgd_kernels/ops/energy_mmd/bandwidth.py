@@ -43,8 +43,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
     count = len(points) * (len(points) - 1) // 2
     if not count:
         raise ValueError("median_bandwidth: `x` holds one sample, expected two or more in all")
-    if not points.isfinite().all():
-        raise ValueError("median_bandwidth: NaN or infinity among the samples, expected numbers")
+    checks.finite("median_bandwidth", waits=True, x=x, y=y)
     if points.dtype.itemsize == 2:
         points = points.float()
     rank = (count - 1) // 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from lgd_kernels import impls
 from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd.kernels import CODES, KINDS, factor
+from lgd_kernels.precision import full_precision
 
 SMALL = 64  # dimensions up to which differences are quicker than products
 # Rows and columns of a block of products, 3.5 MiB: of 1024 and D = 2048, whose rows lie 4 and 8 KiB apart, torch's
@@ -36,7 +37,8 @@ def forward(loss, d_x, d_y, x, y, x_weights, y_weights, kernel, parameters, lam,
     closest = CLOSEST if precision == "auto" else 0.0
     for item in range(x.shape[0]):
         rows = [one if one is None else one[item] for one in (x, y, x_weights, y_weights, d_x, d_y)]
-        loss[item] = _products(*rows, kernel, parameters, lam, unbiased, target_term, closest)
+        with full_precision(x.device):
+            loss[item] = _products(*rows, kernel, parameters, lam, unbiased, target_term, closest)
 
 
 class _Side(NamedTuple):
