@@ -42,10 +42,14 @@ def step_with_log_prob(
         churn: above 0: without noise there is no density.
         reduction: "sum" over the elements of a sample, or their "mean", log p / D.
 
-    Returns x_s, and log p `[B]` in float32 (float64 where a tensor is). It is NaN where V = 0 (s = 0, or a churn of 0
-    that cannot be seen). One pass: the score of a given x_s, which writes nothing; and a step that draws, asked for no
-    gradient, whose score is that of its noise. Two, a step and its score, where x is stored as half or a gradient is
-    asked for.
+    Returns x_s in the dtype of x, and log p `[B]` in float64 for every dtype: float32 steps by 0.06 at the log p of a
+    latent video (-6e5), where a ratio `exp(new - old)` needs 1e-3. Mean and residual are formed in float64 for each
+    element and summed in float64, so the difference of two scores of 10^7 elements is right to 1e-4. log p is NaN where
+    V = 0 (s = 0, or a churn of 0 that cannot be seen).
+
+    A score is one pass: it reads x_s, x, cond and uncond, writes nothing, and takes a dozen float64 operations for
+    each element. A step that draws is two passes, the step and the score of x_s as it was stored. So a stored x_s scored
+    again with the same weights and the same implementation gives the same number, and a ratio of exactly 1.
 
     Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. Score x_s as it was stored:
     rounded to half it is another point, and V may be no larger than that.
@@ -56,7 +60,7 @@ def step_with_log_prob(
     >>> levels = lgd.EDM().levels(torch.tensor([2.0]), torch.tensor([1.0]))
     >>> x, c = torch.zeros(1, 1), torch.zeros(1, 1)
     >>> step_with_log_prob(x, c, c, 0.0, levels, noise=torch.zeros(1, 1))[1]  # a normal of variance 3/4, at its mean
-    tensor([-0.7751])
+    tensor([-0.7751], dtype=torch.float64)
     """
 
     if isinstance(churn, (int, float)) and churn == 0:
@@ -68,40 +72,29 @@ def step_with_log_prob(
     checks.omega("step_with_log_prob", omega, "x", x)
     checks.levels("step_with_log_prob", levels, prediction, "x", x)
     checks.churn("step_with_log_prob", churn, "x", x)
-    wide = arithmetic_dtype(x_s, x, cond, uncond, noise)
     a, b, v = (one.double() for one in step_coefficients(Levels(*(one.double() for one in levels)), prediction, churn))
-    w = omega_at(omega, x.new_empty(0, dtype=wide))
-    square = None
+    bw = b * omega_at(omega, a)
     if x_s is None:
         checks.noise("step_with_log_prob", churn, noise, seed)
         if seed is not None:
             checks.seed("step_with_log_prob", seed, first_sample, x.shape[0], x)
-        asked = impls.transforms_active() or (torch.is_grad_enabled() and requires_grad(x, cond, uncond, w))
         with torch.no_grad():
-            x_s, square = _drawn(x, cond, uncond, (a, b, b * w, v), noise, seed, first_sample, impl)
+            x_s = _drawn(x, cond, uncond, (a, b, bw, v), noise, seed, first_sample, impl)
         x_s = x_s.detach()  # also from forward mode, which no_grad leaves
-        square = square * v * v if x.dtype == wide and not asked else None
-    if square is None:
-        factors = torch.stack((torch.ones_like(a), -a, -b, -b * w), 1)  # x_s - mean
-        columns = 0, 1, 2, (2, 3)
-        found = combine((x_s, x, cond, uncond), factors, columns=columns, moments=True, written=0, impl=impl)
-        square = found.dots[:, 0, 0].double()
+    factors = torch.stack((torch.ones_like(a), -a, -b, -bw), 1)  # x_s - mean
+    columns = 0, 1, 2, (2, 3)
+    found = combine((x_s, x, cond, uncond), factors, columns=columns, moments=True, written=0, wide=True, impl=impl)
     count = math.prod(x.shape[1:])
     variance = torch.where(v > 0, v * v, torch.nan)
-    log_prob = -square / (2 * variance) - count / 2 * torch.log(2 * torch.pi * variance)
-    return x_s, (log_prob / count if reduction == "mean" else log_prob).to(wide)
+    log_prob = -found.dots[:, 0, 0] / (2 * variance) - count / 2 * torch.log(2 * torch.pi * variance)
+    return x_s, log_prob / count if reduction == "mean" else log_prob
 
 
 def _drawn(x, cond, uncond, coefficients, noise, seed, first_sample, impl):
-    """x_s, and ||z||^2 of what was drawn: a second output, which is not written."""
+    """x_s, as `guided_step` draws it."""
     *factors, v = coefficients
-    none, one = torch.zeros_like(v), torch.ones_like(v)
-    tensors, columns, options = [x, cond, uncond], [0, 1, (1, 2)], {}
-    rows = [factors, [none] * 3]
+    tensors, columns = [x, cond, uncond], [0, 1, (1, 2)]
     if noise is not None:
-        tensors, columns, rows = [*tensors, noise], [*columns, 3], [[*factors, v], [*rows[1], one]]
-    else:
-        options = {"noise_scale": torch.stack((v, one), 1), "seed": seed, "first_sample": first_sample}
-    stacked = torch.stack([torch.stack(row, 1) for row in rows], 1)
-    found = combine(tensors, stacked, columns=columns, moments=True, written=1, impl=impl, **options)
-    return found.outputs[0], found.dots[:, 1, 1].double()
+        return combine((*tensors, noise), torch.stack((*factors, v), 1), columns=(*columns, 3), impl=impl)
+    return combine(tensors, torch.stack(factors, 1), columns=columns, noise_scale=v, seed=seed,
+                   first_sample=first_sample, impl=impl)  # fmt: skip

@@ -33,14 +33,14 @@ def load_tensors(tensors, strides, rows, at, first, columns, mask, GATHERED: tl.
 
 
 @triton.jit
-def form_columns(tensors, COLUMNS: tl.constexpr):
-    """Each column as a tile: a tensor, or the difference of two."""
+def form_columns(tensors, COLUMNS: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
+    """Each column as a tile of DTYPE: a tensor, or the difference of two."""
     found = ()
     for k in tl.static_range(len(COLUMNS) // 2):
         if COLUMNS[2 * k + 1] < 0:
-            found += (tensors[COLUMNS[2 * k]],)
+            found += (tensors[COLUMNS[2 * k]].to(DTYPE),)
         else:
-            found += (tensors[COLUMNS[2 * k]] - tensors[COLUMNS[2 * k + 1]],)
+            found += (tensors[COLUMNS[2 * k]].to(DTYPE) - tensors[COLUMNS[2 * k + 1]].to(DTYPE),)
     return found
 
 

@@ -57,8 +57,9 @@ void bind_combine(py::module_& module) {
     op.low = low;
     op.high = high;
     void* sums = found.is_none() ? nullptr : address(found);
+    const bool wide = op.read.any(DType::f64) || (sums && dtype(found) == DType::f64);
     py::gil_scoped_release release;
-    op.read.any(DType::f64) ? run<double>(op, batch, row, threads, sums) : run<float>(op, batch, row, threads, sums);
+    wide ? run<double>(op, batch, row, threads, sums) : run<float>(op, batch, row, threads, sums);
   });
 }
 

@@ -133,7 +133,8 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
         source = None if few else numbers.long()
         outputs = torch.zeros((count, *variant.shape), dtype=dtype)
         sums = torch.zeros(batch, len(triangle(count)) // 2)
-        for found in (None, sums):  # without moments and with them, of one output that is not written, or of three
+        # without moments and with them, in float32 and in float64, of one output that is not written, or of three
+        for found in (None, sums, sums.double()):
             written = outputs if found is None or not few else outputs[:0]
             launcher.forward(written, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0, found)
     elif room == "dynamic_threshold":

@@ -74,6 +74,14 @@ def test_noise_is_that_of_philox_normal(target):
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
+def test_a_scale_that_half_coefficients_cannot_hold(target):
+    """1e5 is inf in float16."""
+    z = lgd.philox_normal((2, 6), 3, stream=1)
+    for dtype in (torch.float16, torch.bfloat16):
+        found = combine(target, (torch.zeros(2, 6),), torch.ones(2, 1, dtype=dtype), noise_scale=100001.0, seed=3)
+        torch.testing.assert_close(found.cpu(), 100001.0 * z, rtol=2e-6, atol=0.2)
+
+
 def test_a_guided_step_is_a_combine(target, generator):
     x, c, u = (testing.sample((3, 40), torch.float32, generator) for _ in range(3))
     levels, omega = testing.step_levels(3), torch.tensor([0.5, 1.0, 2.0])

@@ -85,6 +85,23 @@ def test_a_small_combination_keeps_its_digits(target, generator):
         assert ((apart - exact) / exact).abs().max() > 0.1
 
 
+def test_wide_is_float64_for_every_dtype(target, generator):
+    """Arithmetic, noise scale, sums and what is returned; outputs stay in the dtype of the first tensor."""
+    for dtype in dtypes_of(target):
+        tensors, coefficients, options = problem((3, 2101), dtype, generator, 3, 2, [2, 0, 0, 2, 1])
+        options["noise_scale"] = None  # noises of implementations differ by 1e-6
+        del options["seed"]
+        found = combine(target, tensors, coefficients.double(), **options, moments=True, written=1, wide=True)
+        promoted_tensors = [testing.promoted(tensor) for tensor in tensors]
+        exact = lgd.combine(promoted_tensors, coefficients.double(), **promoted(options), moments=True, written=1)
+        assert found.outputs[0].dtype == dtype
+        testing.assert_elementwise(found.outputs[0], exact.outputs[0].to(dtype), exact.outputs[0])
+        sizes = magnitudes(promoted_tensors, coefficients.double(), **promoted(options))
+        for one, true, size in zip(found[1:], exact[1:], sizes[1:], strict=True):
+            assert one.dtype == torch.float64
+            assert ((one.cpu() - true).abs() <= 1e-13 * size).all()
+
+
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_gradients_agree_with_float64(target, written, generator):
     for dtype in dtypes_of(target):
@@ -146,6 +163,8 @@ def test_operator_manners(generator):
     for written in (0, 1, 2):
         arguments = tensors, coefficients, [0, -1, 1, -1, 0, 1], *scalars, None, 5, 0, options["source"], -3.0, 2.0
         torch.library.opcheck(torch.ops.lgd.combine_moments, (*arguments, written, torch.float64, None))
+    narrow = [tensor.float() for tensor in tensors], *arguments[1:]
+    torch.library.opcheck(torch.ops.lgd.combine_moments, (*narrow, 1, torch.float32, None, True))
 
 
 def test_a_source_that_is_not_there_gives_nan(target):

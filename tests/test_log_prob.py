@@ -39,19 +39,20 @@ def test_is_the_density(prediction, churn, generator):
 
 
 def test_by_every_implementation(target, generator):
-    """In float32 the density is that of the stored x_s, whatever it is stored as."""
+    """The density of the stored x_s, in float64 whatever it is stored as."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
         x_s, found = step_with_log_prob(*there, seed=3, impl=target.impl)
+        assert x_s.dtype == dtype and found.dtype == torch.float64
         wide = [one.double().cpu() for one in (x_s, x, c, u)]
         expected = density(*wide, OMEGA, levels, "x0", 1.0)
-        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-11, atol=1e-9)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["noise", "seed"])
 def test_a_score_of_ones_own_step(target, given, generator):
-    """What a step says is what scoring its x_s says: to the bit where x is half, where both score what was stored."""
+    """What a step says is what scoring its x_s says, to the bit: both score what was stored, so a ratio is 1."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
@@ -59,24 +60,69 @@ def test_a_score_of_ones_own_step(target, given, generator):
         drawn = {"noise": noise} if given else {"seed": 4}
         x_s, said = step_with_log_prob(*there, churn=0.8, **drawn, impl=target.impl)
         _, scored = step_with_log_prob(*there, churn=0.8, x_s=x_s, impl=target.impl)
-        if dtype.itemsize == 2:
-            assert torch.equal(said, scored)
-        torch.testing.assert_close(said, scored, rtol=1e-5, atol=1e-4)
+        assert torch.equal(said, scored)
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.6, 0.55), (0.1, 0.05)])
+def test_differences_of_ten_million_elements(t, s, generator):
+    """log p is near -10^7, where float32 steps by 1; float32 residuals are 4e-3 off in the difference of two."""
+    x, c, u = (torch.randn(1, 10**7, generator=generator) for _ in range(3))
+    at = [torch.tensor([time], dtype=torch.float64) for time in (t, s)]
+    levels, weights = lgd.RectifiedFlow().levels(*at), (1.5, 1.5 + 2e-5)
+    with torch.no_grad():
+        x_s, said = step_with_log_prob(x, c, u, weights[0], levels, prediction="flow", seed=5)
+        old, new = (step_with_log_prob(x, c, u, w, levels, x_s=x_s, prediction="flow")[1] for w in weights)
+    a, b, v = step_coefficients(levels, "flow", 1.0)
+    expected = 0.0
+    for parts in zip(*(one[0].split(10**6) for one in (x_s, x, c, u)), strict=True):
+        at_s, at_t, c, u = (one.double() for one in parts)
+        first, second = (at_s - a * at_t - b * (c + w * (c - u)) for w in weights)
+        expected += float(((first - second) * (first + second)).sum() / (2 * v * v))
+    assert torch.equal(said, old)
+    assert abs(expected) > 1e-3
+    torch.testing.assert_close(float(new - old), expected, rtol=0, atol=1e-6)
+
+
+def test_omega_as_a_number_keeps_its_digits(generator):
+    """It is no float32, although x is."""
+    x, c, u, levels = problem(generator, torch.float32)
+    by_number = step_with_log_prob(x, c, u, 0.1, levels, x_s=x)[1]
+    by_tensor = step_with_log_prob(x, c, u, torch.full((3,), 0.1, dtype=torch.float64), levels, x_s=x)[1]
+    assert torch.equal(by_number, by_tensor)
+
+
+def test_gradients_keep_their_dtypes(target, generator):
+    """Right to the rounding of each tensor's dtype."""
+    for dtype in dtypes_of(target):
+        x, c, u, levels = problem(generator, dtype)
+        x_s = testing.sample(x.shape, dtype, generator)
+        there = [testing.moved(one, target.device) for one in (x_s, x, c, u, OMEGA)]
+        leaves = [one.detach().clone().requires_grad_() for one in there]
+        at, *rest = leaves
+        score = step_with_log_prob(*rest, testing.moved(levels, target.device), x_s=at, impl=target.impl)[1]
+        found = torch.autograd.grad(score.sum(), leaves)
+        wide = [one.double().requires_grad_() for one in (x_s, x, c, u, OMEGA)]
+        expected = torch.autograd.grad(density(*wide, levels, "x0", 1.0).sum(), wide)
+        for f, e, leaf in zip(found, expected, leaves, strict=True):
+            assert f.dtype == leaf.dtype
+            rounding = torch.finfo(dtype).eps if f.ndim > 1 else min(1e-5, torch.finfo(dtype).eps * 100)
+            torch.testing.assert_close(f.cpu().double(), e.to(torch.float64), rtol=2 * rounding, atol=1e-5)
 
 
 def test_passes(generator, monkeypatch):
-    """One to draw with the score, one to score; two to draw where a gradient is asked for, or where x is half."""
+    """One to score, and two to draw: the step, and the score of what was stored."""
     passes = []
 
     def counted(*arguments, **options):
-        passes.append(options["written"])
+        passes.append(options.get("written", 1))
         return lgd.combine(*arguments, **options)
 
     monkeypatch.setattr("lgd_kernels.log_prob.combine", counted)
     x, c, u, levels = problem(generator, torch.float32)
     omega = OMEGA.clone().requires_grad_()
     for call, expected in (
-        (lambda: step_with_log_prob(x, c, u, OMEGA, levels, seed=1), [1]),
+        (lambda: step_with_log_prob(x, c, u, OMEGA, levels, seed=1), [1, 0]),
+        (lambda: step_with_log_prob(x, c, u, OMEGA, levels, noise=x), [1, 0]),
         (lambda: step_with_log_prob(x, c, u, omega, levels, x_s=x), [0]),
         (lambda: step_with_log_prob(x, c, u, omega, levels, seed=1), [1, 0]),
         (lambda: step_with_log_prob(x.bfloat16(), c, u, OMEGA, levels, seed=1), [1, 0]),

@@ -11,6 +11,7 @@ from torch import Tensor
 from lgd_kernels import checks
 from lgd_kernels.columns import Column, flat, triangle
 from lgd_kernels.impls import Impl
+from lgd_kernels.levels import widest
 from lgd_kernels.ops.combine import op
 
 
@@ -35,6 +36,7 @@ def combine(
     clamp: tuple[float | None, float | None] | None = None,
     moments: bool = False,
     written: int | None = None,
+    wide: bool = False,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, ...] | Combined:
     """A linear combination for each sample, with noise drawn on the way; or several of them from one read.
@@ -64,11 +66,13 @@ def combine(
             of the clamp, before it is rounded to its dtype.
         written: with `moments`, how many of the outputs are written, from the first; the others are in registers only.
             0 writes none: the moments of a combination, without a tensor of its size. None writes all.
+        wide: with `moments`, arithmetic and moments are float64 for every dtype. The bytes read are the same; a GPU for
+            consumers does a small fraction of its float32 operations in float64.
         impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns `[B', ...]`, contiguous, in the dtype of the first tensor; for P outputs a tuple of P. With `moments`
-    `Combined(outputs, dots [B', P, P], sums [B', P])`, float32 (float64 where a tensor is). Arithmetic is float32
-    (float64 where a tensor is), rounded once. A source that there is not, where it cannot be seen without a device
+    `Combined(outputs, dots [B', P, P], sums [B', P])`, float32 (float64 where a tensor is, or `wide`). Arithmetic is
+    float32 (float64 likewise), rounded once. A source that there is not, where it cannot be seen without a device
     sync, gives NaN.
 
     Differentiable in the tensors, coefficients, constant and noise_scale, any number of times; also under vmap, jvp and
@@ -90,6 +94,8 @@ def combine(
     """
     if written is not None and not moments:
         raise ValueError(f"combine: `written` is {written} without moments, expected None, or moments=True")
+    if wide and not moments:
+        raise ValueError("combine: `wide` is True without moments, expected False, or moments=True")
     checks.several("combine", tensors)
     checks.columns("combine", columns, len(tensors))
     like, columns = tensors[0], flat(columns, len(tensors))
@@ -110,7 +116,7 @@ def combine(
             raise ValueError("combine: `noise_scale` was given without `seed`, expected both; seed=... draws the noise")
         checks.seed("combine", seed, first_sample, batch, like)
         if isinstance(noise_scale, (int, float)) and not isinstance(noise_scale, bool):
-            noise_scale = torch.ones_like(coefficients[..., 0]) * noise_scale
+            noise_scale = torch.ones_like(coefficients[..., 0], dtype=widest(coefficients.dtype)) * noise_scale
         checks.per_output("combine", "noise_scale", noise_scale, shape, like)
     low, high = checks.bounds("combine", clamp)
     if not many:
@@ -126,7 +132,7 @@ def combine(
             )
     found = op.combine(
         list(tensors), coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, impl,
-        written,
+        written, wide,
     )  # fmt: skip
     if not moments:
         return found.unbind(0) if many else found.squeeze(0)

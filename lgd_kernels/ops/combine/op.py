@@ -32,7 +32,7 @@ _library.define(
 _library.define(
     "combine_moments(Tensor[] tensors, Tensor coefficients, int[] columns, Tensor? constant, Tensor? noise_scale, "
     "Tensor? seed, SymInt? seed_value, SymInt first_sample, Tensor? source, float low, float high, int written, "
-    "ScalarType dtype, str? impl) -> (Tensor, Tensor)",
+    "ScalarType dtype, str? impl, bool wide=False) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -50,21 +50,34 @@ def combine(
     high: float,
     impl: str | None,
     written: int | None = None,
+    wide: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The differentiable op: `[P, B', ...]` from coefficients `[B', P, K]`; with a number of outputs to be `written`
-    those alone, and the moments `[B', M]` of all."""
+    those alone, and the moments `[B', M]` of all, which `wide` takes in float64 for every dtype."""
     scalars = columns, constant, noise_scale
     rest = first_sample, source, low, high, *(() if written is None else (written,)), tensors[0].dtype
+    as_wide = () if written is None else (wide,)
     if impls.through_reference("combine", impl):
         function = reference.combine if written is None else reference.combine_moments
-        return function(tensors, coefficients, *scalars, seed, *rest)
+        return function(tensors, coefficients, *scalars, seed, *rest, *as_wide)
     seed, seed_value = split_seed(seed)
     if torch.is_grad_enabled() and requires_grad(*tensors, coefficients, constant, noise_scale):
         return _Combine.apply(
-            coefficients, *scalars, seed, seed_value, first_sample, source, low, high, written, impl, *tensors
+            coefficients,
+            *scalars,
+            seed,
+            seed_value,
+            first_sample,
+            source,
+            low,
+            high,
+            written,
+            wide,
+            impl,
+            *tensors,
         )
     plain = impls.direct(*tensors, coefficients, constant, noise_scale, seed, source)
-    return _raw(plain, written)(tensors, coefficients, *scalars, seed, seed_value, *rest, impl)
+    return _raw(plain, written)(tensors, coefficients, *scalars, seed, seed_value, *rest, impl, *as_wide)
 
 
 def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], impl: str | None) -> Tensor:
@@ -78,14 +91,15 @@ def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], im
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
-                written, impl, *tensors):  # fmt: skip
+                written, wide, impl, *tensors):  # fmt: skip
         plain = impls.direct(*tensors, coefficients, constant, noise_scale, seed, source)
         ctx.save_for_backward(coefficients, constant, noise_scale, seed, source, *tensors)
         ctx.options = columns, seed_value, first_sample, low, high, impl
-        ctx.written = written
+        ctx.written, ctx.wide = written, wide
         return _raw(plain, written)(
             list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
             high, *(() if written is None else (written,)), tensors[0].dtype, impl,
+            *(() if written is None else (wide,)),
         )  # fmt: skip
 
     @staticmethod
@@ -101,7 +115,7 @@ class _Combine(torch.autograd.Function):
                     -torch.inf, torch.inf, arithmetic_dtype(*tensors), impl,
                 )  # fmt: skip
             upstream = torch.where((seen >= low) & (seen <= high), upstream, torch.zeros_like(upstream))
-        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *ctx.needs_input_grad[12:]
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *ctx.needs_input_grad[13:]
         seeds = seed_value if seed is None else seed, first_sample
         arguments = upstream, tensors, coefficients, columns, noise_scale, *seeds, source
         if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream):
@@ -111,7 +125,7 @@ class _Combine(torch.autograd.Function):
             to_scalars = _to_scalars(*arguments, wanted[:3], impl)
         found = zip((*to_scalars, *to_data), (coefficients, constant, noise_scale, *tensors), wanted, strict=True)
         grads = [grad.to(like.dtype) if want else None for grad, like, want in found]
-        return grads[0], None, *grads[1:3], *(None,) * 8, *grads[3:]
+        return grads[0], None, *grads[1:3], *(None,) * 9, *grads[3:]
 
 
 def _raw(plain, written):
@@ -129,8 +143,9 @@ def _to_outputs(ctx, upstream, to_moments):
     if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(to_moments):
         seed = seed_value if seed is None else seed
         seen = reference.combined(
-            tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, -torch.inf, torch.inf
-        )
+            tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, -torch.inf, torch.inf,
+            ctx.wide,
+        )  # fmt: skip
     else:
         seen = torch.ops.lgd.combine(
             list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
@@ -207,14 +222,14 @@ def _forward(tensors, coefficients, columns, constant, noise_scale, seed, seed_v
 
 
 def _forward_moments(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-                     high, written, dtype, impl):  # fmt: skip
+                     high, written, dtype, impl, wide=False):  # fmt: skip
     impl = impls.choose("combine", impl, tensors[0].device, *(tensor.dtype for tensor in tensors), dtype)
     if impl == "reference":
         return reference.combine_moments(
             tensors, coefficients, columns, constant, noise_scale, seed_value if seed is None else seed, first_sample,
-            source, low, high, written, dtype,
+            source, low, high, written, dtype, wide,
         )  # fmt: skip
-    outputs, found = _allocate_moments(tensors, coefficients, written, dtype)
+    outputs, found = _allocate_moments(tensors, coefficients, written, wide, dtype)
     if not found.numel() or not tensors[0].shape[1:].numel():
         return outputs, found.zero_()
     impls.launcher("combine", impl).forward(
@@ -224,10 +239,11 @@ def _forward_moments(tensors, coefficients, columns, constant, noise_scale, seed
     return outputs, found
 
 
-def _allocate_moments(tensors, coefficients, written, dtype):
+def _allocate_moments(tensors, coefficients, written, wide, dtype):
     batch, count = coefficients.shape[:2]
     outputs = tensors[0].new_empty((written, batch, *tensors[0].shape[1:]), dtype=dtype)
-    return outputs, tensors[0].new_empty((batch, len(triangle(count)) // 2), dtype=arithmetic_dtype(*tensors))
+    found = torch.float64 if wide else arithmetic_dtype(*tensors)  # what the launchers count in
+    return outputs, tensors[0].new_empty((batch, len(triangle(count)) // 2), dtype=found)
 
 
 def _allocate(tensors, coefficients, dtype):
@@ -241,8 +257,8 @@ def _fake(tensors, coefficients, columns, constant, noise_scale, seed, seed_valu
 
 
 def _fake_moments(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-                  high, written, dtype, impl):  # fmt: skip
-    return _allocate_moments(tensors, coefficients, written, dtype)
+                  high, written, dtype, impl, wide=False):  # fmt: skip
+    return _allocate_moments(tensors, coefficients, written, wide, dtype)
 
 
 for _device in ("CPU", "CUDA", "MPS", "XPU"):

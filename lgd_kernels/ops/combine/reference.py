@@ -45,9 +45,15 @@ def combine_moments(
     high: float,
     written: int,
     dtype: torch.dtype,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The first `written` outputs, and the moments of all of them, `[B', M]`, one for each of `columns.triangle`."""
-    outputs = combined(tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high)
+    """The first `written` outputs, and the moments of all of them, `[B', M]`, one for each of `columns.triangle`.
+
+    `wide`: all of it in float64, for every dtype of the tensors.
+    """
+    outputs = combined(
+        tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, low, high, wide
+    )
     pairs = triangle(len(outputs))
     terms = (outputs[i] if j < 0 else outputs[i] * outputs[j] for i, j in zip(pairs[::2], pairs[1::2], strict=True))
     return outputs[:written].to(dtype), torch.stack([sum_samples(term) for term in terms], 1)
@@ -76,9 +82,10 @@ def combined(
     source: Tensor | None,
     low: float,
     high: float,
+    wide: bool = False,
 ) -> Tensor:
     """The outputs before they are rounded."""
-    wide = arithmetic_dtype(*tensors)
+    wide = torch.float64 if wide else arithmetic_dtype(*tensors)
     read = gathered(formed(tensors, columns, wide), source)
     z = None if noise_scale is None else drawn(read[0].shape, seed, first_sample, read[0])
     outputs = []

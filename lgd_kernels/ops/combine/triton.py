@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,14 +29,16 @@ def combine_kernel(
     outputs, found, tensors, strides, coefficients, constant, noise_scale, source, samples, batch, row, low, high,
     seed, seed_stride, seed_low, seed_high, first_sample, STREAM: tl.constexpr,
     OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, GATHERED: tl.constexpr, CONSTANT: tl.constexpr, CLAMP: tl.constexpr,
-    NOISE: tl.constexpr, WRITTEN: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, WRITTEN: tl.constexpr, PAIRS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """outputs is [WRITTEN, B, row]; found [B, column blocks, M], this program's part of the sums for PAIRS of outputs;
-    coefficients [B, P, K], constant and noise_scale [B, P]."""
+    coefficients [B, P, K], constant and noise_scale [B, P]. WIDE: in float64, as found is."""
+    DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
     rows, present, first, columns = tile(batch, row, ROWS, BLOCK)
     mask = present[:, None] & (first + columns < row)[None, :]
     at, missing = sources(source, samples, rows, present, GATHERED)
-    read = form_columns(load_tensors(tensors, strides, rows, at, first, columns, mask, GATHERED), COLUMNS)
+    read = form_columns(load_tensors(tensors, strides, rows, at, first, columns, mask, GATHERED), COLUMNS, DTYPE)
     if NOISE != NOISE_NONE:
         low_key, high_key, sample = sample_keys(seed, seed_stride, seed_low, seed_high, first_sample, rows, present,
                                                 NOISE)  # fmt: skip
@@ -43,14 +46,14 @@ def combine_kernel(
     made = ()
     for p in tl.static_range(OUTPUTS):
         place = rows * OUTPUTS + p
-        out = tl.zeros((ROWS, BLOCK), tl.float32) + missing[:, None]
+        out = tl.zeros((ROWS, BLOCK), DTYPE) + missing[:, None]
         for k in tl.static_range(len(COLUMNS) // 2):
             factor = tl.load(coefficients + place * (len(COLUMNS) // 2) + k, mask=present, other=0.0)
-            out += factor.to(tl.float32)[:, None] * read[k]
+            out += factor.to(DTYPE)[:, None] * read[k]
         if CONSTANT:
-            out += tl.load(constant + place, mask=present, other=0.0).to(tl.float32)[:, None]
+            out += tl.load(constant + place, mask=present, other=0.0).to(DTYPE)[:, None]
         if NOISE != NOISE_NONE:
-            out += tl.load(noise_scale + place, mask=present, other=0.0).to(tl.float32)[:, None] * z
+            out += tl.load(noise_scale + place, mask=present, other=0.0).to(DTYPE)[:, None] * z
         if CLAMP:
             out = tl.where(out < low, low, tl.where(out > high, high, out))  # NaN stays NaN
         if p < WRITTEN:
@@ -81,6 +84,7 @@ def forward(outputs, tensors, coefficients, columns, constant, noise_scale, seed
             **seed_arguments(seed, seed_value, first_sample, None, coefficients), STREAM=STREAM_STEP,
             OUTPUTS=coefficients.shape[1], WRITTEN=outputs.shape[0],
             PAIRS=() if found is None else tuple(triangle(coefficients.shape[1])),
+            WIDE=found is not None and found.dtype == torch.float64,
             COLUMNS=tuple(columns), GATHERED=0 if source is None else len(tensors),
             CONSTANT=constant is not coefficients, CLAMP=low > float("-inf") or high < float("inf"), **shape,
         )  # fmt: skip
