@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lgd_kernels import impls
 from lgd_kernels.columns import MOST, Column
-from lgd_kernels.levels import PREDICTIONS, Levels, OmegaLookup
+from lgd_kernels.levels import PREDICTIONS, Levels, OmegaLookup, is_whole, lookup_problem
 
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 NO_DATA_IN_EPS = "where an eps prediction says nothing of the data; start below t = 1, or predict x0, v or flow"
@@ -164,15 +164,8 @@ def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Te
     """A number, a tensor `[B]`, or what `OmegaTable.at` returned for this batch."""
     if not isinstance(value, OmegaLookup):
         return per_sample(op, "omega", value, like_name, like)
-    for name in ("c", "s", "t"):
-        tensor = getattr(value, name)
-        if tensor.shape != like.shape[:1]:
-            raise ValueError(
-                f"{op}: `omega` was looked up for `{name}` of shape {list(tensor.shape)}, expected "
-                f"[B] = [{like.shape[0]}], one for each sample of `{like_name}`"
-            )
-    _device(op, "omega", value.values, like_name, like)
-    _device(op, "omega.c", value.c, like_name, like)
+    if not is_whole(value, like):
+        raise ValueError(f"{op}: {lookup_problem(value, like, like_name)}; OmegaTable.at(c, s, t) makes a lookup")
 
 
 def prediction_name(op: str, value: str) -> None:
@@ -261,6 +254,16 @@ def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tens
         raise ValueError(
             f"{op}: `churn` is {brief(churn)} but there is no noise; pass seed=... (drawn in the kernel) or noise=..."
         )
+
+
+def unused(op: str, noise: Tensor | None, seed: int | Tensor | None) -> None:
+    """No noise where `churn` was not given."""
+    for name, given in (("seed", seed), ("noise", noise)):
+        if given is not None:
+            raise ValueError(
+                f"{op}: `{name}` was given without `churn`, expected both or neither; churn=1.0 is DDPM's step, and "
+                "with churn=0.0 noise is left out on purpose"
+            )
 
 
 def not_vmapped(op: str, name: str, instead: str) -> None:
@@ -369,7 +372,7 @@ def readable(tensor: Tensor) -> bool:
 def smallest(tensor: Tensor) -> float:
     """The least value of `[B]`, or NaN where there is one."""
     extension = impls.extension()
-    if extension is None or type(tensor) is not Tensor or tensor.is_neg():
+    if extension is None or type(tensor) is not Tensor or impls.is_lazy(tensor):
         return tensor.min().item()
     return extension.smallest(tensor)
 

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import operator
 import os
 import pkgutil
 import sys
@@ -34,7 +33,6 @@ FLOATS = HALF | {torch.float32}
 ALL_FLOATS = FLOATS | {torch.float64}
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-_given = functools.partial(operator.is_not, None)
 
 
 def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, ...]:
@@ -55,6 +53,8 @@ def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, 
 def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | None = None) -> list[str]:
     """Every reason why `impl` of `op` cannot run on these tensors (or on `device`), in words; [] if it can.
 
+    Tensors come in the order of the op's arguments: of `guided_energy` x, cond, uncond and the target.
+
     >>> import torch, lgd_kernels as lgd
     >>> lgd.why_not("guided_step", "reference", torch.ones(2, 3))
     []
@@ -64,7 +64,9 @@ def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | 
     if device is None:
         device = tensors[0].device if tensors else "cpu"
     dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
-    return list(_reasons(op, impl, torch.device(device).type, dtypes))
+    reasons = list(_reasons(op, impl, torch.device(device).type, dtypes))
+    unfit = getattr(_room(op), "unfit", None)  # what shapes say
+    return reasons + (unfit(impl, *tensors) if unfit and tensors else [])
 
 
 def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -102,7 +104,17 @@ def direct(*tensors: Tensor | None) -> bool:
             return False
     except AttributeError:
         return False
-    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, filter(_given, tensors)))
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    for tensor in tensors:  # (is_lazy, written out: a call for each takes twice as long)
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return False
+    return True
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether its memory does not hold its values: a negative view, or a zero of forward AD, which has no memory."""
+    return tensor.is_neg() or tensor._is_zerotensor()
 
 
 def rooms() -> list[str]:
@@ -197,9 +209,13 @@ def _reasons(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...]) -
 
 
 def _implementations(op: str) -> dict[str, frozenset[torch.dtype]]:
+    return _room(op).IMPLEMENTATIONS
+
+
+def _room(op: str):
     if op not in rooms():
         raise ValueError(f"`op` is {op!r}, expected one of {', '.join(rooms())}")
-    return importlib.import_module(f"lgd_kernels.ops.{op}.op").IMPLEMENTATIONS
+    return importlib.import_module(f"lgd_kernels.ops.{op}.op")
 
 
 def _cpu_unfit(device: str):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Prediction = Literal["x0", "eps", "v", "flow"]
 PREDICTIONS = get_args(Prediction)  # the position is the code that the kernels receive
+_TIMES = (torch.float32, torch.float64)
+_VALUES = (*_TIMES, torch.bfloat16, torch.float16)
 
 
 class Levels(NamedTuple):
@@ -58,6 +60,47 @@ class OmegaLookup(NamedTuple):
     def to(self, device: torch.device | str) -> OmegaLookup:
         """Table and places on another device."""
         return OmegaLookup(*(tensor.to(device) for tensor in self))
+
+
+def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
+    """Whether kernels may read it: shapes and dtypes are as `OmegaTable.at` gives them for the batch of `like`. (One
+    expression, for calls that are short.)"""
+    values, s_knots, t_knots, c, s, t = lookup
+    for tensor in lookup:
+        if not isinstance(tensor, Tensor) or tensor.device != like.device:
+            return False
+    shape = values.shape
+    return (
+        len(shape) == 3 and 0 not in shape and s_knots.shape == shape[1:2] and t_knots.shape == shape[2:]
+        and c.shape == s.shape == t.shape == like.shape[:1] and c.dtype is torch.int64 and values.dtype in _VALUES
+        and s_knots.dtype is t_knots.dtype and s_knots.dtype in _TIMES and s.dtype is t.dtype and s.dtype in _TIMES
+    )  # fmt: skip
+
+
+def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
+    """What is not as it should be, for an error."""
+    values, batch = lookup.values, list(like.shape[:1])
+    for name, tensor in zip(lookup._fields, lookup, strict=True):
+        if not isinstance(tensor, Tensor):
+            return f"`omega.{name}` is a {type(tensor).__name__}, expected a tensor"
+        if tensor.device != like.device:
+            return f"`omega.{name}` is on {tensor.device}, expected {like.device} like `{like_name}`"
+        if name in ("c", "s", "t") and list(tensor.shape) != batch:
+            shape = list(tensor.shape)
+            return (
+                f"`omega` was looked up for `{name}` of shape {shape}, expected [B] = {batch}, one for each sample of "
+                f"`{like_name}`"
+            )
+    if values.ndim != 3 or not values.numel():
+        return f"`omega.values` has shape {list(values.shape)}, expected [C, S, T], none of them 0"
+    for name, size in (("s_knots", values.shape[1]), ("t_knots", values.shape[2])):
+        if (found := list(getattr(lookup, name).shape)) != [size]:
+            return f"`omega.{name}` has shape {found}, expected [{size}] for values of shape {list(values.shape)}"
+    dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in zip(lookup._fields, lookup, strict=True))
+    return (
+        f"`omega` has dtypes {dtypes}, expected floats for values, int64 for c, and float32 or float64 for the others: "
+        "one for both knots, one for s and t"
+    )
 
 
 class StepCoefficients(NamedTuple):

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks, impls
-from lgd_kernels.arguments import requires_grad
+from lgd_kernels import checks
 from lgd_kernels.impls import Impl
-from lgd_kernels.levels import Levels, OmegaLookup, Prediction, arithmetic_dtype, omega_at, step_coefficients
+from lgd_kernels.levels import Levels, OmegaLookup, Prediction, omega_at, step_coefficients
 from lgd_kernels.ops.combine.api import combine
 
 
@@ -48,8 +47,8 @@ def step_with_log_prob(
     V = 0 (s = 0, or a churn of 0 that cannot be seen).
 
     A score is one pass: it reads x_s, x, cond and uncond, writes nothing, and takes a dozen float64 operations for
-    each element. A step that draws is two passes, the step and the score of x_s as it was stored. So a stored x_s scored
-    again with the same weights and the same implementation gives the same number, and a ratio of exactly 1.
+    each element. A step that draws is two passes, the step and the score of x_s as it was stored. So a stored x_s
+    scored again with the same weights and the same implementation gives the same number: a ratio of exactly 1.
 
     Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. Score x_s as it was stored:
     rounded to half it is another point, and V may be no larger than that.

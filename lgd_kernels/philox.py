@@ -73,7 +73,7 @@ def philox_normal(
     if extension is None:
         return normal(shape, seed, stream, first_sample, device)
     out = torch.empty(shape, dtype=torch.float32, device=device)
-    seeds = seed.to(device).contiguous() if isinstance(seed, Tensor) else None
+    seeds = seed.to(device).clone() if isinstance(seed, Tensor) else None  # a zero of forward AD gets memory
     if out.numel():
         number = None if isinstance(seed, Tensor) else seed
         extension.philox_normal(out, 0, stream, seeds, number, first_sample, torch.get_num_threads())

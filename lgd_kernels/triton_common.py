@@ -356,6 +356,8 @@ def seed_arguments(
 ) -> dict:
     """The kernels' parameters for noise: given, drawn from one seed or from one for each sample, or none."""
     own = seed is not None and seed.ndim == 1
+    if own and seed.stride(0) == 0:  # expanded: still one for each sample, which the kernels tell by the stride
+        seed = seed.contiguous()
     source = (
         NOISE_TENSOR if noise is not None else NOISE_SEEDS if seed is not None
         else NOISE_NONE if value is None else NOISE_SEED

@@ -47,9 +47,15 @@ inline int64_t integer(PyObject* result) {
   return value;
 }
 
+// Null only where the tensor is absent or empty: one that has elements and no memory (a zero of forward AD, a storage
+// that was freed) is refused.
 inline void* address(Tensor tensor) {
   if (tensor.is_none()) return nullptr;
-  return reinterpret_cast<void*>(integer(PyObject_CallMethodNoArgs(tensor.ptr(), Python::instance().data_ptr)));
+  const auto& python = Python::instance();
+  void* found = reinterpret_cast<void*>(integer(PyObject_CallMethodNoArgs(tensor.ptr(), python.data_ptr)));
+  if (!found && integer(PyObject_CallMethodNoArgs(tensor.ptr(), python.numel)))
+    throw pybind11::value_error("a tensor has elements but no memory: its storage was freed, or it never had one");
+  return found;
 }
 
 inline DType dtype(Tensor tensor) {
@@ -106,10 +112,10 @@ inline PerSample per_sample(Tensor tensor, double value) {
 
 // Absent, one seed for the batch (a number or a 0-dim tensor), or one for each sample.
 inline Seed seed(Tensor tensor, std::optional<int64_t> value, int64_t first_sample) {
-  if (tensor.is_none()) return {nullptr, 0, value.value_or(0), uint32_t(first_sample)};
+  if (tensor.is_none()) return {nullptr, 0, value.value_or(0), uint32_t(first_sample), false};
   const auto* data = static_cast<const int64_t*>(address(tensor));
   const bool own = integer(PyObject_CallMethod(tensor.ptr(), "dim", nullptr)) == 1;
-  return {data, own ? stride(tensor) : 0, 0, own ? 0u : uint32_t(first_sample)};
+  return {data, own ? stride(tensor) : 0, 0, uint32_t(first_sample), own};
 }
 
 // Five tensors [B] of one dtype.

@@ -1,6 +1,7 @@
 """guided_energy with particles that nearly coincide, over many draws, on threads, in memory, and what it refuses."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from energy import dtypes, guided_energy, interpreted, loss_and_slope, problem, 
 import lgd_kernels as lgd
 from benchmarks import timing
 from lgd_kernels import impls, testing
+from lgd_kernels.ops.guided_energy import op
 
 
 def close(generator, spread, renoise, m=4, k=4, row=3072, batch=2):
@@ -255,3 +257,38 @@ def test_takes_what_is_just_inside():
         assert lgd.guided_energy(**bad(**options)).isfinite().all()
     assert lgd.guided_energy(**bad(x=ONE, cond=ONE, uncond=ONE, unbiased=False)).isfinite().all()
     assert lgd.guided_energy(**bad(x=ONE, cond=ONE, uncond=ONE, lam=0.0)).isfinite().all()
+
+
+def test_more_particles_than_cuda_takes(generator, monkeypatch):
+    """By itself it then runs the reference; asked for, it is refused."""
+    x, levels = torch.randn(1, 176, 2, generator=generator), lgd.RectifiedFlow().levels(torch.ones(1), torch.zeros(1))
+    call = lambda x, impl=None: lgd.guided_energy(x, x, x / 2, 0.5, levels, x[:, :1], impl=impl)  # noqa: E731
+    expected = call(x, "reference")
+    (reason,) = (
+        one for one in lgd.why_not("guided_energy", "cuda", x, x, x, x[:, :1], device="cuda") if "particles" in one
+    )
+    assert reason == "cuda takes m particles and k targets with 2 m + k <= 352, these are m = 176, k = 1"
+    few = lgd.why_not("guided_energy", "cuda", x[:, 1:], x[:, 1:], x[:, 1:], x[:, :1], device="cuda")
+    assert not any("particles" in one for one in few)
+    monkeypatch.setattr(op.impls, "choose", lambda name, impl, *_: impl or "cuda")
+    torch.testing.assert_close(call(x), expected)
+    with pytest.raises(ValueError, match="impl='cuda' cannot run here: cuda takes m particles .* impl=None chooses"):
+        call(x, "cuda")
+
+
+def test_says_so_where_the_axis_of_particles_may_be_missing(generator):
+    """An image [B, C, H, W], or very many particles; and nothing where it is there."""
+    levels = lgd.RectifiedFlow().levels(torch.ones(1), torch.zeros(1))
+    curve = lambda x: lgd.guided_energy_curve(x, x, x / 2, levels, x)  # noqa: E731
+    energy = lambda x: lgd.guided_energy(x, x, x / 2, 0.5, levels, x)  # noqa: E731
+    for call in (curve, energy):
+        for shape in ((1, 4, 32, 32), (1, 3, 16, 16), (1, 353, 2)):
+            with pytest.warns(
+                UserWarning, match=rf"`x` has shape .* m = {shape[1]} particles .* x.unsqueeze\(1\)"
+            ) as said:
+                call(torch.randn(shape, generator=generator))
+            assert said[0].filename == __file__
+        for shape in ((1, 2, 4, 32, 32), (1, 4, 1, 32, 32), (1, 4, 8, 8), (1, 4, 1024), (1, 352, 2)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                call(torch.randn(shape, generator=generator))

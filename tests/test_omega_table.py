@@ -10,7 +10,7 @@ import torch
 from conftest import dtypes_of
 
 import lgd_kernels as lgd
-from lgd_kernels import testing
+from lgd_kernels import solvers, testing
 from lgd_kernels.levels import OmegaLookup, omega_at, table_gradient
 from lgd_kernels.ops.guided_score import reference
 
@@ -380,3 +380,34 @@ def test_refuses_a_lookup_for_another_batch():
     three = torch.zeros(3, 4)
     with pytest.raises(ValueError, match=r"`omega` was looked up for `c` of shape \[2\], expected \[B\] = \[3\]"):
         lgd.guided_score(three, three, PLAIN.at(C, S, T))
+
+
+def test_a_lookup_that_was_changed_is_refused(generator):
+    table = lgd.OmegaTable(torch.rand(3, 4, 5), torch.linspace(0, 0.9, 4), torch.linspace(0.1, 1, 5))
+    lookup = table.at(torch.tensor([0, 1, 2]), torch.full((3,), 0.2), torch.full((3,), 0.7))
+    x = torch.randn(3, 6, generator=generator)
+    particles, levels = x[:, None].repeat(1, 2, 1), lgd.RectifiedFlow().levels(torch.ones(3), torch.zeros(3))
+    plan = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(1, 0, 3))
+    calls = (
+        lambda w: lgd.guided_score(x, x, w),
+        lambda w: lgd.guided_step(x, x, x, w, levels),
+        lambda w: lgd.guided_energy(particles, particles, particles, w, levels, particles),
+        lambda w: plan.step(0, x, x, x, w),
+    )
+    changes = {
+        r"`omega.s_knots` has shape \[9\], expected \[4\]": {"s_knots": torch.linspace(0, 0.9, 9)},
+        r"`omega.t_knots` has shape \[2\], expected \[5\]": {"t_knots": torch.tensor([0.1, 1.0])},
+        r"`omega.s_knots` has shape \[4\], expected \[2\]": {"values": lookup.values[:, :2]},
+        r"`omega.values` has shape \[4, 5\], expected \[C, S, T\]": {"values": lookup.values[0]},
+        "t_knots torch.float64.*one for both knots": {"t_knots": lookup.t_knots.double()},
+        "t torch.float64.*one for s and t": {"t": lookup.t.double()},
+        "c torch.int32.*int64 for c": {"c": lookup.c.int()},
+        "`omega.t_knots` is a list": {"t_knots": [0.1, 1.0]},
+        "`omega.values` is on meta": {"values": lookup.values.to("meta")},
+    }
+    for message, change in changes.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=f"{message}.*OmegaTable.at\\(c, s, t\\) makes a lookup"):
+                call(lookup._replace(**change))
+    outside = lgd.guided_score(x, x * 2, lookup._replace(c=torch.tensor([0, 3, -1])))
+    assert outside.isnan().any(1).tolist() == [False, True, True]

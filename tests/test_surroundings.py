@@ -7,7 +7,7 @@ import torch
 from conftest import address
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers, testing
+from lgd_kernels import log_prob, rules, solvers, testing
 
 LEVELS = testing.step_levels(3)
 
@@ -142,6 +142,93 @@ def test_expanded_seeds(data):
     assert torch.equal(step(*data, churn=1.0, seed=seeds), step(*data, churn=1.0, seed=seeds.clone()))
 
 
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+X_LEVELS = lgd.RectifiedFlow().levels(torch.full((4,), 0.8), torch.full((4,), 0.3))
+PARTICLES = X[:, None].repeat(1, 2, 1) * torch.tensor([1.0, -0.5])[:, None]
+PLAN = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(1, 0, 4), churn=1.0)
+DRAWN = {
+    "combine": lambda seed, impl: lgd.combine((X,), torch.ones(4, 1), noise_scale=1.0, seed=seed, impl=impl),
+    "step": lambda seed, impl: lgd.guided_step(X, X, X, 1.0, X_LEVELS, churn=1.0, seed=seed, impl=impl),
+    "rule": lambda seed, impl: lgd.guided_step(
+        X, X, X / 2, 1.0, X_LEVELS, churn=1.0, seed=seed, rule=rules.apg, impl=impl
+    ),
+    "plan": lambda seed, impl: PLAN.step(0, X, X, seed=seed, impl=impl)[0],
+    "log_prob": lambda seed, impl: log_prob.step_with_log_prob(X, X, X, 1.0, X_LEVELS, seed=seed, impl=impl)[0],
+    "energy": lambda seed, impl: lgd.guided_energy(
+        PARTICLES,
+        PARTICLES,
+        X[:, None].expand(4, 2, 8),
+        0.5,
+        X_LEVELS,
+        PARTICLES[:, :1],
+        churn=1.0,
+        seed=seed,
+        impl=impl,
+    ),
+    "curve": lambda seed, impl: lgd.guided_energy_curve(
+        PARTICLES, PARTICLES, X[:, None].expand(4, 2, 8), X_LEVELS, PARTICLES[:, :1], churn=1.0, seed=seed, impl=impl
+    ).loss(torch.zeros(4)),
+    "targets": lambda seed, impl: lgd.guided_energy(
+        PARTICLES, PARTICLES, X[:, None].expand(4, 2, 8), 0.5, X_LEVELS, lgd.Renoise(X, 3, seed), impl=impl
+    ),
+    "philox": lambda seed, impl: lgd.philox_normal((4, 8), seed),
+}
+
+
+@pytest.mark.parametrize("op", DRAWN)
+def test_seeds_of_any_stride(op, target):
+    """A seed [B] is B seeds, however they lie in memory: expanded (stride 0), or every second of some."""
+    if target.device != "cpu":
+        pytest.skip("tensors of this test are on the CPU")
+    for seeds in (torch.tensor([5]).expand(4), torch.tensor([5, 0, 6, 0, -7, 0, 2**40, 0])[::2]):
+        found, expected = (DRAWN[op](one, target.impl) for one in (seeds, seeds.clone()))
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, DRAWN[op](seeds.clone(), "reference"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_numbers_of_any_stride(impl):
+    """Every other tensor [B] too."""
+    one = torch.tensor([0.5]).expand(4)
+    apart = torch.tensor([0.5, 9.0] * 4)[::2]
+    index = torch.tensor([0, 9, 1, 9, 2, 9, 3, 9])[::2]
+    table = lgd.OmegaTable(torch.rand(4, 2, 2), torch.tensor([0.0, 0.5]), torch.tensor([0.6, 1.0]))
+    calls = {
+        "omega": lambda w: lgd.guided_score(X, X / 2, w, impl=impl),
+        "churn": lambda w: lgd.guided_step(X, X, X / 2, w, X_LEVELS, churn=w, seed=1, impl=impl),
+        "levels": lambda w: lgd.guided_step(X, X, X / 2, 1.0, lgd.Levels(w, w, w, w, w * 0), impl=impl),
+        "constant": lambda w: lgd.combine((X,), w[:, None], constant=w, noise_scale=w, seed=1, impl=impl),
+        "rule": lambda w: lgd.guided_step(X, X, X / 2, w, X_LEVELS, churn=w, seed=1, rule=rules.apg, impl=impl),
+        "plan": lambda w: PLAN.step(0, X, X, X / 2, w, seed=1, impl=impl)[0],
+        "weights": lambda w: lgd.energy_mmd(X, X + 1, x_weights=w, y_weights=w, impl=impl),
+        "times": lambda w: lgd.guided_score(X, X / 2, table.at(torch.arange(4), w / 2, w), impl=impl),
+    }
+    for numbers in (one, apart):
+        for name, call in calls.items():
+            torch.testing.assert_close(call(numbers), call(numbers.clone()), rtol=0, atol=0, msg=name)
+    found = lgd.combine((X,), torch.ones(4, 1), source=index, impl=impl)
+    assert torch.equal(found, X)
+    looked_up = (table.at(c, one / 2, one) for c in (index, index.clone()))
+    assert torch.equal(*(lgd.guided_score(X, X / 2, lookup, impl=impl) for lookup in looked_up))
+
+
+def test_noise_without_churn_is_refused():
+    """As combine refuses a seed without noise_scale. A churn of 0 that is given leaves noise out on purpose."""
+    energy = lambda **noise: lgd.guided_energy(  # noqa: E731
+        PARTICLES, PARTICLES, PARTICLES, 0.5, X_LEVELS, PARTICLES, **noise
+    )
+    curve = lambda **noise: lgd.guided_energy_curve(  # noqa: E731
+        PARTICLES, PARTICLES, PARTICLES, X_LEVELS, PARTICLES, **noise
+    ).loss(torch.zeros(4))
+    by_rule = lambda **noise: lgd.guided_step(X, X, X, 1.0, X_LEVELS, rule=rules.cfg, **noise)  # noqa: E731
+    step = lambda **noise: lgd.guided_step(X, X, X, 1.0, X_LEVELS, **noise)  # noqa: E731
+    for call, noise in ((step, X), (by_rule, X), (energy, PARTICLES), (curve, PARTICLES)):
+        for name, given in (("seed", 1), ("noise", noise)):
+            with pytest.raises(ValueError, match=f"`{name}` was given without `churn`, expected both or neither"):
+                call(**{name: given})
+            assert torch.equal(call(**{name: given}, churn=0.0), call())
+
+
 def test_the_raw_operator_takes_any_strides(data, generator):
     lookup = testing.omegas(3, generator)["table"]
     strided = lookup._replace(values=lookup.values.transpose(0, 2).contiguous().transpose(0, 2))
@@ -166,6 +253,59 @@ def test_compiled_table_gradient_is_the_same_every_time(generator):
     compiled = torch.compile(loss, fullgraph=True)
     first, *others = (torch.autograd.grad(compiled(values), values)[0] for _ in range(4))
     assert all(torch.equal(first, other) for other in others)
+
+
+def _zeros(shape, dtype=torch.float32):
+    """As forward AD makes them: without memory."""
+    return torch._efficientzerotensor(shape, dtype=dtype)
+
+
+ZEROS = {
+    "score": (lambda z: lgd.guided_score(X, z, 0.5), (4, 8)),
+    "step": (lambda z: lgd.guided_step(z, X, X / 2, 0.5, X_LEVELS), (4, 8)),
+    "omega": (lambda z: lgd.guided_step(X, X, X / 2, z, X_LEVELS), (4,)),
+    "churn": (lambda z: lgd.guided_step(X, X, X / 2, 1.0, X_LEVELS, churn=z, seed=1), (4,)),
+    "gap": (lambda z: lgd.guided_step(X, X, X / 2, 1.0, X_LEVELS._replace(gap=z)), (4,)),
+    "seed": (lambda z: lgd.guided_step(X, X, X / 2, 1.0, X_LEVELS, churn=1.0, seed=z.long()), (4,)),
+    "combine": (lambda z: lgd.combine((X, z), torch.ones(4, 2)), (4, 8)),
+    "moments of a combine": (lambda z: lgd.combine((X, z), torch.ones(4, 2), moments=True).dots, (4, 8)),
+    "constant": (lambda z: lgd.combine((X,), torch.ones(4, 1), constant=z), (4,)),
+    "moments": (lambda z: lgd.moments((X, z)).dots, (4, 8)),
+    "rule": (lambda z: lgd.guided_step(X, X, z, 0.5, X_LEVELS, rule=rules.apg), (4, 8)),
+    "plan": (lambda z: PLAN.step(0, X, z, noise=X)[0], (4, 8)),
+    "log_prob": (lambda z: log_prob.step_with_log_prob(X, X, z, 0.5, X_LEVELS, x_s=X)[1], (4, 8)),
+    "mmd": (lambda z: lgd.energy_mmd(X, z), (4, 8)),
+    "threshold": (lambda z: lgd.dynamic_threshold(z), (4, 8)),
+    "energy": (lambda z: lgd.guided_energy(PARTICLES, PARTICLES, z, 0.5, X_LEVELS, PARTICLES), (4, 2, 8)),
+    "philox": (lambda z: lgd.philox_normal((4, 8), z.long()), (4,)),
+}
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_zeros_without_memory(case):
+    """A tangent that is zero has no memory: its data_ptr is 0."""
+    call, shape = ZEROS[case]
+    assert torch.equal(call(_zeros(shape)), call(torch.zeros(shape)))
+
+
+def test_zeros_without_memory_from_above():
+    """An upstream gradient, and seeds as they are."""
+    for op in (score, step):
+        cond = X[:3, :5].clone().requires_grad_()
+        grad = torch.autograd.grad(op(cond, cond / 2), cond, _zeros((3, 5)))[0]
+        assert not grad.any()
+    seeds = _zeros((4,), torch.int64)
+    assert torch.equal(lgd.philox_normal((4, 8), seeds), lgd.philox_normal((4, 8), torch.zeros(4, dtype=torch.int64)))
+
+
+@pytest.mark.extension
+def test_a_storage_that_was_freed_is_refused():
+    """As FSDP frees one."""
+    freed = X.clone()
+    freed.untyped_storage().resize_(0)
+    for call in (lambda: lgd.guided_score(X, freed, 0.5), lambda: lgd.combine((X, freed), torch.ones(4, 2))):
+        with pytest.raises(ValueError, match="has elements but no memory"):
+            call()
 
 
 @pytest.mark.parametrize("nan_first", [True, False])

@@ -16,10 +16,11 @@ struct Seed {
   int64_t stride;
   int64_t value;
   uint32_t first_item;
+  bool own;  // one for each item, of any stride: 0 where all are the same
 
   LGD_INLINE uint64_t key(int64_t item) const { return uint64_t(data ? data[item * stride] : value); }
   LGD_INLINE uint32_t index(int64_t item, int64_t particle = 0, int64_t particles = 1) const {
-    return uint32_t((data && stride ? 0 : int64_t(first_item) + item) * particles + particle);
+    return uint32_t((own ? 0 : int64_t(first_item) + item) * particles + particle);
   }
 };
 

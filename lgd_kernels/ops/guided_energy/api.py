@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import torch
 from torch import Tensor
 
 from lgd_kernels import checks
@@ -21,7 +24,7 @@ def guided_energy(
     target: Tensor | Renoise | Expected,
     *,
     prediction: Prediction = "x0",
-    churn: float | Tensor = 0.0,
+    churn: float | Tensor | None = None,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
@@ -41,7 +44,8 @@ def guided_energy(
     shared noise a target knows its particle and the loss degenerates.
 
     Args:
-        x: particles at t, `[B, m, ...]`.
+        x: particles at t, `[B, m, ...]`. A warning says where m may be another axis: m > 352, or an image of 3, 4 or 16
+            channels.
         cond, uncond: predictions with and without the condition, shaped like x. All tensors of data are float32,
             bfloat16, float16 or float64, mixed as you like.
         omega: a float; a tensor `[B]`; or `OmegaTable.at(c, s, t)`: one for each item. 0 is conditional only.
@@ -74,7 +78,9 @@ def guided_energy(
     >>> lgd.guided_energy(cond, cond, uncond, 0.0, levels, target, beta=1.0)  # (1 + 1) / 2 - 1/2 * 2
     tensor([0.])
     """
-    _check("guided_energy", x, cond, uncond, omega, levels, target, prediction, churn, noise, seed, first_sample)
+    churn = _check(
+        "guided_energy", x, cond, uncond, omega, levels, target, prediction, churn, noise, seed, first_sample
+    )
     checks.power("guided_energy", beta, lam, unbiased, x.shape[1])
     if isinstance(target, Expected) and not (beta == 2 and lam == 0):
         raise ValueError(
@@ -93,7 +99,7 @@ def guided_energy_curve(
     target: Tensor | Renoise,
     *,
     prediction: Prediction = "x0",
-    churn: float | Tensor = 0.0,
+    churn: float | Tensor | None = None,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
@@ -116,7 +122,9 @@ def guided_energy_curve(
     >>> curve.loss(torch.tensor([0.0]), beta=2.0, lam=0.0), curve.minimize(beta=2.0, lam=0.0)
     (tensor([1.2500], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
     """
-    _check("guided_energy_curve", x, cond, uncond, 0.0, levels, target, prediction, churn, noise, seed, first_sample)
+    churn = _check(
+        "guided_energy_curve", x, cond, uncond, 0.0, levels, target, prediction, churn, noise, seed, first_sample
+    )
     if isinstance(target, Expected):
         raise ValueError(
             "guided_energy_curve: `target` is Expected, which fixes beta and lam; pass Renoise(x0, particles, seed)"
@@ -130,10 +138,13 @@ def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, nois
     checks.particles(name, "x", x)
     checks.omega(name, omega, "x", x)
     checks.levels(name, levels, prediction, "x", x)
+    stated, churn = churn, 0.0 if churn is None else churn
     checks.churn(name, churn, "x", x)
     checks.noise(name, churn, noise, seed)
     if seed is not None:
         checks.seed(name, seed, first_sample, x.shape[0], x)
+    if stated is None:
+        checks.unused(name, noise, seed)
     if isinstance(target, (Renoise, Expected)):
         checks.like_item(name, "target.x0", target.x0, "x", x, x.shape[2:])
     if isinstance(target, Renoise):
@@ -143,3 +154,17 @@ def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, nois
     elif not isinstance(target, Expected):
         checks.particles(name, "target", target)
         checks.like_item(name, "target", target, "x", x, (target.shape[1], *x.shape[2:]))
+    if x.shape[1] > op.MOST_ROWS or (x.ndim == 4 and x.shape[1] in (3, 4, 16) and min(x.shape[2:]) >= 16):
+        _doubt(name, x)
+    return churn
+
+
+def _doubt(name, x):
+    """A shape in which the particles may be something else."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{name}: `x` has shape {list(x.shape)}, which is read as [B, m, ...] with m = {x.shape[1]} particles for "
+            f"each item; if that axis holds data, as the channels of an image, pass x.unsqueeze(1) for one particle. "
+            "(Images of one channel are [B, m, 1, H, W].)",
+            stacklevel=4,
+        )

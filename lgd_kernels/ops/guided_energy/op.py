@@ -30,6 +30,8 @@ IMPLEMENTATIONS = {
     "reference": impls.ALL_FLOATS,
 }
 
+MOST_ROWS = 352  # kMostRows in csrc/guided_energy/guided_energy_cuda.h
+
 _library = torch.library.Library("lgd", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _inputs = (
@@ -117,6 +119,28 @@ def statistics(
             *split_seed(seed), first_sample, data, kind, k, *split_seed(target_seed), 2.0, 0.0, True, impl,
         )[2]  # fmt: skip
         return Statistics.unpack(found, x.shape[1], k)
+
+
+def unfit(impl: str, x: Tensor, *others: Tensor) -> list[str]:
+    """Why these particles, and a target `[B, k, ...]` where it comes fourth, are not for `impl`; for `why_not`."""
+    k = others[2].shape[1] if len(others) > 2 and others[2].ndim == x.ndim else 1
+    return _too_many(impl, x, k) if x.ndim > 1 else []
+
+
+def _too_many(impl, x, k):
+    rows = 2 * x.shape[1] + k
+    if impl != "cuda" or rows <= MOST_ROWS:
+        return []
+    return [f"cuda takes m particles and k targets with 2 m + k <= {MOST_ROWS}, these are m = {x.shape[1]}, k = {k}"]
+
+
+def _choose(impl, x, k, dtypes):
+    """As `impls.choose`, which does not know of particles."""
+    found = impls.choose("guided_energy", impl, x.device, *dtypes)
+    reasons = _too_many(found, x, k)
+    if reasons and impl is not None:
+        raise ValueError(f"guided_energy: impl={impl!r} cannot run here: {reasons[0]}; impl=None chooses")
+    return "reference" if reasons else found
 
 
 def _used(churn, noise, seed):
@@ -215,7 +239,7 @@ def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, predicti
              seed_value, first_sample, data, kind, k, target_seed, target_seed_value, beta, lam, unbiased,
              impl):  # fmt: skip
     dtypes = [tensor.dtype for tensor in (x, cond, uncond, data, noise) if tensor is not None]
-    impl = impls.choose("guided_energy", impl, x.device, *dtypes)
+    impl = _choose(impl, x, k, dtypes)
     dtype, (batch, m) = widest(*dtypes), x.shape[:2]
     if impl == "reference" or not x.numel():
         target = join_target(data, kind, k, target_seed_value if target_seed is None else target_seed)
@@ -232,8 +256,8 @@ def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, predicti
     found = torch.empty((batch, Statistics.count(m, k)), dtype=torch.float64, device=x.device)
     impls.launcher("guided_energy", impl).forward(
         loss, slope, found, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels, prediction, churn,
-        churn_value, None if seed is None else seed.contiguous(), seed_value, first_sample, data, kind, k,
-        None if target_seed is None else target_seed.contiguous(), target_seed_value, beta, lam, unbiased,
+        churn_value, seed, seed_value, first_sample, data, kind, k,
+        target_seed, target_seed_value, beta, lam, unbiased,
     )  # fmt: skip
     return loss, slope, found
 
@@ -250,13 +274,13 @@ def _backward(to_targets, to_particles, x, cond, uncond, noise, omega, omega_val
               churn_value, seed, seed_value, first_sample, data, kind, k, target_seed, target_seed_value, wanted,
               impl):  # fmt: skip
     inputs = x, cond, uncond, noise, data
-    impl = impls.choose("guided_energy", impl, x.device, *(one.dtype for one in inputs if one is not None))
+    impl = _choose(impl, x, k, [one.dtype for one in inputs if one is not None])
     if impl != "reference" and x.numel():
         grads = [tensor.new_empty(tensor.shape) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
         impls.launcher("guided_energy", impl).backward(
             *grads, to_targets, to_particles, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels,
-            prediction, churn, churn_value, None if seed is None else seed.contiguous(), seed_value, first_sample,
-            data, kind, k, None if target_seed is None else target_seed.contiguous(), target_seed_value,
+            prediction, churn, churn_value, seed, seed_value, first_sample,
+            data, kind, k, target_seed, target_seed_value,
         )  # fmt: skip
         return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
     return _backward_reference(

@@ -21,7 +21,7 @@ def guided_step(
     levels: Levels,
     *,
     prediction: Prediction = "x0",
-    churn: float | Tensor = 0.0,
+    churn: float | Tensor | None = None,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
@@ -51,8 +51,8 @@ def guided_step(
             omega = 0 is the conditional prediction alone (`w = 1 + omega` elsewhere).
         levels: `schedule.levels(t, s)`; every sample may have its own times.
         prediction: "x0", "eps", "v" (as in diffusers) or "flow".
-        churn: in [0, 1], a float or `[B]`. Above 0 (or as a tensor) it needs `noise` or `seed`. For DDIM's eta,
-            `churn_from_eta(eta, levels)`.
+        churn: in [0, 1], a float or `[B]`. Above 0 (or as a tensor) it needs `noise` or `seed`. None is 0, and refuses
+            both; with churn=0.0 they are not looked at. For DDIM's eta, `churn_from_eta(eta, levels)`.
         noise: standard normals shaped like x.
         seed: an int64 number, 0-dim tensor or `[B]`: z is drawn inside the kernel and never stored;
             `philox_normal(x.shape, seed, stream=1)` is the same noise. With a seed for each sample a sample's noise
@@ -87,10 +87,13 @@ def guided_step(
     checks.samples("guided_step", x=x, cond=cond, uncond=uncond, noise=noise)
     checks.omega("guided_step", omega, "x", x)
     checks.levels("guided_step", levels, prediction, "x", x)
+    stated, churn = churn, 0.0 if churn is None else churn
     checks.churn("guided_step", churn, "x", x)
     checks.noise("guided_step", churn, noise, seed)
     if seed is not None:
         checks.seed("guided_step", seed, first_sample, x.shape[0], x)
+    if stated is None:
+        checks.unused("guided_step", noise, seed)
     if rule_space not in ("prediction", "x0"):
         raise ValueError(f"guided_step: `rule_space` is {rule_space!r}, expected one of prediction, x0")
     if rule is not None:

@@ -123,7 +123,7 @@ def _forward(x, cond, uncond, noise, omega, omega_value, table, levels, predicti
     if x_s.numel():
         impls.launcher("guided_step", impl).forward(
             x_s, x, cond, uncond, noise, omega, omega_value, contiguous(table), levels, prediction, churn,
-            churn_value, None if seed is None else seed.contiguous(), seed_value, first_sample,
+            churn_value, seed, seed_value, first_sample,
         )  # fmt: skip
     return x_s
 
