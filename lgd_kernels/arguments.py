@@ -43,7 +43,7 @@ def to_omega(grad: Tensor, omega: Tensor | None, table: list[Tensor], impl: str 
     if impl != "cpu":
         return table_gradient(OmegaLookup(*table), grad)
     dtype = widest(grad.dtype, *(tensor.dtype for tensor in table))  # as table_cells gives the weights
-    total = torch.zeros(table[0].shape, dtype=dtype)
+    total = torch.zeros(table[0].shape, dtype=dtype, device="cpu")
     impls.extension().spread_over_table(total, grad.to(dtype).contiguous(), contiguous(table))
     return total.to(table[0].dtype)
 

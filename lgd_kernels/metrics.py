@@ -144,11 +144,11 @@ def mmd_test(
 
 def _splits(n: int, total: int, permutations: int, seed: int) -> Tensor:
     """[total, 1 + permutations]: who is called x; first as it is, then at random."""
-    generator = torch.Generator().manual_seed(seed)
-    called_x = torch.zeros(permutations + 1, total, dtype=torch.bool)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    called_x = torch.zeros(permutations + 1, total, dtype=torch.bool, device="cpu")
     called_x[0, :n] = True
     for row in called_x[1:]:
-        row[torch.randperm(total, generator=generator)[:n]] = True
+        row[torch.randperm(total, generator=generator, device="cpu")[:n]] = True
     return called_x.t()
 
 
@@ -224,13 +224,14 @@ def kernel_inception_distance(
         raise ValueError(
             f"kernel_inception_distance: `subset_size` is {subset_size}, expected 2 to {fewest}, the number of samples"
         )
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, found = torch.Generator(device="cpu").manual_seed(seed), []
     report = reports.report("kernel_inception_distance", progress)
     for done in range(subsets):
         if report is not None:
             report(done, subsets)
         parts = [
-            one[torch.randperm(len(one), generator=generator)[:subset_size].to(one.device)].flatten(1) for one in (x, y)
+            one[torch.randperm(len(one), generator=generator, device="cpu")[:subset_size].to(one.device)].flatten(1)
+            for one in (x, y)
         ]
         found.append(energy_mmd(*parts, kernel=Polynomial() if kernel is None else kernel).double())
     if report is not None:

@@ -92,8 +92,9 @@ def interval(m: Pair, omega: Tensor, *, t: Number, low: Number, high: Number) ->
 
     Where no sample of a batch is inside, the network for u need not run: pass c twice.
     """
-    inside = (torch.as_tensor(t) > torch.as_tensor(low)) & (torch.as_tensor(t) <= torch.as_tensor(high))
-    return Guidance(1.0, torch.where(inside.to(omega.device), omega, torch.zeros_like(omega)))
+    inside = (t > low) & (t <= high)
+    inside = inside.to(omega.device) if isinstance(inside, Tensor) else torch.full((), inside, device=omega.device)
+    return Guidance(1.0, torch.where(inside, omega, torch.zeros_like(omega)))
 
 
 def rescale(m: Pair, omega: Tensor, *, phi: Number, rule: Rule = cfg) -> Guidance:

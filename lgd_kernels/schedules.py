@@ -301,7 +301,7 @@ class Discrete(Schedule):
         """The table of DDPM: beta linear from 1e-4 to 0.02 (at 1000 steps)."""
         checks.count("Discrete.ddpm", "steps", steps)
         scale = 1000 / steps
-        betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
+        betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64, device="cpu")
         return cls(torch.cumprod(1 - betas, 0), **options)
 
     @classmethod
@@ -309,7 +309,10 @@ class Discrete(Schedule):
         """The table of Stable Diffusion: sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (at 1000 steps)."""
         checks.count("Discrete.stable_diffusion", "steps", steps)
         scale = 1000 / steps
-        betas = torch.linspace((8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5, steps, dtype=torch.float64) ** 2
+        betas = (
+            torch.linspace((8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5, steps, dtype=torch.float64, device="cpu")
+            ** 2
+        )
         return cls(torch.cumprod(1 - betas, 0), **options)
 
     @property
@@ -336,7 +339,7 @@ class Discrete(Schedule):
         if not self._counts(t):
             raise TypeError(f"Discrete: `t` has dtype {t.dtype}, expected {self._dtypes}")
         if t.device not in self._tables:
-            alphas = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod.cpu().double()))
+            alphas = torch.cat((torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod.cpu().double()))
             self._tables[t.device] = (alphas.sqrt().to(t.device), (1 - alphas).sqrt().to(t.device))
         signal, noise = self._tables[t.device]
         index = t.long() + 1

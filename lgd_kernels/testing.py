@@ -44,17 +44,21 @@ def sample(
 
 def step_levels(batch: int, dtype: torch.dtype = torch.float32) -> Levels:
     """A different (t, s) for each sample, t = 1 and s = 0 among them where the batch is large enough."""
-    t = torch.linspace(1.0, 0.3, max(batch, 2), dtype=dtype)[-batch:] if batch else torch.empty(0, dtype=dtype)
+    t = (
+        torch.linspace(1.0, 0.3, max(batch, 2), dtype=dtype, device="cpu")[-batch:]
+        if batch
+        else torch.empty(0, dtype=dtype, device="cpu")
+    )
     return RectifiedFlow().levels(t, (t - 0.4).clamp(min=0))
 
 
 def omegas(batch: int, generator: torch.Generator) -> dict[str, float | Tensor | OmegaLookup]:
     """Every form an omega takes."""
-    values = torch.rand(3, 4, 5, generator=generator) * 3
-    table = OmegaTable(values, torch.linspace(0, 0.9, 4), torch.linspace(0.1, 1, 5))
-    c = torch.randint(0, 3, (batch,), generator=generator)
-    t = torch.rand(batch, generator=generator)
-    per_sample = torch.rand(batch, generator=generator) * 3
+    values = torch.rand(3, 4, 5, generator=generator, device="cpu") * 3
+    table = OmegaTable(values, torch.linspace(0, 0.9, 4, device="cpu"), torch.linspace(0.1, 1, 5, device="cpu"))
+    c = torch.randint(0, 3, (batch,), generator=generator, device="cpu")
+    t = torch.rand(batch, generator=generator, device="cpu")
+    per_sample = torch.rand(batch, generator=generator, device="cpu") * 3
     return {"float": 1.5, "per sample": per_sample, "half": per_sample.half(), "table": table.at(c, t * 0.5, t)}
 
 
@@ -119,4 +123,4 @@ def _each(change, value):
 
 
 def _randn(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)

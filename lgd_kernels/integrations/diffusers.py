@@ -236,7 +236,7 @@ class LearnedGuidance(BaseGuidance):
             return place
         if self._unset() or (place is not None and place >= timesteps.numel()):
             raise ValueError(self._another())
-        at = torch.as_tensor(at).reshape(-1)[:1]
+        at = torch.as_tensor(at, device=getattr(at, "device", timesteps.device)).reshape(-1)[:1]
         if not torch.compiler.is_compiling() and _shares(at, timesteps):
             return (at.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
         compared = at.dtype if at.is_floating_point() else timesteps.dtype

@@ -118,7 +118,7 @@ def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
         return solvers.consistency(RectifiedFlow(), sigmas, prediction=prediction)
     if kind == DPM:
         flow = config["use_flow_sigmas"]
-        first = torch.full((sigmas.numel() - 1,), begins or config["solver_order"] == 1)
+        first = torch.full((sigmas.numel() - 1,), begins or config["solver_order"] == 1, device="cpu")
         first[-1] |= config["euler_at_final"] or (config["lower_order_final"] and first.numel() < 15)
         return solvers.dpm_solver_2m(
             RectifiedFlow() if flow else VPSigma(),

@@ -119,7 +119,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         if not self._listed:
             raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} laid out no timesteps, expected 1 or more")
         self._made[0.0, False], self._made[0.0, True] = (self._plan(0.0, begins) for begins in (False, True))
-        self._scales = torch.ones(len(self._listed) + 1)
+        self._scales = torch.ones(len(self._listed) + 1, device="cpu", dtype=torch.float32)
         if self.kind in (plans.EULER, plans.ANCESTRAL):
             self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1).float()
 
@@ -128,7 +128,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         if self.kind not in (plans.EULER, plans.ANCESTRAL):
             return sample
         index = self._place(timestep, sample)
-        index = torch.tensor([index]) if isinstance(index, int) else index
+        index = torch.tensor([index], device="cpu") if isinstance(index, int) else index
         if self._scales.device != sample.device:
             self._scales = self._scales.to(sample.device)
         scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)

@@ -82,7 +82,7 @@ class Batches:
 
     def __init__(self, frozen: Frozen, data: Data, settings: Settings, device: torch.device) -> None:
         self.frozen, self.data, self.settings, self.device = frozen, data, settings, device
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(settings.seed)
         self.cached: Particles | None = None
 
     def next(self) -> Particles:
@@ -92,7 +92,7 @@ class Batches:
             return self._draw(self.data, self.generator, batch, part)
         if self.cached is None:
             self.cached = self.of(self.data, cache, self.settings.seed)
-        items = torch.randint(0, cache, (batch,), generator=self.generator)[part]
+        items = torch.randint(0, cache, (batch,), generator=self.generator, device="cpu")[part]
         return self.cached.take(items.to(self.device), _seed(self.generator), part.start)
 
     def of(self, data: Data, count: int, seed: int) -> Particles:
@@ -104,13 +104,13 @@ class Batches:
 
     def parts(self, data: Data, count: int, seed: int) -> Iterator[Particles]:
         """The items of `of` one batch after the other, for what needs no more than one at a time."""
-        generator = torch.Generator().manual_seed(seed)
-        for part in torch.arange(count).split(self.settings.batch):
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        for part in torch.arange(count, device="cpu").split(self.settings.batch):
             yield self._draw(data, generator, len(part), slice(0, len(part)))
 
     def _draw(self, data: Data, generator: torch.Generator, batch: int, part: slice) -> Particles:
         own, schedule = self.settings, self.frozen.schedule
-        items = torch.randint(0, size_of(data), (batch,), generator=generator)[part]
+        items = torch.randint(0, size_of(data), (batch,), generator=generator, device="cpu")[part]
         times = sample_times(batch, own.delta, own.zeta, own.s_min, generator)
         s, t = (schedule.from_unit(u[part].to(self.device)) for u in times)
         x0, c = (one.to(self.device) for one in items_of(data, items))
@@ -118,4 +118,4 @@ class Batches:
 
 
 def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**63 - 1, (), generator=generator))
+    return int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))

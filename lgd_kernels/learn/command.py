@@ -252,7 +252,7 @@ def _frozen(args: argparse.Namespace, c: Tensor, classes: int | None, device: to
     if null is None:
         raise ValueError("--null is missing: c are embeddings; pass zeros, or MODULE:NAME")
     if null == "zeros":
-        null = torch.zeros(c.shape[1:])
+        null = torch.zeros(c.shape[1:], device="cpu")
     elif isinstance(null, str):
         null = int(null) if null.lstrip("-").isdigit() else sources.named(null, "--null")
     return Frozen(denoiser, schedule, args.prediction, null)

@@ -45,7 +45,7 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
     c, s, t = (torch.cat(one).cpu() for one in zip(*at, strict=True))
     schedule, of_loss = batches.frozen.schedule, {"beta": args.beta, "lam": args.lam}
     device = batches.device
-    edges = schedule.from_unit(torch.linspace(0, 1, EDGES))
+    edges = schedule.from_unit(torch.linspace(0, 1, EDGES, device="cpu"))
     found: dict[str, Omega] = {
         "constant": fit_constant(curves, **of_loss).to(device),
         "interval": fit_interval(curves, t, edges, **of_loss).to(device),
@@ -59,7 +59,7 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
 
 def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
     """Of a table: even in unit time, s up to the last knot but one, t from the first but one."""
-    times = schedule.from_unit(torch.linspace(0, 1, count + 1))
+    times = schedule.from_unit(torch.linspace(0, 1, count + 1, device="cpu"))
     times = times if times.is_floating_point() else times.float()
     return times[:-1], times[1:]
 

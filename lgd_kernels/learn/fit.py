@@ -90,7 +90,7 @@ def fit_table(
     curve = joined(curves)
     options = {"beta": beta, "lam": lam, "unbiased": unbiased}
     bracket = _bracket("fit_table", bracket)
-    c = torch.zeros(count(curve), dtype=torch.int64) if c is None else c
+    c = torch.zeros(count(curve), dtype=torch.int64, device="cpu") if c is None else c
     for name, part in (("c", c), ("s", s), ("t", t)):
         _like_items("fit_table", name, part, curve)
     conditions = int(c.max()) + 1 if conditions is None and len(c) else (conditions or 1)
@@ -102,7 +102,7 @@ def fit_table(
 
     shape = (conditions, len(s_knots), len(t_knots))
     s_knots, t_knots = s_knots.cpu(), t_knots.cpu()
-    empty = OmegaTable(torch.zeros(shape, dtype=s_knots.dtype), s_knots, t_knots)
+    empty = OmegaTable(torch.zeros(shape, dtype=s_knots.dtype, device="cpu"), s_knots, t_knots)
     cells, weights, _ = table_cells(empty.at(c.cpu(), s.cpu(), t.cpu()), torch.float64)
     problem = Problem(curve, c.cpu().long(), cells % (shape[1] * shape[2]), weights, bracket, options)
     held = _held_steps(s_knots, t_knots)
@@ -115,13 +115,14 @@ def fit_table(
         return rest if conditions == 1 else to.descend(rest.expand(conditions, -1), free, own, rest)
 
     if len(candidates) > 1:
-        chosen = torch.arange(count(curve)) % FOLDS == 0
+        chosen = torch.arange(count(curve), device="cpu") % FOLDS == 0
         some, others = problem.where(~chosen), problem.where(chosen)
         found = [others.loss(fitted(some, value)).sum() for value in candidates]
         candidates = [candidates[int(torch.stack(found).argmin())]]
     values = fitted(problem, candidates[0]).view(shape)
 
-    i, j, k = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    axes = (torch.arange(size, device="cpu") for size in shape)
+    i, j, k = (index.flatten() for index in torch.meshgrid(*axes, indexing="ij"))
     read = omega_at(OmegaLookup(values, s_knots, t_knots, i, s_knots[j], t_knots[k]), values)
     return OmegaTable(read.view(shape).to(s_knots.dtype), s_knots, t_knots)  # each knot takes what a lookup reads there
 
@@ -147,7 +148,8 @@ def fit_constant(
     """
     bracket = _bracket("fit_constant", bracket)
     problem = alone(joined(curves), bracket, {"beta": beta, "lam": lam, "unbiased": unbiased})
-    return Constant(float(problem.descend(problem.constants(1)[:, None])))
+    with torch.device("cpu"):  # as the values, whatever the default is
+        return Constant(float(problem.descend(problem.constants(1)[:, None])))
 
 
 def fit_interval(
@@ -187,18 +189,19 @@ def fit_interval(
         raise ValueError(f"fit_interval: `edges` is {edges.tolist()}, expected two or more times that increase")
     edges, t = edges.cpu().double(), t.cpu().double()
     between = torch.bucketize(t, edges)  # edges[i - 1] < t <= edges[i]
-    grid = torch.linspace(low, high, POINTS, dtype=torch.float64)
+    grid = torch.linspace(low, high, POINTS, dtype=torch.float64, device="cpu")
     gained = summed(curve, grid, between, len(edges) + 1, options) - summed(
-        curve, torch.zeros(1, dtype=torch.float64), between, len(edges) + 1, options
+        curve, torch.zeros(1, dtype=torch.float64, device="cpu"), between, len(edges) + 1, options
     )
     before = gained.cumsum(0)[:-1]  # [E, K]: up to and with each edge
-    lows, highs = torch.triu_indices(len(edges), len(edges), 1)
+    lows, highs = torch.triu_indices(len(edges), len(edges), 1, device="cpu")
     least, weight = _parabola(before[highs] - before[lows], grid)
     best = int(least.argmin())
     start, end = edges[lows[best]], edges[highs[best]]
     inside = (t > start) & (t <= end)
     problem = alone(only(curve, inside), (low, high), options)
-    return Interval(float(problem.descend(weight[best].view(1, 1))), float(start), float(end))
+    with torch.device("cpu"):
+        return Interval(float(problem.descend(weight[best].view(1, 1))), float(start), float(end))
 
 
 def _parabola(losses: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,15 +222,15 @@ def _parabola(losses: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
 def _springs(held: Tensor) -> Tensor:
     """`[n, n]`: bending(V) as V @ springs @ V, of knots in a row, in s or in t, which all hold steps."""
     n = held.numel()
-    index = torch.arange(n).view(held.shape)
-    springs = torch.zeros(n, n, dtype=torch.float64)
+    index = torch.arange(n, device="cpu").view(held.shape)
+    springs = torch.zeros(n, n, dtype=torch.float64, device="cpu")
     for stiff, pattern in ((1.0, (1.0, -2.0, 1.0)), (SLACK, (1.0, -1.0))):
         size = len(pattern)
         for axis in (axis for axis in range(2) if held.shape[axis] >= size):
             rows = index.unfold(axis, size, 1).reshape(-1, size)
             rows = rows[held.flatten()[rows].all(1)]
             for (a, first), (b, second) in itertools.product(enumerate(pattern), repeat=2):
-                stretch = torch.full((len(rows),), stiff * first * second, dtype=torch.float64)
+                stretch = torch.full((len(rows),), stiff * first * second, dtype=torch.float64, device="cpu")
                 springs.index_put_((rows[:, a], rows[:, b]), stretch, accumulate=True)
     return springs
 

@@ -91,7 +91,7 @@ def sample_times(
     """
     check_times("sample_times", delta, zeta, s_min)
     device = generator.device if generator is not None else None
-    u, v = torch.rand(2, batch, generator=generator, device=device)
+    u, v = torch.rand(2, batch, generator=generator, device=device, dtype=torch.float32)
     s = s_min + (1 - zeta - delta - s_min) * u
     t = s + delta + (1 - zeta - s - delta) * v
     return s, t
@@ -124,7 +124,7 @@ def sample_s(
     """
     check_times("sample_s", delta, zeta, s_min)
     end = 1 - zeta - delta
-    u = torch.rand(t.shape, generator=generator, device=t.device)
+    u = torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float32)
     least = torch.finfo(t.dtype).tiny  # t = 1 - zeta, where s may be as late as it can
     shrinks = ((end + delta - t) / (end - s_min)).clamp(least, 1.0)  # by rounding it may be less, or more
     return end - (end - s_min) * shrinks**u

@@ -61,7 +61,7 @@ class Problem:
 
     def constants(self, groups: int) -> Tensor:
         """The best omega of each group on a grid, `[G]`; groups without items take that of all."""
-        grid = torch.linspace(*self.bracket, POINTS, dtype=torch.float64)
+        grid = torch.linspace(*self.bracket, POINTS, dtype=torch.float64, device="cpu")
         losses = summed(self.curve, grid, self.group, groups, self.options)
         seen = torch.bincount(self.group, minlength=groups) > 0
         return grid[torch.where(seen[:, None], losses, losses.sum(0)).argmin(1)]
@@ -84,7 +84,7 @@ class Problem:
         groups, n = values.shape
         bend = self.curve.hessian(self.omega(values), **self.options).mean().clamp(min=0) if len(self.group) else 0.0
         springs = values.new_zeros(n, n) if springs is None else bend * springs
-        free = torch.ones(n, dtype=torch.bool) if free is None else free
+        free = torch.ones(n, dtype=torch.bool, device="cpu") if free is None else free
         damping = values.new_full((groups,), 1e-3)
 
         def objective(at: Tensor) -> Tensor:
@@ -137,8 +137,10 @@ class Problem:
 
 def alone(curve: EnergyCurve, bracket, options) -> Problem:
     """One value for all items."""
-    zero = torch.zeros(count(curve), dtype=torch.int64)
-    return Problem(curve, zero, zero[:, None], torch.ones(count(curve), 1, dtype=torch.float64), bracket, options)
+    zero = torch.zeros(count(curve), dtype=torch.int64, device="cpu")
+    return Problem(
+        curve, zero, zero[:, None], torch.ones(count(curve), 1, dtype=torch.float64, device="cpu"), bracket, options
+    )
 
 
 def summed(curve: EnergyCurve, grid: Tensor, group: Tensor, groups: int, options: dict) -> Tensor:

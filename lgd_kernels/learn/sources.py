@@ -144,7 +144,7 @@ class Images(Dataset):
 
 def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
     """The first few pairs, to look at. Raises ValueError where they are not (x0, c) of floats and conditions."""
-    items = torch.arange(min(count, size_of(data)))
+    items = torch.arange(min(count, size_of(data)), device="cpu")
     try:
         x0, c = items_of(data, items)
     except Exception as error:
@@ -166,7 +166,7 @@ def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: 
     >>> [size_of(part) for part in parted((torch.zeros(50, 2), torch.zeros(50)), "0.1", seed=0)]
     [45, 5]
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     try:
         share = float(held_out)
     except ValueError:
@@ -180,8 +180,8 @@ def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: 
         names, expected = (getattr(source, "classes", None) for source in (other, data))
         if names != expected:
             raise ValueError(f"--held-out: its classes are {names}, expected {expected}, those of --data") from None
-        return data, _part(other, torch.randperm(size_of(other), generator=generator)[:most])
-    order = torch.randperm(size_of(data), generator=generator)
+        return data, _part(other, torch.randperm(size_of(other), generator=generator, device="cpu")[:most])
+    order = torch.randperm(size_of(data), generator=generator, device="cpu")
     cut = min(most, max(1, round(share * len(order)))) if 0 < share < 1 else len(order)
     if cut >= len(order):
         raise ValueError(

@@ -169,7 +169,7 @@ class Trainer:
         if self.validation is None:
             size = size_of(self.held_out)
             whole = self.batches.of(self.held_out, size, self.settings.seed + 1)
-            parts = torch.arange(size).split(self.settings.batch)
+            parts = torch.arange(size, device="cpu").split(self.settings.batch)
             self.validation = [whole.take(part.to(self.device), seed) for seed, part in enumerate(parts)]
         losses = [self.loss(part, self.ema(part.c, part.s, part.t)) for part in self.validation]
         return float(torch.cat(losses).mean())

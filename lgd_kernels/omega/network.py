@@ -149,8 +149,8 @@ class OmegaNetwork(nn.Module):
         """omega for each condition, s and t: `[C, S, T]`."""
         count = 1 if conditions is None else len(conditions)
         shape = (count, len(s), len(t))
-        c, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-        c, i, j = (index.to(s.device) for index in (c, i, j))
+        axes = (torch.arange(size, device=s.device) for size in shape)
+        c, i, j = (index.flatten() for index in torch.meshgrid(*axes, indexing="ij"))
         c = None if conditions is None else conditions[c]
         self._check(c, s[i], t[j])
         return self._omega(c, s[i], t[j]).view(shape)

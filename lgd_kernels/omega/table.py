@@ -123,7 +123,10 @@ class OmegaTable:
     def __call__(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """omega `[B]` itself, for a look at it; differentiable in `values`."""
         lookup = self.at(c, s, t)
-        return omega_at(lookup, torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32)))
+        return omega_at(
+            lookup,
+            torch.empty(0, dtype=torch.promote_types(self.values.dtype, torch.float32), device=self.values.device),
+        )
 
     def __repr__(self) -> str:
         knots = f"s_knots {span(self.s_knots)}, t_knots {span(self.t_knots)}"

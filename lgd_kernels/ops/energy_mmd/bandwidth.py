@@ -54,7 +54,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
         rank - below, (keys[keys >> LOW == upper] & (2**LOW - 1) for keys in _keys(points, second)), 2**LOW,
         points.device,
     )  # fmt: skip
-    return torch.tensor((upper << LOW) + lower, dtype=torch.int32).view(torch.float32).item() ** 0.5
+    return torch.tensor((upper << LOW) + lower, dtype=torch.int32, device="cpu").view(torch.float32).item() ** 0.5
 
 
 def _half(report: reports.Report, turn: int, done: int, total: int) -> None:
