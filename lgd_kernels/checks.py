@@ -6,14 +6,10 @@ tensors outside compilation: never a device sync.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lgd_kernels import impls
-from lgd_kernels.columns import MOST, Column
 from lgd_kernels.levels import PREDICTIONS, Levels, OmegaLookup, is_whole, lookup_problem
 
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
@@ -45,97 +41,7 @@ def samples(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(first.shape)} like `{first_name}`; "
                 "expand it if it should broadcast"
             )
-        _device(op, name, tensor, first_name, first)
-
-
-def several(op: str, tensors: Sequence[Tensor]) -> None:
-    """A list of data `[B, ...]`, one to eight."""
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-        raise TypeError(f"{op}: `tensors` is a {type(tensors).__name__}, expected a list or tuple of tensors [B, ...]")
-    if not 1 <= len(tensors) <= MOST:
-        raise ValueError(f"{op}: `tensors` has {len(tensors)} entries, expected 1 to {MOST}")
-    samples(op, **{f"tensors[{n}]": tensor for n, tensor in enumerate(tensors)})
-
-
-def columns(op: str, value: Sequence[Column] | None, count: int) -> None:
-    """One to eight, each an index into the tensors or a pair of them."""
-    if value is None:
-        return
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{op}: `columns` is a {type(value).__name__}, expected a list of indices i and pairs (i, j)")
-    if not 1 <= len(value) <= MOST:
-        raise ValueError(f"{op}: `columns` has {len(value)} entries, expected 1 to {MOST}")
-    for k, column in enumerate(value):
-        named = (column,) if isinstance(column, int) else column
-        good = isinstance(named, tuple) and 1 <= len(named) <= 2 and not (named is column and len(named) == 1)
-        if not good or any(isinstance(n, bool) or not isinstance(n, int) for n in named):
-            raise TypeError(
-                f"{op}: `columns[{k}]` is {column!r}, expected an index i of a tensor, or (i, j) for the difference of "
-                "two"
-            )
-        if any(not 0 <= n < count for n in named):
-            raise ValueError(f"{op}: `columns[{k}]` is {column!r}, expected indices from 0 to {count - 1}")
-
-
-def source(op: str, value: Tensor, like: Tensor) -> None:
-    """int64 `[B']`, indices of samples where they can be seen."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: `source` is a {type(value).__name__}, expected an int64 tensor [B']")
-    if value.dtype != torch.int64:
-        raise TypeError(f"{op}: `source` has dtype {value.dtype}, expected int64; source.long()")
-    if value.ndim != 1:
-        raise ValueError(f"{op}: `source` has shape {list(value.shape)}, expected [B'], a sample for each output")
-    _device(op, "source", value, "tensors[0]", like)
-    batch = like.shape[0]
-    if value.shape[0] and not batch:
-        raise ValueError(f"{op}: `source` names samples, but the tensors have none")
-    if readable(value) and not (value.min() >= 0 and value.max() < batch):
-        raise ValueError(f"{op}: `source` is {brief(value)}, expected indices from 0 to {batch - 1}")
-
-
-def coefficients(op: str, value: Tensor, batch: int, count: int, like: Tensor) -> None:
-    """`[B, K]`, or `[B, P, K]` with P from one to eight."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: `coefficients` is a {type(value).__name__}, expected a tensor [B, K] or [B, P, K]")
-    if value.dtype not in DATA_DTYPES:
-        raise TypeError(f"{op}: `coefficients` has dtype {value.dtype}, expected float32 or another float; .float()")
-    fits = value.ndim in (2, 3) and value.shape[0] == batch and value.shape[-1] == count
-    if not fits or (value.ndim == 3 and not 1 <= value.shape[1] <= MOST):
-        raise ValueError(
-            f"{op}: `coefficients` has shape {list(value.shape)}, expected [B, K] = [{batch}, {count}], one for each "
-            f"column, or [B, P, K] for P outputs, up to {MOST}"
-        )
-    _device(op, "coefficients", value, "tensors[0]", like)
-
-
-def per_output(op: str, name: str, value: Tensor, shape: torch.Size, like: Tensor) -> None:
-    """`[B]`, or `[B, P]` where there are P outputs."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a tensor {list(shape)}")
-    if value.dtype not in DATA_DTYPES:
-        raise TypeError(f"{op}: `{name}` has dtype {value.dtype}, expected float32 or another float; .float()")
-    if value.shape != shape:
-        raise ValueError(
-            f"{op}: `{name}` has shape {list(value.shape)}, expected {list(shape)}, like `coefficients` without its "
-            "last dimension"
-        )
-    _device(op, name, value, "tensors[0]", like)
-
-
-def bounds(op: str, value: tuple[float | None, float | None] | None) -> tuple[float, float]:
-    """(low, high) of a clamp; infinite where there is none."""
-    if value is None:
-        return -math.inf, math.inf
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{op}: `clamp` is {value!r}, expected (low, high), either of them None")
-    low, high = value
-    for bound in value:
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float))):
-            raise TypeError(f"{op}: `clamp` is {value!r}, expected two numbers, either of them None")
-    low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
-    if not low <= high:
-        raise ValueError(f"{op}: `clamp` is {value!r}, expected low <= high")
-    return low, high
+        same_device(op, name, tensor, first_name, first)
 
 
 def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
@@ -154,7 +60,7 @@ def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: 
                 f"{op}: `{name}` has shape {list(value.shape)}, expected [B] = [{batch}], one for each sample of "
                 f"`{like_name}`{remedy}"
             )
-        _device(op, name, value, like_name, like)
+        same_device(op, name, value, like_name, like)
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         hint = ", or what OmegaTable.at(c, s, t) returns" if name == "omega" else ""
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float or a tensor [B]{hint}")
@@ -318,7 +224,7 @@ def like_item(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, 
             f"{op}: `{name}` has shape {list(tensor.shape)}, expected {[like.shape[0], *shape]}, to go with "
             f"`{like_name}` {list(like.shape)}"
         )
-    _device(op, name, tensor, like_name, like)
+    same_device(op, name, tensor, like_name, like)
 
 
 def count(op: str, name: str, value: int) -> None:
@@ -327,6 +233,12 @@ def count(op: str, name: str, value: int) -> None:
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int")
     if value < 1:
         raise ValueError(f"{op}: `{name}` is {value}, expected 1 or more")
+
+
+def tensor(op: str, name: str, value: Tensor) -> None:
+    """A tensor of any kind."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a tensor")
 
 
 def flag(op: str, name: str, value: bool) -> None:
@@ -345,6 +257,7 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
 
 def power(op: str, beta: float, lam: float, unbiased: bool, m: int) -> None:
     """Of an energy: beta in (0, 2], lam in [0, 1], and a partner for each particle where they repel each other."""
+    flag(op, "unbiased", unbiased)
     for name, value in (("beta", beta), ("lam", lam)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float")
@@ -387,7 +300,7 @@ def brief(value) -> str:
     return f"[{shown}{', ...' if value.numel() > 4 else ''}]"
 
 
-def _device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+def same_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
             f"{op}: `{name}` is on {tensor.device}, expected {like.device} like `{like_name}`; .to(...) moves it"

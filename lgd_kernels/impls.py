@@ -61,6 +61,9 @@ def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | 
     """
     if impl not in NAMES:
         raise ValueError(f"why_not: `impl` is {impl!r}, expected one of {', '.join(NAMES)}")
+    for n, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"why_not: `tensors[{n}]` is a {type(tensor).__name__}, expected a tensor of the call")
     if device is None:
         device = tensors[0].device if tensors else "cpu"
     dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -71,7 +74,12 @@ def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | 
 
 def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
     """The implementation that runs; ValueError with every reason where an explicit one cannot."""
-    return _choose(op, impl, device.type, dtypes)
+    try:
+        return _choose(op, impl, device.type, dtypes)
+    except TypeError:  # of no hash
+        raise TypeError(
+            f"{op}: `impl` is a {type(impl).__name__}, expected None or a name: {', '.join(NAMES)}"
+        ) from None
 
 
 @functools.cache

@@ -142,9 +142,15 @@ def mmd_test(
     return MMDTest(value, p_value, permuted)
 
 
+def _generator(op: str, seed: int) -> torch.Generator:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: `seed` is a {type(seed).__name__}, expected an int")
+    return torch.Generator(device="cpu").manual_seed(seed)
+
+
 def _splits(n: int, total: int, permutations: int, seed: int) -> Tensor:
     """[total, 1 + permutations]: who is called x; first as it is, then at random."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = _generator("mmd_test", seed)
     called_x = torch.zeros(permutations + 1, total, dtype=torch.bool, device="cpu")
     called_x[0, :n] = True
     for row in called_x[1:]:
@@ -224,7 +230,7 @@ def kernel_inception_distance(
         raise ValueError(
             f"kernel_inception_distance: `subset_size` is {subset_size}, expected 2 to {fewest}, the number of samples"
         )
-    generator, found = torch.Generator(device="cpu").manual_seed(seed), []
+    generator, found = _generator("kernel_inception_distance", seed), []
     report = reports.report("kernel_inception_distance", progress)
     for done in range(subsets):
         if report is not None:

@@ -60,8 +60,8 @@ def philox_normal(
     >>> bool((whole[2:] == part).all())
     True
     """
-    if not isinstance(shape, (tuple, list)) or not shape or any(size < 0 for size in shape):
-        raise ValueError(f"philox_normal: `shape` is {shape}, expected (B, ...) with no negative size")
+    if not isinstance(shape, (tuple, list)) or not shape or any(not _is_size(size) for size in shape):
+        raise ValueError(f"philox_normal: `shape` is {shape}, expected (B, ...), integers of 0 or more")
     shape = tuple(shape)
     if not isinstance(stream, int) or not 0 <= stream <= _LOW:
         raise ValueError(f"philox_normal: `stream` is {stream}, expected an integer from 0 to 2^32 - 1")
@@ -78,6 +78,10 @@ def philox_normal(
         number = None if isinstance(seed, Tensor) else seed
         extension.philox_normal(out, 0, stream, seeds, number, first_sample, torch.get_num_threads())
     return out
+
+
+def _is_size(value: int) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 0
 
 
 def normal(

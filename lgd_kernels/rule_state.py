@@ -83,6 +83,8 @@ class Feedback:
         l_max: float = 3.0,
         device: torch.device | str = "cpu",
     ) -> None:
+        checks.count("Feedback", "batch", batch)
+        checks.number("Feedback", "pi", pi, 0.0, 1.0)
         if not 0 < pi < 1:
             raise ValueError(f"Feedback: `pi` is {pi}, expected a share in (0, 1)")
         if not w_max > 1:

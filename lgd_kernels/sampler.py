@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels import checks
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import OmegaLookup
 from lgd_kernels.omega.table import OmegaTable, TableModule
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.rules import Rule
-from lgd_kernels.solvers import StepPlan
+from lgd_kernels.step_plan import StepPlan
 
 
 def sample(
@@ -69,6 +70,11 @@ def sample(
     tensor([[4., 4.]])
     """
 
+    checks.samples("sample", x=x)
+    if not isinstance(plan, StepPlan):
+        raise TypeError(
+            f"sample: `plan` is a {type(plan).__name__}, expected a StepPlan, as lgd_kernels.solvers makes it"
+        )
     same_prediction(omega, plan)
     batch, steps = x.shape[0], len(plan)
     if callable(omega) and uncond is not None:

@@ -58,7 +58,12 @@ def fits(table: Tensor, x: Tensor, omega: float | Tensor | OmegaLookup, *others:
     """Whether nothing looks on, so that what was laid out may be used again: also no CUDA graph, whose replay would not
     know of it (asked last: the question breaks a compiled graph), and no gradient to the table itself."""
     weights = omega if isinstance(omega, tuple) else (omega,) if isinstance(omega, Tensor) else ()
-    if table.requires_grad or not impls.direct(x, *weights, *others) or impls.transforms_active():
+    if (
+        table.requires_grad
+        or not isinstance(x, Tensor)
+        or not impls.direct(x, *weights, *others)
+        or impls.transforms_active()
+    ):
         return False
     return not x.is_cuda or not torch.cuda.is_current_stream_capturing()
 
@@ -78,6 +83,21 @@ def rows(plan, x: Tensor, guided: bool, depth: int, noise: bool, dtype: torch.dt
     return found
 
 
+def checked(
+    x: Tensor, cond: Tensor, uncond: Tensor | None, history: tuple[Tensor, ...], noise: Tensor | None
+) -> list[Tensor]:
+    """The tensors that there are, in this order, as the arguments they are."""
+    named = {"x": x, "cond": cond}
+    if uncond is not None:
+        named["uncond"] = uncond
+    for n, one in enumerate(history):
+        named[f"kept[{n}]" if n else "kept"] = one
+    if noise is not None:
+        named["noise"] = noise
+    checks.samples(OP, **named)
+    return list(named.values())
+
+
 def step(
     plan,
     index: int,
@@ -90,15 +110,7 @@ def step(
     impl: str | None,
 ) -> Tensor:
     """What `StepPlan.step` makes of the same, `[P, B, ...]`."""
-    named = {"x": x, "cond": cond}
-    if uncond is not None:
-        named["uncond"] = uncond
-    for n, one in enumerate(history):
-        named[f"kept[{n}]" if n else "kept"] = one
-    if noise is not None:
-        named["noise"] = noise
-    checks.samples(OP, **named)
-    tensors = list(named.values())
+    tensors = checked(x, cond, uncond, history, noise)
     wide = widest(*[tensor.dtype for tensor in tensors])
     found, batch = rows(plan, x, uncond is not None, len(history), noise is not None, wide), x.shape[0]
     if not found.shared and found.batch != batch:

@@ -398,10 +398,8 @@ def test_a_lookup_that_was_changed_is_refused(generator):
         r"`omega.s_knots` has shape \[9\], expected \[4\]": {"s_knots": torch.linspace(0, 0.9, 9)},
         r"`omega.t_knots` has shape \[2\], expected \[5\]": {"t_knots": torch.tensor([0.1, 1.0])},
         r"`omega.s_knots` has shape \[4\], expected \[2\]": {"values": lookup.values[:, :2]},
-        r"`omega.values` has shape \[4, 5\], expected \[C, S, T\]": {"values": lookup.values[0]},
         "t_knots torch.float64.*one for both knots": {"t_knots": lookup.t_knots.double()},
         "t torch.float64.*one for s and t": {"t": lookup.t.double()},
-        "c torch.int32.*int64 for c": {"c": lookup.c.int()},
         "`omega.t_knots` is a list": {"t_knots": [0.1, 1.0]},
         "`omega.values` is on meta": {"values": lookup.values.to("meta")},
     }

@@ -127,7 +127,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "__init__": (set(), set()),
     "api": (
         {"op", "reference", "curve", "checks", "pieces", "sharded"},
-        {"checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
+        {"checks", "column_checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
     ),
     "bandwidth": ({"checks"}, {"pairs", "progress"}),
     "checks": (set(), {"checks"}),

@@ -15,7 +15,7 @@ from lgd_kernels import solvers
 from lgd_kernels.checks import DIFFUSERS_PREDICTIONS, brief
 from lgd_kernels.churn import churn_from_eta
 from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule
-from lgd_kernels.solvers import StepPlan
+from lgd_kernels.step_plan import StepPlan
 
 DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"

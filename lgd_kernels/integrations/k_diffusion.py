@@ -28,7 +28,7 @@ from lgd_kernels.impls import Impl
 from lgd_kernels.rules import Rule
 from lgd_kernels.sampler import seed_of
 from lgd_kernels.schedules import EDM
-from lgd_kernels.solvers import StepPlan
+from lgd_kernels.step_plan import StepPlan
 
 CHURNED: ContextVar[Tensor | None] = ContextVar("CHURNED", default=None)  # sigma_hat of the run that goes on here
 NEAR = 1e-3  # relative: float16 rounds by 5e-4; neighbours of a run are further apart, or the nearest of them is taken

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lgd_kernels import checks
 from lgd_kernels.learn.pooled import POINTS, Curves, Problem, alone, count, joined, only, summed
 from lgd_kernels.levels import OmegaLookup, omega_at, table_cells
 from lgd_kernels.omega.forms import Constant, Interval
@@ -100,6 +101,8 @@ def fit_table(
     if not 0 <= shared < math.inf:
         raise ValueError(f"fit_table: `shared` is {shared}, expected a number of items >= 0")
 
+    for name, knots in (("s_knots", s_knots), ("t_knots", t_knots)):
+        checks.tensor("fit_table", name, knots)
     shape = (conditions, len(s_knots), len(t_knots))
     s_knots, t_knots = s_knots.cpu(), t_knots.cpu()
     empty = OmegaTable(torch.zeros(shape, dtype=s_knots.dtype, device="cpu"), s_knots, t_knots)
@@ -185,6 +188,7 @@ def fit_interval(
     curve, (low, high) = joined(curves), _bracket("fit_interval", bracket)
     options = {"beta": beta, "lam": lam, "unbiased": unbiased}
     _like_items("fit_interval", "t", t, curve)
+    checks.tensor("fit_interval", "edges", edges)
     if edges.ndim != 1 or len(edges) < 2 or not bool((edges.diff() > 0).all()):
         raise ValueError(f"fit_interval: `edges` is {edges.tolist()}, expected two or more times that increase")
     edges, t = edges.cpu().double(), t.cpu().double()
@@ -240,6 +244,7 @@ def _held_steps(s_knots: Tensor, t_knots: Tensor) -> Tensor:
 
 
 def _like_items(where: str, name: str, tensor: Tensor, curve: EnergyCurve) -> None:
+    checks.tensor(where, name, tensor)
     if tensor.shape != (count(curve),):
         raise ValueError(
             f"{where}: `{name}` has shape {list(tensor.shape)}, expected [N] = [{count(curve)}], "

@@ -50,7 +50,7 @@ def self_consistency_loss(
     >>> self_consistency_loss(drawn, 0.0, beta=1.0), self_consistency_loss(drawn, 2.0, beta=1.0)
     (tensor([2.]), tensor([0.]))
     """
-    target = Renoise(particles.x0, targets or particles.x_t.shape[1], particles.seed)
+    target = Renoise(particles.x0, particles.x_t.shape[1] if targets is None else targets, particles.seed)
     return guided_energy(
         particles.x_t, particles.cond, particles.uncond, omega, particles.levels, target,
         prediction=particles.prediction, churn=churn, seed=particles.seed, first_sample=particles.first_sample,

@@ -69,6 +69,9 @@ def marginal_loss(
     batch, m = particles.x_t.shape[:2]
     k = m if targets is None else targets
     checks.count(OP, "targets", k)
+    checks.flag(OP, "unbiased", unbiased)
+    if not isinstance(process_group, (distributed.ProcessGroup, type(None))):
+        raise TypeError(f"{OP}: `process_group` is a {type(process_group).__name__}, expected a ProcessGroup or None")
     sizes = _sizes(group, batch, particles.x0.device, process_group)
     if lam > 0 and unbiased and min(sizes) * m < 2:
         raise ValueError(f"{OP}: a group has one particle, which has no partner; draw two or more, or unbiased=False")

@@ -46,6 +46,8 @@ def particle_energy(
     >>> particle_energy(x_s, y, beta=1.0, lam=1.0)    # (0 + 2) / 2 - 1/2 * (2 + 2) / 2
     tensor([0.])
     """
+    for name, value in (("x_s", x_s), ("targets", targets)):
+        checks.tensor("particle_energy", name, value)
     if x_s.dim() < 2 or targets.dim() != x_s.dim() or x_s.shape[2:] != targets.shape[2:]:
         raise ValueError(
             f"particle_energy: x_s {list(x_s.shape)} and targets {list(targets.shape)} must be [B, m, ...] "
@@ -90,6 +92,7 @@ def sample_times(
     True
     """
     check_times("sample_times", delta, zeta, s_min)
+    checks.count("sample_times", "batch", batch)
     device = generator.device if generator is not None else None
     u, v = torch.rand(2, batch, generator=generator, device=device, dtype=torch.float32)
     s = s_min + (1 - zeta - delta - s_min) * u

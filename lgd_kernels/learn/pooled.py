@@ -25,7 +25,7 @@ def joined(curves: Curves) -> EnergyCurve:
     >>> joined([curve, curve])
     EnergyCurve(6 items, 4 particles, 4 targets)
     """
-    curves = [curves] if isinstance(curves, EnergyCurve) else list(curves)
+    curves = [curves] if isinstance(curves, EnergyCurve) or not hasattr(curves, "__iter__") else list(curves)
     if not curves or not all(isinstance(curve, EnergyCurve) for curve in curves):
         raise TypeError("`curves` must be an EnergyCurve of guided_energy_curve, or a sequence of them, not empty")
     sizes = {curve.statistics.P0.shape[1:] for curve in curves}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels import checks
 from lgd_kernels.impls import Impl
 from lgd_kernels.learn.losses import self_consistency_loss, to_data
 from lgd_kernels.learn.particles import Particles
@@ -42,6 +43,7 @@ def reward_loss(
     (tensor([9.], grad_fn=<NegBackward0>), (tensor([12.]),))
     """
     wide = torch.promote_types(particles.x0.dtype, torch.float32)
+    checks.omega("reward_loss", omega, "particles.x0", particles.x0)
     weight = omega_at(omega, torch.empty(0, dtype=wide, device=particles.x0.device)).expand(len(particles.x0))
     return -_rewards(particles, _each(weight, particles), reward, impl).mean(1)
 
@@ -81,6 +83,8 @@ def black_box_reward_loss(
     >>> bool((torch.autograd.grad(loss, omega)[0].sum() - 12).abs() < 0.5)
     True
     """
+    checks.tensor("black_box_reward_loss", "omega", omega)
+    checks.per_sample("black_box_reward_loss", "omega", omega, "particles.x0", particles.x0)
     m = particles.x_t.shape[1]
     if not 0 < sigma < math.inf:
         raise ValueError(f"black_box_reward_loss: `sigma` is {sigma}, expected a finite spread above 0")

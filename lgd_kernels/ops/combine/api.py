@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, column_checks
 from lgd_kernels.columns import Column, flat, triangle
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import widest
@@ -92,22 +92,24 @@ def combine(
     >>> lgd.combine((c, u), torch.tensor([[1.0, 0.5]]), columns=(0, (0, 1)), moments=True, written=0)
     Combined(outputs=None, dots=tensor([[[32.]]]), sums=tensor([[8.]]))
     """
+    checks.flag("combine", "moments", moments)
+    checks.flag("combine", "wide", wide)
     if written is not None and not moments:
         raise ValueError(f"combine: `written` is {written} without moments, expected None, or moments=True")
     if wide and not moments:
         raise ValueError("combine: `wide` is True without moments, expected False, or moments=True")
-    checks.several("combine", tensors)
-    checks.columns("combine", columns, len(tensors))
+    column_checks.several("combine", tensors)
+    column_checks.columns("combine", columns, len(tensors))
     like, columns = tensors[0], flat(columns, len(tensors))
     batch = like.shape[0]
     if source is not None:
-        checks.source("combine", source, like)
+        column_checks.source("combine", source, like)
         batch = source.shape[0]
-    checks.coefficients("combine", coefficients, batch, len(columns) // 2, like)
+    column_checks.coefficients("combine", coefficients, batch, len(columns) // 2, like)
     many = coefficients.ndim == 3
     shape = coefficients.shape[:-1]
     if constant is not None:
-        checks.per_output("combine", "constant", constant, shape, like)
+        column_checks.per_output("combine", "constant", constant, shape, like)
     if noise_scale is None and seed is not None:
         raise ValueError("combine: `seed` was given without `noise_scale`, expected both or neither; noise_scale=1.0")
     if noise_scale is not None:
@@ -117,8 +119,8 @@ def combine(
         checks.seed("combine", seed, first_sample, batch, like)
         if isinstance(noise_scale, (int, float)) and not isinstance(noise_scale, bool):
             noise_scale = torch.ones_like(coefficients[..., 0], dtype=widest(coefficients.dtype)) * noise_scale
-        checks.per_output("combine", "noise_scale", noise_scale, shape, like)
-    low, high = checks.bounds("combine", clamp)
+        column_checks.per_output("combine", "noise_scale", noise_scale, shape, like)
+    low, high = column_checks.bounds("combine", clamp)
     if not many:
         coefficients = coefficients.unsqueeze(1)
         constant = None if constant is None else constant.unsqueeze(1)

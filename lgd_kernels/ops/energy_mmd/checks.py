@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lgd_kernels.checks import DATA_DTYPES, power, readable, smallest
+from lgd_kernels.checks import DATA_DTYPES, flag, power, readable, smallest
 from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomial, RationalQuadratic
 
 OP = "energy_mmd"
@@ -35,6 +35,7 @@ def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, p
 
 
 def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
+    flag(OP, "batched", batched)
     leading = 2 if batched else 1
     said = "[B, n, ...]" if batched else "[n, ...]"
     for name, tensor in (("x", x), ("y", y)):

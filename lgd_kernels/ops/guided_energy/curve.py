@@ -67,12 +67,19 @@ class EnergyCurve:
         >>> curve.minimize(beta=2.0, lam=0.0, group=torch.tensor([0, 0]))
         tensor([2.], dtype=torch.float64)
         """
+        numbers = isinstance(bracket, (tuple, list)) and [isinstance(value, (int, float)) for value in bracket]
+        if numbers != [True, True]:
+            raise TypeError(f"EnergyCurve.minimize: `bracket` is {bracket!r}, expected two numbers (low, high)")
         low, high = map(float, bracket)
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"EnergyCurve.minimize: `bracket` is {bracket}, expected (low, high) with low < high")
         at = self.statistics
         batch, m, k = at.P0.shape
         checks.power("EnergyCurve.minimize", beta, lam, unbiased, m)
+        if group is not None and not isinstance(group, Tensor):
+            raise TypeError(
+                f"EnergyCurve.minimize: `group` is a {type(group).__name__}, expected an int64 tensor [B] = [{batch}]"
+            )
         if group is not None and (group.shape != (batch,) or group.dtype != torch.int64):
             raise ValueError(
                 f"EnergyCurve.minimize: `group` is {group.dtype} of shape {list(group.shape)}, expected int64 "
@@ -114,7 +121,11 @@ class EnergyCurve:
         at = self.statistics
         batch, m, k = at.P0.shape
         checks.power("EnergyCurve", beta, lam, unbiased, m)
-        omega = torch.as_tensor(omega, dtype=torch.float64, device=at.P0.device)
+        try:
+            omega = torch.as_tensor(omega, dtype=torch.float64, device=at.P0.device)
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(omega).__name__
+            raise TypeError(f"EnergyCurve: `omega` is a {kind}, expected a float or a tensor [B] or [B, K]") from None
         if omega.ndim == 0:
             omega = omega.expand(batch)
         if omega.ndim > 2 or omega.shape[0] != batch:

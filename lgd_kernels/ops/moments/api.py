@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, column_checks
 from lgd_kernels.columns import Column, every_pair, flat
 from lgd_kernels.impls import Impl
 from lgd_kernels.ops.moments import op
@@ -101,8 +101,8 @@ def moments(
     >>> lgd.moments((c,), centred=True).means
     tensor([[3.5000]], dtype=torch.float64)
     """
-    checks.several("moments", tensors)
-    checks.columns("moments", columns, len(tensors))
+    column_checks.several("moments", tensors)
+    column_checks.columns("moments", columns, len(tensors))
     checks.flag("moments", "centred", centred)
     columns = flat(columns, len(tensors))
     size = len(columns) // 2
