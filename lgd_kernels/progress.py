@@ -33,8 +33,8 @@ def bars(prefix: str) -> Track:
 def report(op: str, progress: bool | Report | None) -> Report | None:
     """What the argument `progress` of an op asks for: a function of (done, total), or None for silence.
 
-    True draws a bar as `bars` does, in a terminal or a notebook, and nothing elsewhere; None and False say nothing; a
-    function is called itself.
+    True draws a bar as `bars` does, and nothing where nobody sees it; None and False say nothing; a function is called
+    itself.
 
     >>> report("energy_mmd", print)(3, 8)
     3 8
