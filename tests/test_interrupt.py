@@ -86,7 +86,7 @@ def test_memory_that_is_missing_is_an_error(threads):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB")
 def test_memory_follows_the_data_of_a_few_long_samples():
-    """Two sets of two samples of 4 million elements: 61 MiB, and gradients of as much. In tiles of 64 it was 8 GiB."""
+    """Two sets of two samples of 4 million elements: 61 MiB, and gradients of as much. In tiles of 64 it was 6 GB."""
     script = """
         x, y = torch.randn(2, 2, 4_000_000)
         used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

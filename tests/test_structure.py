@@ -272,6 +272,14 @@ def test_csrc_starts_no_threads(path):
     assert not {"omp.h", "thread", "mutex", "atomic", "future"} & set(included(path))
 
 
+def test_threads_are_started_in_one_place():
+    """Where exceptions are kept inside a parallel region, and Ctrl-C is looked for."""
+    starts = [
+        path.name for path in BINDS if re.search(r"#pragma\s+omp\s+parallel|std::(thread|async)\b", code_of(path))
+    ]
+    assert starts == ["parallel.h"]
+
+
 def test_every_source_is_built():
     """setup.py takes csrc/*/*_cpu.cpp and python/*.cpp, csrc/*/*_cuda.cu and python/cuda/*.cpp; a source of any other
     name would be left out without a word."""
