@@ -257,3 +257,14 @@ def test_forms_are_learned(form):
     assert all(p.grad.abs() > 0 for p in form.parameters())
     optimizer.step()
     assert (form(None, s, t) - 2 * before).square().mean() < before.square().mean()
+
+
+def test_a_table_is_baked_in_full_precision_under_autocast():
+    network, knots = (
+        OmegaNetwork(FLOW, classes=3),
+        (torch.linspace(0, 0.9, 5), torch.linspace(0.1, 1, 5)),
+    )
+    table, error = network.bake(*knots)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, told = network.bake(*knots)
+    assert torch.equal(found.values, table.values) and told == error > 0

@@ -153,7 +153,8 @@ class OmegaNetwork(nn.Module):
         c, i, j = (index.flatten() for index in torch.meshgrid(*axes, indexing="ij"))
         c = None if conditions is None else conditions[c]
         self._check(c, s[i], t[j])
-        return self._omega(c, s[i], t[j]).view(shape)
+        with torch.autocast(s.device.type, enabled=False):  # a table has the network's dtype, and an error in it
+            return self._omega(c, s[i], t[j]).view(shape)
 
     def _check(self, c: Tensor | None, s: Tensor, t: Tensor) -> None:
         if s.ndim != 1 or s.shape != t.shape:

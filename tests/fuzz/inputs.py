@@ -100,6 +100,8 @@ def laid_out(shape: tuple[int, ...], layout: str, make) -> Tensor:
 
 
 def of_kind(tensor: Tensor, kind: str) -> Tensor:
+    if kind in SOUND and tensor.dtype not in testing.DTYPES:
+        return tensor
     if kind == "requires_grad":
         return tensor.requires_grad_()
     if kind == "parameter":

@@ -8,7 +8,13 @@ KNOWN: list[tuple[str, str]] = [
     ("kernel_inception_distance", "IndexError"),
     ("frechet_distance", "LinAlgError"),
     ("solvers", "does not name the function|not finite|raises another error"),
-    ("*", "(raises|bits) (default device|autocast|default dtype)"),
+    ("*", "(raises|bits:) (default device|autocast|default dtype)"),
+    (
+        "*",
+        "Cannot access data pointer of Tensor|unsupported memory format option",
+    ),  # sparse, where numbers are expected
+    ("*", "argument 'unbiased' but instead found"),
+    ("energy_mmd", "Boolean value of Tensor|truth value of an array"),
 ]
 SEED_LAYOUTS: tuple[str, ...] = ("expanded", "one element")  # of `[B]` seeds, which some functions draw as one seed
 AVOIDED: tuple[str, ...] = ("zeros",)  # kinds of tensors (inputs.SOUND, inputs.ODD) that end the process

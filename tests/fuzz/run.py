@@ -26,6 +26,7 @@ from fuzz.checks import Fault, check
 from fuzz.inputs import Call, Spec, Target
 
 CHUNK = 2000  # calls of one process: a few tens of seconds, of which imports take three
+ATTEMPTS = 5  # processes for a chunk, if all but the last end early
 SNIPPET = """PYTHONPATH=.:tests {python} -X faulthandler - <<'END'
 from math import inf, nan
 from fuzz.checks import check
@@ -57,20 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
 
         def chunk(number: int, size: int) -> Chunk:
-            note = Path(folder, str(number))
-            command = [
-                sys.executable,
-                "-X",
-                "faulthandler",
-                "-m",
-                "fuzz.run",
-                "--worker",
-                str(note),
-                "--calls",
-                str(size),
-            ]
-            command += ["--seed", str(1_000_003 * options.seed + number), "--functions", options.functions]
-            return watched(command, note, options.timeout)
+            done, faults = 0, []
+            for attempt in range(ATTEMPTS):  # what is left when a process has ended early, with another seed
+                note = Path(folder, f"{number}-{attempt}")
+                command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.run", "--functions", options.functions]
+                command += ["--worker", str(note), "--calls", str(size - done)]
+                command += ["--seed", str(1_000_003 * options.seed + 100_000 * attempt + number)]
+                one = watched(command, note, options.timeout)
+                done, faults = done + one.calls, faults + one.faults
+                if done >= size:
+                    break
+            return Chunk(done, faults)
 
         for one in pool.map(chunk, itertools.count(), sizes):
             done += one.calls
