@@ -129,6 +129,8 @@ def complete(workload: Workload, arguments: dict) -> dict:
     parameters = inspect.signature(public(workload)).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name not in ours}
     arguments = defaults | arguments
+    if arguments.get("churn", 0.0) is None:
+        arguments["churn"] = 0.0
     if "target" in arguments:
         arguments["target"] = with_noise(arguments["target"], arguments["levels"])
     return arguments

@@ -290,7 +290,7 @@ def test_steps_that_are_refused():
     with pytest.raises(ValueError, match="expected timesteps of this run"):
         ours.step(x, 3.25, x)
     ours.step(x, ours.timesteps[0], x)
-    with pytest.raises(ValueError, match="step 1 of this run; set_begin_index"):
+    with pytest.raises(ValueError, match="step 1 of this run; set_timesteps"):
         ours.step(x, ours.timesteps[5], x)
     with pytest.raises(ValueError, match="set_timesteps"):
         FusedScheduler(diffusers.EulerDiscreteScheduler()).step(x, 1.0, x)

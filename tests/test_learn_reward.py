@@ -126,7 +126,7 @@ def test_refusals():
     p = drawn()
     with pytest.raises(ValueError, match=r"reward returned \[15, 6\] for x0 \[15, 6\], expected a tensor \[15\]"):
         reward_loss(p, 0.5, lambda x0, c: x0)
-    with pytest.raises(ValueError, match="`sigma` is 0.0, expected a spread above 0"):
+    with pytest.raises(ValueError, match="`sigma` is 0.0, expected a finite spread above 0"):
         black_box_reward_loss(p, torch.ones(5), reward, sigma=0.0)
     with pytest.raises(ValueError, match="one particle has no baseline"):
         black_box_reward_loss(drawn(m=1), torch.ones(5), reward)

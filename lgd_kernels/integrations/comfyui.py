@@ -121,7 +121,7 @@ class CFGFunction:
         top = getattr(sampling, "sigma_max", None)
         if top is None or self.last is None:
             return
-        sigma = torch.as_tensor(top, dtype=torch.float32)
+        sigma = torch.as_tensor(top, dtype=torch.float32, device=getattr(top, "device", "cpu"))
         reach = {"sigma": float(sigma)}
         if hasattr(sampling, "timestep"):
             reach["timestep"] = float(sampling.timestep(sigma))
@@ -133,7 +133,7 @@ class CFGFunction:
     def _check_scale(self, sampling, run: torch.Tensor) -> None:
         """What the host can read for nothing; a run may begin below the model's largest sigma."""
         top = getattr(sampling, "sigma_max", None)
-        if top is not None and torch.as_tensor(top).device.type == "cpu":
+        if top is not None and getattr(top, "device", torch.device("cpu")).type == "cpu":
             self.check_model(sampling)
         elif self.last is not None and self.times == "sigma" and run.device.type == "cpu":
             if float(run.max()) > self.last * SCALE:

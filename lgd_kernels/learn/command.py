@@ -276,7 +276,7 @@ def _try(frozen: Frozen, x0: Tensor, c: Tensor) -> None:
 def _compare_readings(frozen: Frozen, data: Data, count: int, device: torch.device) -> None:
     """Warn where the model seems to return something else than --prediction."""
     size = size_of(data)
-    items = torch.linspace(0, size - 1, min(count, size)).long()
+    items = torch.linspace(0, size - 1, min(count, size), device="cpu", dtype=torch.float64).long()
     found = readings.readings(frozen, *(one.to(device) for one in items_of(data, items)))
     best = readings.better(found, frozen.prediction)
     if best is not None:

@@ -77,5 +77,5 @@ def _expression(text: str) -> tuple[str, str]:
 
 def _start(args: argparse.Namespace, frozen: Frozen) -> float:
     """The unit time to start at: pure noise, unless eps says nothing of the data there."""
-    signal, _ = frozen.schedule.signal_noise(frozen.schedule.from_unit(torch.ones(1)))
+    signal, _ = frozen.schedule.signal_noise(frozen.schedule.from_unit(torch.ones(1, device="cpu")))
     return 1 - (args.zeta or 0.01) if frozen.prediction == "eps" and float(signal) == 0 else 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels import files_atomic, schedules
-from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels.levels import PREDICTIONS, Prediction
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import OmegaTable, know
@@ -48,7 +48,7 @@ def save(
     path: str | os.PathLike,
     omega: nn.Module | OmegaTable,
     schedule: Schedule | None = None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
 ) -> None:
     """Write omega to a safetensors file, whole or not at all: it is written beside the path, then moved there.
 
@@ -105,7 +105,7 @@ def load(
     path: str | os.PathLike,
     schedule: Schedule | None = None,
     device: str = "cpu",
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
 ) -> nn.Module | OmegaTable:
     """Read what `save` wrote: the same values, bit for bit, and no code but ours runs.
 

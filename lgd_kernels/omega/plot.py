@@ -52,7 +52,7 @@ def heat(panel: Any, values: Tensor, title: str, top: float, ends: tuple[float, 
     """One panel: omega `[s, t]` on an even grid from `ends[0]` to `ends[1]`, blank where s >= t.
 
     `panel` is matplotlib's Axes; returns the image in it."""
-    values = torch.as_tensor(values)
+    values = torch.as_tensor(values, device="cpu")
     step = torch.ones_like(values, dtype=torch.bool).triu(1)
     sheet = torch.where(step, values, math.nan).numpy()
     image = panel.imshow(sheet, origin="lower", extent=(*ends, *ends), vmin=0, vmax=top, cmap=COLOURS, aspect="equal")

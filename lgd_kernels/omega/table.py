@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.checks import DATA_DTYPES, readable, smallest
-from lgd_kernels.levels import PREDICTIONS, OmegaLookup, kind, omega_at, span
+from lgd_kernels.checks import DATA_DTYPES, prediction_name, readable, smallest
+from lgd_kernels.levels import OmegaLookup, Prediction, kind, omega_at, span
 from lgd_kernels.schedules import Schedule
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,7 +44,7 @@ class OmegaTable:
         t_knots: Tensor,
         *,
         schedule: Schedule | None = None,
-        prediction: str | None = None,
+        prediction: Prediction | None = None,
     ) -> None:
         _tensors("OmegaTable", values=values, s_knots=s_knots, t_knots=t_knots)
         if values.ndim != 3 or values.dtype not in DATA_DTYPES or not values.numel():
@@ -66,8 +66,8 @@ class OmegaTable:
             if readable(knots) and not bool((knots.diff() > 0).all() and knots.isfinite().all()):
                 finite = "" if bool(knots.isfinite().all()) else " and be finite"
                 raise ValueError(f"OmegaTable: `{name}` must increase strictly{finite}, got {knots.tolist()}")
-        if prediction is not None and prediction not in PREDICTIONS:
-            raise ValueError(f"OmegaTable: `prediction` is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        if prediction is not None:
+            prediction_name("OmegaTable", prediction)
         self.values, self.s_knots, self.t_knots = values, s_knots.detach(), t_knots.detach()
         know(self, schedule, prediction)
 

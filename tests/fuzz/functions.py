@@ -80,7 +80,7 @@ def tensors_of(value) -> list[Tensor]:
         return [value]
     if isinstance(value, (tuple, list)):
         return [tensor for one in value for tensor in tensors_of(one)]
-    return [] if value is None else [torch.tensor(value, dtype=torch.float64)]
+    return [] if value is None else [torch.tensor(value, dtype=torch.float64, device="cpu")]
 
 
 def widened(value):
