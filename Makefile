@@ -5,7 +5,7 @@ GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
 
-# Python itself is not built with the sanitizers, so their libraries come first.
+# Python itself is not built with the sanitizers, so their libraries have to be preloaded.
 SANITIZED = env LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 LGD_REQUIRE_EXT=1 \
 	TORCHINDUCTOR_CACHE_DIR=$(abspath build/sanitize/inductor)
@@ -23,7 +23,7 @@ demo: install            # learn guidance weights on real data; the report lands
 test: install            # every test; a missing extension is a failure here, not a skip
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-slow: install            # the tests that take minutes: every op's on older instruction sets
+slow: install            # the tests that take minutes: those of every op, with older instruction sets
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --maxprocesses 8 $(ARGS)
 
 fuzz: install            # 100,000 random calls of the public functions, against float64 (ARGS="--calls 2000 --seed 1 --jobs 1")
@@ -55,7 +55,7 @@ aot-matrix:              # that table and its tests under the oldest Triton of a
 
 docs: install            # README, docs/ and a page for each op, from its docstrings, as a site: build/site/index.html
 	@mkdir -p build
-	@# Without --quiet, which hides warnings from --strict too; what is said is shown where it fails.
+	@# Without --quiet, which would hide warnings from --strict too; the log is printed only if the build fails.
 	$(VENV)/bin/mkdocs build --strict >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 
 lint: install

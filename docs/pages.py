@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lgd_kernels"
 INSIDE = {"api", "kernels", "bandwidth", "targets", "curve"}  # of a room: what its users see
 BESIDE = (
-    "schedules levels philox rules rule_state solvers step_plan sampler log_prob metrics impls "
+    "schedules levels churn philox rules rule_state solvers step_plan sampler log_prob metrics impls "
     "omega.table omega.network omega.forms omega.files "
     "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward "
     "learn.fit learn.trainer learn.batches learn.logs learn.distributed progress "
