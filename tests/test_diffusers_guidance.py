@@ -174,7 +174,7 @@ def test_a_guider_is_saved_and_loaded(tmp_path):
 def test_guiders_that_are_refused():
     with pytest.raises(ValueError, match="`rule` is 'agp'"):
         LearnedGuidance(1.0, rule="agp")
-    with pytest.raises(ValueError, match="pass scheduler=pipe.scheduler"):
+    with pytest.raises(ValueError, match="pass scheduler=pipe or pipe.scheduler"):
         LearnedGuidance(lambda c, s, t: t).forward(noise(1), noise(2))
     scheduler, _, _ = pair("ddim")
     with pytest.raises(ValueError, match="call set_state"):

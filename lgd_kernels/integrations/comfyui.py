@@ -1,8 +1,8 @@
 """A ComfyUI node: a model whose guidance weight is looked up in a learned table. Copy this file into `custom_nodes/`.
 
 lgd_kernels has to be installed in ComfyUI's Python; neither triton nor a compiler has to. `save_table(table, path)`
-writes what the node reads. In ComfyUI tables lie in `models/omega`, and in the folders that extra_model_paths.yaml
-names under `omega`; no file outside of them is opened or looked for. Elsewhere a path is any path.
+writes what the node reads. In ComfyUI it reads tables from `models/omega` and from the folders that
+extra_model_paths.yaml names under `omega`; it opens and looks for no other file. Outside ComfyUI it reads any path.
 
 It relies on `model.clone()`, on `model.set_model_sampler_cfg_function(fn, disable_cfg1_optimization=...)` (in ComfyUI
 since early 2024, as far as we know), and on fn being called with one dictionary and returning input - denoised, of
@@ -27,8 +27,8 @@ import torch
 FOLDER = "omega"
 NAMES = ("values", "s_knots", "t_knots")
 TIMES = ("sigma", "timestep")
-LIMITS = ("timestep_start", "timestep_end", "default")  # of a conditioning that is not evaluated in every call
-SCALE = 8.0  # how far apart the last knot and the model's largest time may be: tables up to 80 serve SD's 14.6
+LIMITS = ("timestep_start", "timestep_end", "default")  # keys of a conditioning that is not evaluated in every call
+SCALE = 8.0  # the largest factor between the last knot and the model's largest time: tables up to 80 fit SD's 14.6
 
 
 def save_table(table, path: str) -> None:
@@ -39,8 +39,8 @@ def save_table(table, path: str) -> None:
 def load_table(path: str, device="cpu"):
     """Read what `save_table` wrote; nothing but tensors is read.
 
-    Raises ValueError, in one line, for anything else. In ComfyUI a file outside the folders of tables, one that is not
-    there and a folder give the same message; elsewhere so do all files without a table.
+    Raises ValueError, with a message of one line, for anything else. In ComfyUI the message is the same for a file
+    outside the folders of tables, a missing file and a folder; elsewhere it is the same for all files without a table.
     """
     from lgd_kernels import OmegaTable
 
@@ -60,14 +60,14 @@ def load_table(path: str, device="cpu"):
 
 
 class CFGFunction:
-    """`cond + strength omega(c, s, t) (cond - uncond)`, t being the sigma of the call and s the one its step goes to.
+    """`cond + strength omega(c, s, t) (cond - uncond)`, for a step from t, the sigma of the call, to s.
 
     On ComfyUI's cond and uncond, which are x - x0: guidance is affine, so the result is x - (guided x0), in one pass.
-    The sampler's cfg does not enter. Without a negative the result is cond. s is what
-    `lgd_kernels.integrations.k_diffusion.next_sigma` finds in the run's sigmas; nothing waits for the device.
+    The sampler's cfg has no effect. Without a negative the result is cond.
+    `lgd_kernels.integrations.k_diffusion.next_sigma` finds s in the run's sigmas, without waiting for the device.
 
-    Raises ValueError for a table with NaN or infinities, and in the call for one whose knots are of another scale than
-    the model's times, where these can be read on the host; the node asks the model itself.
+    Raises ValueError for a table with NaN or infinities. A call raises ValueError if the table's knots have another
+    scale than the model's times, where the host can read these; the node checks this against the model itself.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CFGFunction:
             raise ValueError(f"LearnedGuidance: `strength` is {strength}, expected a finite number")
         _check_finite(table)
         self.table, self.condition, self.strength, self.times = table, condition, strength, times
-        self.last = float(table.t_knots[-1]) if len(table.t_knots) > 1 else None  # of one knot any scale will do
+        self.last = float(table.t_knots[-1]) if len(table.t_knots) > 1 else None  # a single knot fits any scale
 
     def __call__(self, args: dict) -> torch.Tensor:
         from lgd_kernels import OmegaTable, guided_score
@@ -117,7 +117,7 @@ class CFGFunction:
         return guided_score(cond, uncond, omega)
 
     def check_model(self, sampling) -> None:
-        """Raise ValueError where the table's knots are of another scale than the times of a ComfyUI model_sampling."""
+        """Raise ValueError if the table's knots have another scale than the times of a ComfyUI model_sampling."""
         top = getattr(sampling, "sigma_max", None)
         if top is None or self.last is None:
             return
@@ -131,7 +131,8 @@ class CFGFunction:
             self._refuse(f"this model's {self.times}s reach {reach[self.times]:g}", *hints)
 
     def _check_scale(self, sampling, run: torch.Tensor) -> None:
-        """What the host can read for nothing; a run may begin below the model's largest sigma."""
+        """Check the scale where the host can read it without waiting. A run may begin below the model's largest
+        sigma."""
         top = getattr(sampling, "sigma_max", None)
         if top is not None and getattr(top, "device", torch.device("cpu")).type == "cpu":
             self.check_model(sampling)
@@ -164,7 +165,7 @@ class LearnedGuidance:
         try:
             return os.path.getmtime(_file(path))
         except (OSError, ValueError):
-            return math.nan  # the node runs, and says what is wrong
+            return math.nan  # so that the node runs and reports the error
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"
@@ -180,10 +181,10 @@ class LearnedGuidance:
 
 
 def _evaluated(args: dict) -> torch.Tensor | None:
-    """Whether a negative was evaluated in this call; None where there surely was one.
+    """Whether a negative was evaluated in this call; None if one certainly was.
 
-    Where it was not, uncond_denoised keeps the zeros that it is allocated with: without a negative (input_uncond is
-    None, or not passed by an older ComfyUI), and where each of its entries is limited to other steps.
+    If none was, uncond_denoised keeps the zeros that it was allocated with. That is so without a negative (input_uncond
+    is None, or an older ComfyUI does not pass it), and if every entry of it is limited to other steps.
     """
     given = args.get("input_uncond")
     for entry in given if isinstance(given, (list, tuple)) else [given]:
@@ -197,7 +198,7 @@ def _evaluated(args: dict) -> torch.Tensor | None:
 
 
 def _file(path: str) -> str:
-    """Where a table lies. Outside ComfyUI that is its path; inside, only files of its folders are looked for."""
+    """The path of a table's file. In ComfyUI, look only in the folders of tables."""
     try:
         import folder_paths
     except ImportError:

@@ -37,11 +37,11 @@ class LearnedGuidance(BaseGuidance):
     Args:
         omega: a float; a tensor `[B]`, one weight for each sample or prompt; or a function `omega(c, s, t) -> [B]`, an
             nn.Module or an `OmegaTable`. omega = guidance_scale - 1: 0 is the conditional prediction alone.
-        scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler; for functions and intervals: t
-            and s are neighbours in its timesteps, as `diffusers_plans.times_of` makes times of them: indices of the
-            training table and -1 for the data, or for flow matching t in [0, 1]; float32 `[B]`. A step whose timestep
-            this scheduler does not have raises ValueError; on a GPU, where the host does not see it, omega is NaN.
-        times: `times(scheduler) -> [N + 1]`, other times than those.
+        scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler. Functions and intervals need
+            it: t and s, float32 `[B]`, are neighbours in its timesteps, as `diffusers_plans.times_of` converts them:
+            indices of the training table and -1 for the data, or t in [0, 1] for flow matching. A step whose timestep
+            this scheduler does not have raises ValueError; on a GPU, where the host does not read it, omega is NaN.
+        times: `times(scheduler) -> [N + 1]`, to use other times than those.
         condition: the name of the pipeline's input that is c, such as "prompt_embeds"; None takes the first. Set
             `guider.condition_value` to give c itself, e.g. int64 labels `[B]`: a table needs integers.
         interval: `(low, high)`: no guidance but for low < t <= high, and no unconditional call where t is on the host.
@@ -50,13 +50,14 @@ class LearnedGuidance(BaseGuidance):
         start, stop, enabled: as in every guider: shares of the steps.
         impl: as in `guided_score`.
 
-    omega does not depend on the sample, so a function is called once for a run, with N * B rows; one that requires grad
-    in every step. In a loop of your own: `set_state`, `prepare_inputs` (or set `condition_value`), then
-    `forward(pred_cond, pred_uncond).pred`. With `num_images_per_prompt` n, a tensor omega and `condition_value` of one
-    entry for each prompt are repeated, n times each in turn, as diffusers repeats prompts.
+    omega does not depend on the sample, so the guider calls a function once for a run, with N * B rows, or in every
+    step if its result requires grad. In a loop of your own: `set_state`, `prepare_inputs` (or set `condition_value`),
+    then `forward(pred_cond, pred_uncond).pred`. With `num_images_per_prompt` n, the guider repeats each entry of a
+    tensor omega or `condition_value` that has one entry for each prompt n times, in the order in which diffusers
+    repeats prompts.
 
-    `guidance_scale` is 1 + omega, for models with an embedding of it (LCM): they read w = guidance_scale - 1. It is one
-    number, so for other omegas it has to be set, and then is of no other use.
+    `guidance_scale` is 1 + omega, for models with an embedding of it (LCM), which read w = guidance_scale - 1. It is
+    one number: if omega is a tensor or a function, set it yourself; it has no other effect.
 
     Saved by `save_pretrained` are numbers and names only; load with
     `LearnedGuidance.from_pretrained(folder, omega=network, scheduler=pipe.scheduler)`.
@@ -124,7 +125,7 @@ class LearnedGuidance(BaseGuidance):
 
     @property
     def scheduler(self) -> SchedulerMixin | None:
-        """The one that samples: the pipeline's of now, where a pipeline was given."""
+        """The scheduler that samples: the current one of the pipeline, if a pipeline was given."""
         return self._sampled_by.scheduler if self._follows else self._sampled_by
 
     @scheduler.setter
@@ -133,12 +134,12 @@ class LearnedGuidance(BaseGuidance):
 
     @property
     def guidance_scale(self) -> float:
-        """1 + omega; for an omega that is no number, what was set. A model with an embedding of it reads it."""
+        """1 + omega, or the value that was set if omega is no number. Models with an embedding of it read it."""
         if isinstance(self.omega, float):
             return 1 + self.omega
         if self._scale is None:
             raise ValueError(
-                "LearnedGuidance: the model asks for a `guidance_scale`, one number to embed, but omega is a "
+                "LearnedGuidance: the model reads `guidance_scale`, one number to embed, but omega is a "
                 f"{type(self.omega).__name__}; set guider.guidance_scale = 1 + the weight to embed"
             )
         return self._scale
@@ -212,9 +213,11 @@ class LearnedGuidance(BaseGuidance):
         return self._run
 
     def _place(self) -> int | Tensor:
-        """Which call of the run this is, found once a step."""
+        """The index of this call in the run, found once in each step."""
         if self.scheduler is None:
-            raise ValueError("LearnedGuidance: functions and intervals need times; pass scheduler=pipe.scheduler")
+            raise ValueError(
+                "LearnedGuidance: functions and intervals need times; pass scheduler=pipe or pipe.scheduler"
+            )
         if self._step is None:
             raise ValueError("LearnedGuidance: call set_state(step, steps, timestep) before each step, as pipelines do")
         if self._where is None:
@@ -222,10 +225,11 @@ class LearnedGuidance(BaseGuidance):
         return self._where
 
     def _found(self) -> int | Tensor:
-        """Where the timestep lies in the scheduler's, of which pipelines pass a view; for a copy counted from
-        begin_index, or found by its value for schedulers that have none. (Pipelines that begin in the middle count
-        their own steps from 0.) Where it is not there another scheduler samples: an error where the host can see it;
-        on a device the row after the last, which is NaN."""
+        """The place of the timestep in the scheduler's timesteps. Pipelines pass a view of these, whose offset gives
+        the place. For a copy, count from begin_index, or search for the value if the scheduler has no begin_index.
+        (Pipelines that begin in the middle count their own steps from 0.) If the timestep is not there, another
+        scheduler samples: raise an error if the host can read it; on a device, return the row after the last, which is
+            NaN."""
         timesteps, at = self.scheduler.timesteps, self._timestep
         begin, place = getattr(self.scheduler, "begin_index", None), None
         if begin is not None:
@@ -245,7 +249,7 @@ class LearnedGuidance(BaseGuidance):
             hits = hits.tolist()
             if place is None and self._offset is None and any(hits):
                 places = [index for index, hit in enumerate(hits) if hit]
-                self._offset = places[:2][-1] - self._step  # the second of a timestep that repeats, as diffusers has it
+                self._offset = places[:2][-1] - self._step  # the second of a repeated timestep, as in diffusers
             if place is None and self._offset is not None:
                 place = self._step + self._offset
             if place is None or not 0 <= place < len(hits) or not hits[place]:
@@ -265,11 +269,11 @@ class LearnedGuidance(BaseGuidance):
         return unset and count == self.scheduler.config.get("num_train_timesteps") != self._num_inference_steps
 
     def _another(self) -> str:
-        said = "set_timesteps was never called on it" if self._unset() else "it has another timestep there"
+        why = "set_timesteps was never called on it" if self._unset() else "it has another timestep there"
         return (
-            f"LearnedGuidance: step {self._step} of {self._num_inference_steps} is not one of the guider's scheduler, "
-            f"a {type(self.scheduler).__name__}: {said}; set guider.scheduler = pipe, which follows the pipeline where "
-            "its scheduler is replaced, or guider.scheduler = pipe.scheduler"
+            f"LearnedGuidance: step {self._step} of {self._num_inference_steps} is no step of the guider's scheduler, "
+            f"a {type(self.scheduler).__name__}: {why}; set guider.scheduler = pipe, to use the pipeline's current "
+            "scheduler, or guider.scheduler = pipe.scheduler"
         )
 
     def _omega(self, pred: Tensor) -> float | Tensor:
@@ -280,7 +284,7 @@ class LearnedGuidance(BaseGuidance):
         place, c = self._place(), self._stashed if self.condition_value is None else self.condition_value
         made_for = pred.shape[0], pred.device, torch.is_grad_enabled()
         stale = self._rows is None or self._made_for[:-1] != made_for or self._made_for[-1] is not c
-        if stale or self._rows.requires_grad:  # a backward frees what these rows were made with
+        if stale or self._rows.requires_grad:  # a backward pass frees the graph of these rows
             with _ordinary():
                 self._rows, self._made_for = self._table(pred, c), (*made_for, c)
         if isinstance(place, int):
@@ -323,7 +327,7 @@ class LearnedGuidance(BaseGuidance):
 
 
 def _repeated(name: str, value: Tensor, batch: int) -> Tensor:
-    """One entry for each sample; those of a prompt are its images, which diffusers keeps together."""
+    """Repeat the entries of prompts for their samples: diffusers keeps the images of a prompt together."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"LearnedGuidance: `{name}` is a {type(value).__name__}, expected a tensor [B, ...]; set "
@@ -340,14 +344,14 @@ def _repeated(name: str, value: Tensor, batch: int) -> Tensor:
 
 
 def _shares(at: Tensor, timesteps: Tensor) -> bool:
-    """Whether one is an entry of the other, by its memory: the host knows that without its value."""
+    """Whether `at` is an entry of `timesteps` in memory, which the host knows without reading values."""
     same = at.dtype == timesteps.dtype and at.device == timesteps.device and timesteps.ndim == 1
     return same and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
 
 
 @contextlib.contextmanager
 def _ordinary():
-    """Outside inference mode, with grad as it is: what is kept from step to step may be used in a later training."""
+    """Leave inference mode, without grad, so that a later training can use the tensors that are kept between steps."""
     if not torch.is_inference_mode_enabled():
         yield
         return

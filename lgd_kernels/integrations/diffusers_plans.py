@@ -34,7 +34,7 @@ LINEAR = {  # settings with which a step is no longer linear with factors of the
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     },
 }
-STEP = (  # methods that a subclass with the same step leaves alone
+STEP = (  # a subclass with the same step does not override these
     "step",
     "scale_model_input",
     "convert_model_output",
@@ -43,7 +43,7 @@ STEP = (  # methods that a subclass with the same step leaves alone
     "_sigma_to_alpha_sigma_t",
     "_get_variance",
 )
-ROUNDING = 1e-5  # of a sigma: what two spacings may differ by where they meet
+ROUNDING = 1e-5  # relative: how far two sigmas may differ where spacings meet
 
 
 class VPSigma(Schedule):
@@ -70,7 +70,7 @@ def check_kind(kind: str | None) -> None:
 
 
 def kind_of(scheduler) -> str | None:
-    """Which of `KINDS` it is, or is a subclass of."""
+    """The one of `KINDS` that a scheduler is an instance of, or None."""
     return next((kind for kind in KINDS if isinstance(scheduler, getattr(diffusers, kind))), None)
 
 
@@ -132,7 +132,7 @@ def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
 
 
 def _prediction(kind: str, config: dict) -> str:
-    """Our name for what its network predicts. Raises ValueError where its step is not that of such a prediction."""
+    """Our name for a scheduler's prediction_type. Raises ValueError if its step takes no such prediction."""
     if kind == FLOW:
         return "flow"
     name, flow = config["prediction_type"], kind == DPM and config["use_flow_sigmas"]
@@ -147,7 +147,7 @@ def _prediction(kind: str, config: dict) -> str:
 
 
 def _falling(sigmas: Tensor) -> Tensor:
-    """A spacing and the sigma it ends at are rounded apart: up by as much is no step. diffusers takes it as one."""
+    """Sigmas that rise by no more than rounding, where a spacing meets its last sigma, made a step of length 0."""
     lowest = sigmas.cummin(0).values
     return lowest if bool((sigmas - lowest <= ROUNDING * lowest).all()) else sigmas
 

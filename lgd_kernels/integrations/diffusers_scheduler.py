@@ -25,9 +25,9 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         scheduler: DDIM, FlowMatchEulerDiscrete, EulerDiscrete, EulerAncestralDiscrete or DPMSolverMultistep (order 1 or
-            2, midpoint, also its SDE), or a subclass that leaves its step alone, with settings that keep a step linear:
-            no clip_sample, no thresholding. Its configuration is taken, and all else that is asked for (timesteps,
-            add_noise, ...) is answered by it.
+            2, midpoint, also its SDE), or a subclass that does not override the step, with settings that keep a step
+            linear: no clip_sample, no thresholding. FusedScheduler takes its configuration and forwards all other
+            attributes (timesteps, add_noise, ...) to it.
 
     Steps count up from `begin_index`, or from where the first timestep stands, as diffusers' do. A timestep `[B]`, of
     the scheduler's timesteps, places each sample by itself, and counts nothing.
@@ -75,15 +75,15 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return len(self.inner)
 
     def _at_our_step(self, method):
-        """The scheduler's method, told which step comes next: once a run is on its way, they add the noise of that."""
+        """Wrap add_noise or scale_noise, so that they add the noise of the next step once a run has started."""
 
         @functools.wraps(method)
-        def told(*args, **kwargs):
+        def at_our_step(*args, **kwargs):
             if hasattr(self.inner, "_step_index"):
                 self.inner._step_index = self.step_index
             return method(*args, **kwargs)
 
-        return told
+        return at_our_step
 
     @property
     def step_index(self) -> int | None:
@@ -104,8 +104,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         sigmas: list | None = None,
         mu: float | None = None,
     ) -> None:
-        """Lays out a run, and works out its factors. What the scheduler itself does not take, it refuses; a run that is
-        no plan raises ValueError: without steps, with sigmas that rise or are NaN, an epsilon prediction at signal 0.
+        """Set up a run and compute its factors. The scheduler refuses arguments that it does not take. Raises
+        ValueError for a run without steps, with sigmas that rise or are NaN, or with an epsilon prediction at signal 0.
         """
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(
@@ -155,7 +155,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             model_output: the prediction, guided or, with `uncond`, conditional: then guided on the way, in the same
                 pass, with `omega` and `rule` as in `guided_step`.
             timestep: of this run: a number, 0-dim, or `[B]`.
-            eta: DDIM's, in [0, 1]; others ignore it, as pipelines pass it to whatever takes it.
+            eta: for DDIM, in [0, 1]; others ignore it, since pipelines pass it to every scheduler that takes it.
             generator, variance_noise: of schedulers that draw; or set `seed`.
 
         Raises ValueError for a timestep that is not the one to come (`[B]`: not of this run), where the host can see

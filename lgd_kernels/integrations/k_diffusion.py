@@ -6,9 +6,9 @@ A sampler is called as there, `sample_euler(model, x, sigmas, extra_args=None, c
     model = GuidedDenoiser(denoiser, omega, sigmas)
     x = sample_dpmpp_2m(model, x, sigmas, extra_args={"cond": c, "uncond": u, "condition": labels})
 
-Samplers run without grad, as there; `grad=True` keeps what is set around the call. `disable` is accepted, and no
-progress bar is shown. Every step is one pass over memory: the factors of a run are a table (`lgd_kernels.solvers`),
-worked out in float64.
+As in k-diffusion, samplers run without grad; with `grad=True` they keep the grad mode of the caller. They accept
+`disable`, and show no progress bar. Every step is one pass over memory: the factors of a run are a table
+(`lgd_kernels.solvers`), computed in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lgd_kernels.sampler import seed_of
 from lgd_kernels.schedules import EDM
 from lgd_kernels.step_plan import StepPlan
 
-CHURNED: ContextVar[Tensor | None] = ContextVar("CHURNED", default=None)  # sigma_hat of the run that goes on here
+CHURNED: ContextVar[Tensor | None] = ContextVar("CHURNED", default=None)  # sigma_hat of the current run
 NEAR = 1e-3  # relative: float16 rounds by 5e-4; neighbours of a run are further apart, or the nearest of them is taken
 
 
@@ -38,16 +38,16 @@ class GuidedDenoiser(nn.Module):
     """A denoiser for the samplers: `cond + omega(c, s, t) (cond - uncond)`, x0 by x0.
 
     Args:
-        denoiser: `denoiser(x, sigma, cond=..., **kwargs) -> x0`, as k-diffusion wraps a network; a third parameter of
-            another name is given `cond` by its place.
-        omega: a float, `[B]`, or a function `omega(c, s, t)` of sigmas `[B]`: t where the sample is, s the sigma that
-            the step goes to, found in `sigmas` on the device by `next_sigma`. omega = scale - 1.
+        denoiser: `denoiser(x, sigma, cond=..., **kwargs) -> x0`, as k-diffusion wraps a network. If its third parameter
+            has another name, `cond` is passed to it by position.
+        omega: a float, `[B]`, or a function `omega(c, s, t)` of sigmas `[B]`: t is the sigma of the sample, s the sigma
+            that the step goes to, which `next_sigma` finds in `sigmas` on the device. omega = scale - 1.
         sigmas: of the run, for functions.
         rule: as in `guided_score`, in x0 space.
-        keyword: the name of the denoiser's parameter that takes the condition, such as "class_cond", where it is not
-            `cond` and not the third.
-        s_churn, s_tmin, s_tmax: what k-diffusion's own samplers are given, so that s is also found where they call at
-            sigma_hat. The samplers of this module tell it themselves, unless it is compiled.
+        keyword: the name of the denoiser's parameter that takes the condition, such as "class_cond", if it is neither
+            `cond` nor the third.
+        s_churn, s_tmin, s_tmax: as passed to k-diffusion's own samplers, so that s is found when they call at
+            sigma_hat. The samplers of this module pass them on themselves, unless the GuidedDenoiser is compiled.
 
     Called as `(x, sigma, cond=..., uncond=..., condition=None, **kwargs)`; condition is the c of omega, cond by
     default, and kwargs go to the denoiser. Where omega is the number 0 the denoiser is called once.
@@ -73,7 +73,7 @@ class GuidedDenoiser(nn.Module):
         super().__init__()
         if callable(omega) and not isinstance(omega, Tensor) and sigmas is None:
             raise ValueError(
-                "GuidedDenoiser: `sigmas` is None, expected those of the run, in which s of omega(c, s, t) lies"
+                "GuidedDenoiser: `sigmas` is None, expected those of the run, from which s of omega(c, s, t) is taken"
             )
         if sigmas is not None:
             _check("GuidedDenoiser", sigmas)
@@ -103,15 +103,16 @@ class GuidedDenoiser(nn.Module):
 
 
 def next_sigma(sigmas: Tensor, sigma: Tensor, raised: Tensor | None = None) -> Tensor:
-    """Where a step from each sigma `[B]` goes: the largest of `sigmas` below it, 0 where there is none.
+    """Where a step from each sigma `[B]` goes: the largest of `sigmas` below it, or 0 if there is none.
 
-    Samplers call at sigmas that were rounded, or went through a logarithm. So a sigma within 1e-3 (bfloat16: 8e-3) of
-    one of the run, relatively, counts as the nearest of them, and one above all of them as the first. The order of
-    `sigmas` does not matter. Float32 `[B]`, or float64 as sigma; nothing waits for the device.
+    Samplers call at sigmas that were rounded, or went through a logarithm. So a sigma within a relative distance of
+    1e-3 (bfloat16: 8e-3) from one of the run counts as the nearest one, and a sigma above all of them counts as the
+    first. The order of `sigmas` does not matter. Returns float32 `[B]`, or float64 if sigma is; does not wait for the
+    device.
 
     Args:
-        raised: `[2, N]`, of a run with churn sigma_hat and sigma of each step: a sigma near a sigma_hat counts as its
-            sigma.
+        raised: `[2, N]`, sigma_hat and sigma of each step of a run with churn: a sigma near a sigma_hat counts as the
+            sigma of that step.
 
     >>> next_sigma(torch.tensor([4.0, 2.0, 1.0]), torch.tensor([4.0, 2.000001, 1.5, 1.0]))
     tensor([2., 1., 1., 0.])
@@ -138,8 +139,8 @@ def sample_euler(
         sigma_hat = sigma (1 + min(s_churn / N, sqrt(2) - 1))   where s_tmin <= sigma <= s_tmax,
         x += s_noise sqrt(sigma_hat^2 - sigma^2) z              before the call, which is at sigma_hat
 
-    z comes from `torch.randn_like`, once a step, as there; or, with `seed` (an int, a 0-dim tensor or `[B]`), is drawn
-    inside the kernel. Without churn nothing is drawn.
+    z comes from `torch.randn_like`, once a step, as in k-diffusion; with `seed` (an int, a 0-dim tensor or `[B]`) the
+    kernel draws it. Without churn nothing is drawn.
     """
     times, churning = _host("sample_euler", sigmas), _churning("sample_euler", sigmas, s_churn, s_tmin, s_tmax)
     _check_seed("sample_euler", seed, s_churn)
@@ -160,7 +161,7 @@ def sample_euler_ancestral(
 
     Noise comes from `noise_sampler(sigma, sigma_next)`, called where sigma_next is above 0; or, with `seed` (an int, a
     0-dim tensor or `[B]`), is drawn inside the kernel, step i from seed + (i << 32); else from `torch.randn_like`, as
-    there.
+    in k-diffusion.
     """
     times = _host("sample_euler_ancestral", sigmas)
     t, s = times[:-1], times[1:]
@@ -246,7 +247,7 @@ def _run(
 
 @contextlib.contextmanager
 def _churned(raised: Tensor | None):
-    """Every GuidedDenoiser that is called within finds its s, also inside another model."""
+    """Set sigma_hat for every GuidedDenoiser that is called in this block, also inside another model."""
     token = CHURNED.set(raised)
     try:
         yield
@@ -262,7 +263,7 @@ def _raised(sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> Ten
 
 
 def _churning(name: str, sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> dict:
-    """The settings, with bounds in the dtype of the sigmas, in which they are compared there."""
+    """Check the settings, and round the bounds to the dtype of the sigmas, in which k-diffusion compares them."""
     if not 0 <= s_churn < math.inf:
         raise ValueError(f"{name}: `s_churn` is {s_churn}, expected a finite number, 0 or more")
     low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype, device="cpu").tolist()
@@ -277,7 +278,7 @@ def _check_seed(name: str, seed, s_churn: float) -> None:
 
 
 def _fresh(x: Tensor, sigmas: Tensor, s_churn: float) -> Callable[[int], Tensor | None] | None:
-    """Noise as k-diffusion draws it: once for each step of a run, also where a step adds none."""
+    """Draw noise as k-diffusion does: once for each step of a run, even if the step adds none."""
     steps = len(sigmas) - 1
     return (lambda step: torch.randn_like(x) if step < steps - 1 else None) if s_churn else None
 
@@ -297,7 +298,7 @@ def _check(name: str, sigmas: Tensor) -> None:
 
 
 def _keyword(denoiser: Callable[..., Tensor]) -> str | None:
-    """The parameter of a denoiser that takes the condition; None for the third by its place."""
+    """The name of the parameter that takes the condition; None to pass it as the third positional argument."""
     function = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
     try:
         known = list(inspect.signature(function).parameters.values())
