@@ -192,10 +192,10 @@ def test_a_value_that_was_changed_is_damage(tmp_path):
     save(tmp_path / "omega", Constant(1.0))
     content = (tmp_path / "omega").read_bytes()
     (tmp_path / "omega").write_bytes(content[:-4] + torch.tensor(2.0).numpy().tobytes())
-    with pytest.raises(ValueError, match="omega is damaged: its digest does not fit"):
+    with pytest.raises(ValueError, match="omega is damaged: its digest does not match"):
         load(tmp_path / "omega")
     (tmp_path / "omega").write_bytes(content[:-4] + torch.tensor(torch.nan).numpy().tobytes())
-    with pytest.raises(ValueError, match=r"`omega` is not finite \(its digest does not fit"):
+    with pytest.raises(ValueError, match=r"`omega` is not finite \(its digest does not match"):
         load(tmp_path / "omega")
 
 

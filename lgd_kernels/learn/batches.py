@@ -16,7 +16,7 @@ from lgd_kernels.learn.objective import check_times, sample_times
 from lgd_kernels.learn.particles import Particles, draw
 from lgd_kernels.levels import Levels
 
-EXPECTED = {  # of every setting: its type, what holds of it, and that in words
+EXPECTED = {  # of every setting: its type, a test, and the test in words
     "batch": (int, lambda n: n >= 1, "an integer, 1 or more"),
     "particles": (int, lambda n: n >= 1, "an integer, 1 or more"),
     "delta": (float, lambda time: 0 < time < math.inf, "a number above 0"),

@@ -1,4 +1,4 @@
-"""The checkpoint of a run: a file that is whole or refused, and a lock on its folder, so that one run writes there."""
+"""The checkpoint of a run, a file that is complete or refused; and a lock, so that one run writes in its folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lgd_kernels import files_atomic
 
 LOCK = "trainer.lock"
 HELD: ContextVar[tuple[Path, ...]] = ContextVar("HELD", default=())  # folders that this thread has locked
-PARTIAL = "[0-9a-f]" * 16  # the names that files_atomic gives to files that are not whole yet
+PARTIAL = "[0-9a-f]" * 16  # the names that files_atomic gives to incomplete files
 MAGIC = b"lgd_kernels trainer 1\n"
 DIGEST = 32
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Save tensors, numbers, strings, lists and dicts of them. Killed meanwhile, it leaves the old file."""
+    """Save tensors, numbers, strings, lists and dicts of them. A process that is killed leaves the old file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def with_nan(state: Any, name: str = "") -> list[str]:
-    """Where in a checkpoint NaN is."""
+    """The names of the tensors in a checkpoint that contain NaN."""
     if isinstance(state, torch.Tensor):
         return [name] if bool(state.isnan().any()) else []
     if not isinstance(state, dict):
@@ -54,11 +54,11 @@ def with_nan(state: Any, name: str = "") -> list[str]:
 
 @contextmanager
 def locked(folder: Path, argument: str) -> Iterator[None]:
-    """Make the folder, where there is none, and hold its lock: one run at a time writes there.
+    """Create the folder if needed, and hold its lock, so that one run at a time writes there.
 
-    The system drops the lock when the process ends, however it ends, so no stale lock is ever in the way. The lock file
-    stays; it is empty. Where the system or the file system has no locks, nothing is locked. In a thread that holds the
-    lock already this does nothing. What a killed process has left half written in the folder is removed.
+    The system releases the lock when the process ends, however it ends, so a stale lock never blocks a run. The empty
+    lock file stays. If the system or the file system has no locks, nothing is locked. In a thread that already holds
+    the lock this does nothing. Incomplete files that a killed process left in the folder are removed.
 
     Raises ValueError, naming the argument, for a folder that cannot be made or written, or whose lock is held.
     """
@@ -91,7 +91,7 @@ def locked(folder: Path, argument: str) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the lock was free. It goes when the file is closed."""
+    """Take the lock, until the file is closed; return whether it was free."""
     try:
         import fcntl
 

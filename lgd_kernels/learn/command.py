@@ -43,7 +43,7 @@ SCHEDULES = {
 ROUNDS = 8  # draws of each held-out item
 KINDS = ("network", "table", "constant", "interval")
 OURS = Settings()
-NUMBERS = {  # of the options that are no settings of the trainer: what holds of them, and that in words
+NUMBERS = {  # of the options that are no settings of the trainer: a test, and the test in words
     "beta": (lambda beta: 0 < beta <= 2, "a power in (0, 2]"),
     "lam": (lambda lam: 0 <= lam <= 1, "a weight in [0, 1]"),
     "churn": (lambda churn: 0 <= churn <= 1, "a number in [0, 1]"),
@@ -112,12 +112,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.omega != "network" and (args.reward or args.resume):
         parser.error("--reward and --resume are for --omega network; the fits are exact, and take seconds")
     if (args.black_box or args.gamma) and not args.reward:
-        parser.error("--black-box and --gamma say something of a reward: pass --reward")
+        parser.error("--black-box and --gamma are options of a reward: pass --reward")
     return args
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """What of the options the trainer takes. Raises ValueError for a number that cannot be, naming its option."""
+    """The trainer's settings from the options. Raises ValueError, naming the option, for a number out of range."""
     for name, (holds, expected) in NUMBERS.items():
         if not holds(value := getattr(args, name)):
             raise ValueError(f"--{name} is {value}, expected {expected}")
@@ -134,8 +134,8 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command. Returns the exit status: 0; 2 for what was asked wrongly; 1 where NaN came up, or a file cannot
-    be written."""
+    """Run the command. Returns the exit status: 0; 2 for wrong options or inputs; 1 for NaN, or a file that cannot be
+    written."""
     args = parse(arguments)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # where the user's modules lie
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace, settings: Settings, device: torch.device) -> i
 
 
 def _same_run(args: argparse.Namespace) -> None:
-    """Refuse to resume, or to overwrite, a run that was asked for otherwise."""
+    """Refuse to resume a run with other options, or to overwrite a run."""
     path = args.out / "settings.json"
     if args.resume and path.exists():
         try:
@@ -274,7 +274,7 @@ def _try(frozen: Frozen, x0: Tensor, c: Tensor) -> None:
 
 
 def _compare_readings(frozen: Frozen, data: Data, count: int, device: torch.device) -> None:
-    """Warn where the model seems to return something else than --prediction."""
+    """Warn if the model seems to return something other than --prediction."""
     size = size_of(data)
     items = torch.linspace(0, size - 1, min(count, size), device="cpu", dtype=torch.float64).long()
     found = readings.readings(frozen, *(one.to(device) for one in items_of(data, items)))

@@ -1,4 +1,4 @@
-"""The lines that the command prints last: Python that samples the model with the learned omega, as they stand."""
+"""The lines of Python that the command prints last: they sample the model with the learned omega."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ STEPS = 20
 
 
 def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | None, device: str) -> list[str]:
-    """Without an empty line or a block, so that they can be pasted. They need the model's module, and embeddings' data.
+    """Lines without empty lines or blocks, so that they can be pasted. They import the model's module; for embeddings
+    they load the data.
 
     Args:
         x0: items `[N, ...]`, for their shape and dtype.
@@ -76,6 +77,6 @@ def _expression(text: str) -> tuple[str, str]:
 
 
 def _start(args: argparse.Namespace, frozen: Frozen) -> float:
-    """The unit time to start at: pure noise, unless eps says nothing of the data there."""
+    """The unit time to start at: pure noise, unless an eps prediction at signal 0 rules that out."""
     signal, _ = frozen.schedule.signal_noise(frozen.schedule.from_unit(torch.ones(1, device="cpu")))
     return 1 - (args.zeta or 0.01) if frozen.prediction == "eps" and float(signal) == 0 else 1

@@ -127,7 +127,9 @@ def fit_table(
     axes = (torch.arange(size, device="cpu") for size in shape)
     i, j, k = (index.flatten() for index in torch.meshgrid(*axes, indexing="ij"))
     read = omega_at(OmegaLookup(values, s_knots, t_knots, i, s_knots[j], t_knots[k]), values)
-    return OmegaTable(read.view(shape).to(s_knots.dtype), s_knots, t_knots)  # each knot takes what a lookup reads there
+    return OmegaTable(
+        read.view(shape).to(s_knots.dtype), s_knots, t_knots
+    )  # the value of each knot is what a lookup reads there
 
 
 def fit_constant(
@@ -151,7 +153,7 @@ def fit_constant(
     """
     bracket = _bracket("fit_constant", bracket)
     problem = alone(joined(curves), bracket, {"beta": beta, "lam": lam, "unbiased": unbiased})
-    with torch.device("cpu"):  # as the values, whatever the default is
+    with torch.device("cpu"):  # where the values are, whatever the default device
         return Constant(float(problem.descend(problem.constants(1)[:, None])))
 
 

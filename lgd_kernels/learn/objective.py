@@ -101,7 +101,7 @@ def sample_times(
 
 
 def check_times(where: str, delta: float, zeta: float, s_min: float) -> None:
-    """Raise ValueError where these leave no pair of times."""
+    """Raise ValueError if these leave no pair of times."""
     if not (delta > 0 and zeta >= 0 and s_min >= 0 and s_min <= 1 - zeta - delta):
         raise ValueError(
             f"{where}: delta = {delta}, zeta = {zeta}, s_min = {s_min} leave no times: expected delta > 0 and "

@@ -1,4 +1,4 @@
-"""What does the model return? Its output is read in all four ways, and compared with the data."""
+"""Find out what a model returns: read its output as each prediction, and compare with the data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lgd_kernels.levels import Levels, per_sample, x0_coefficients
 from lgd_kernels.philox import philox_normal
 
 UNIT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-LEAST, LARGE = 0.1, 0.3  # of a bias: below the first it is chance
+LEAST, LARGE = 0.1, 0.3  # biases: below LEAST it is chance
 HALF = 0.5
 
 
 class Reading(NamedTuple):
-    """How well the data fit a model whose output p is the mean of y given x_t, y = x0, z, v or z - x0.
+    """How well the data fit a model whose output p is the mean of y given x_t, where y is x0, z, v or z - x0.
 
     bias: root mean square, over five times, of the correlations of p - y with x_t and with p; both are 0 for that mean.
     error: the squared error of x0 that follows from p, as a geometric mean over the times.
@@ -31,8 +31,8 @@ class Reading(NamedTuple):
 def readings(frozen: Frozen, x0: Tensor, c: Tensor, seed: int = 0) -> dict[str, Reading]:
     """All four readings of one call of the model, with the conditions c.
 
-    The error alone does not tell: at low noise it is small for a reading that leaves x as it is, at high noise for one
-    that ignores x. Nor does the bias of a model that is far off. `better` weighs both.
+    The error alone does not decide: at low noise it is small for a reading that returns x unchanged, at high noise for
+    one that ignores x. Nor does the bias decide, if the model is inaccurate. `better` uses both.
 
     Args:
         x0, c: clean data `[N, ...]` and their conditions; item i is noised to time i modulo 5.
@@ -73,9 +73,9 @@ def readings(frozen: Frozen, x0: Tensor, c: Tensor, seed: int = 0) -> dict[str, 
 def better(found: dict[str, Reading], prediction: str) -> str | None:
     """The reading that fits the data clearly better than `prediction`, or None.
 
-    It has half the bias or less, and less error; or a quarter of the error or less, where `prediction` has a large
-    bias. On models of normal classes, whose means were right or short by up to a half, this gave no false alarm in 768
-    trials with the right prediction, and noticed 96 % of the wrong ones where the means were right.
+    It has less than half the bias and less error; or less than a quarter of the error, if `prediction` has a large
+    bias. On models of normal classes, with means that were right or up to one half too small, this gave no false alarm
+    in 768 trials with the right prediction. With right means it detected 96 % of the wrong predictions.
     """
     own, others = found[prediction], [name for name in found if name != prediction]
     best = min(others, key=lambda name: found[name].bias)

@@ -30,7 +30,7 @@ from lgd_kernels.progress import Track, silent
 
 
 class NotFinite(ArithmeticError):
-    """A loss, a gradient or a weight is NaN or infinite: what was seen. omega is as it was before the update."""
+    """A loss, a gradient or a weight is NaN or infinite; the message says where. omega is as before the update."""
 
 
 class Trainer:
@@ -46,8 +46,8 @@ class Trainer:
         loss: `(particles, omega [B]) -> [B]`, such as those of `lgd_kernels.learn`, `functools.partial` of one with
             other options, or `with_reward(...)`.
         held_out: more such data, for a loss of the average omega on draws that stay the same.
-        folder: where the checkpoint goes; None keeps none. It is made here. While one trainer trains in it, another is
-            refused, also in another process.
+        folder: where the checkpoint goes; None keeps none. The trainer creates it. While one trainer trains in it,
+            another one, also in another process, raises ValueError.
         every: so many updates make an interval, after which a row is logged and a checkpoint written; so at the end.
         logs: functions that take each row, a dict of numbers: see `lgd_kernels.learn.logs`.
 
@@ -102,12 +102,12 @@ class Trainer:
         self.path = Path(folder) / "trainer.ckpt" if folder is not None else None
         self.every, self.logs, self.step = every, logs, 0
         with self._alone():
-            pass  # refused now, not at the first checkpoint
+            pass  # raises now, not at the first checkpoint
         self.device = next(omega.parameters()).device
         self.batches = Batches(frozen, data, settings, self.device)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
-        if isinstance(omega, (OmegaNetwork, TableModule, Constant, Interval, ClampLinear)):  # files keep both
+        if isinstance(omega, (OmegaNetwork, TableModule, Constant, Interval, ClampLinear)):  # files store both
             know(self.ema, getattr(omega, "schedule", frozen.schedule), frozen.prediction)
         self.weights, self.means = ([p for p in one.parameters() if p.numel()] for one in (omega, self.ema))
         self.before = [weight.detach().clone() for weight in self.weights]
@@ -115,8 +115,8 @@ class Trainer:
         self.validation: list[Particles] | None = None
 
     def train(self, steps: int, track: Track = silent) -> None:
-        """Update until `steps` updates are done in all. Raises NotFinite before an update would spoil omega, and
-        ValueError where another trainer trains in the folder.
+        """Update until `steps` updates are done in all. Raises NotFinite before an update would make omega NaN, and
+        ValueError if another trainer trains in the folder.
 
         Args:
             steps: how many; those before a resume count.
@@ -186,7 +186,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint: whole, or not at all. Raises NotFinite where NaN would be in it, and writes nothing."""
+        """Write the checkpoint completely or not at all. Raises NotFinite, before it writes, for NaN."""
         if self.path is None:
             raise ValueError("Trainer.save: there is no folder; pass Trainer(..., folder=...)")
         state = {"run": json.dumps(self._run()), "step": self.step, "generator": self.batches.generator.get_state()}
@@ -200,11 +200,11 @@ class Trainer:
             checkpoint.write(self.path, state)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint in the folder; False where there is none: then the files of `logs` start anew.
+        """Continue from the checkpoint in the folder; False if there is none: then the files of `logs` start anew.
 
         Raises ValueError for a file that is damaged, that holds NaN, or that another run wrote: other settings, another
-        omega, schedule or amount of data. (The loss and the denoiser cannot be told; pass the same.) Nothing has
-        changed then.
+        omega, schedule or amount of data. (It cannot compare the loss and the denoiser; pass the same.) After an
+        error nothing has changed.
         """
         if self.path is None or not self.path.exists():
             self._rewind()
@@ -230,13 +230,13 @@ class Trainer:
         return True
 
     def _rewind(self) -> None:
-        """Drop what the logs have of updates that are not done, or were lost."""
+        """Drop the rows of the logs after the current step: those updates are not done, or were lost."""
         if distributed.rank_and_size()[0] == 0:
             for log in self.logs:
                 getattr(log, "rewind", lambda step: None)(self.step)
 
     def _alone(self) -> AbstractContextManager:
-        """Holds the lock of the folder, where there is one. Rank 0 does."""
+        """Hold the lock of the folder, if there is one, on rank 0."""
         if self.path is None or distributed.rank_and_size()[0] != 0:
             return nullcontext()
         return checkpoint.locked(self.path.parent, "Trainer: `folder`")

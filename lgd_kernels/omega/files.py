@@ -2,10 +2,10 @@
 
 tensors   the parameters and buffers of a module; values, s_knots and t_knots of a table
 header    format "lgd_kernels.omega" · version · kind · settings (JSON) · schedule (JSON, or null) · digest,
-          and the prediction, where that is known
+          and the prediction, if it is known
 
-The digest is the SHA-256 of the whole file, in hex, with 64 zeros in its own place. The first files had none: a header
-of exactly format, version, kind, settings and schedule needs none, any other header does.
+The digest is the SHA-256 of the whole file, in hex, computed with 64 zeros in place of the digest. Early files had
+none: a header with only format, version, kind, settings and schedule needs no digest, any other header does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lgd_kernels.schedules import Schedule
 FORMAT, VERSION = "lgd_kernels.omega", 1
 FIRST = {"format", "version", "kind", "settings", "schedule"}  # the header of files without a digest
 BLANK = "0" * 64  # stands for the digest while it is computed
-DAMAGED = "its digest does not fit: its content is not what was written"
+DAMAGED = "its digest does not match: it was changed after it was written"
 UNREADABLE = (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError)  # RecursionError is a RuntimeError
 KINDS = {
     "network": OmegaNetwork,
@@ -56,7 +56,7 @@ def save(
         omega: an `OmegaNetwork`, `OmegaTable`, `Constant`, `Interval` or `ClampLinear`, on any device.
         schedule: whose times s and t are. A network knows its own; a constant needs none; for the rest it must be
             given, since a table of times means nothing without it.
-        prediction: what the model returns that omega was learned for. By default `omega.prediction`, where it has one.
+        prediction: what the model returned when omega was learned. By default `omega.prediction`, if it has one.
 
     Raises TypeError or ValueError for anything else, and for tensors that `load` would refuse, such as NaN; ImportError
     where safetensors is not installed.
@@ -109,8 +109,8 @@ def load(
 ) -> nn.Module | OmegaTable:
     """Read what `save` wrote: the same values, bit for bit, and no code but ours runs.
 
-    The tensors are copies: what happens to the file afterwards does not reach them. The schedule and the
-    prediction that the file was saved with are `omega.schedule` and `omega.prediction`, where they are known.
+    The tensors are copies: later changes of the file do not affect them. The schedule and the prediction that the file
+    was saved with become `omega.schedule` and `omega.prediction`, if they are known.
 
     Args:
         schedule: if given, the file must have been saved with this one.
@@ -118,10 +118,10 @@ def load(
         prediction: if given, the file must have been saved with this one, or with none.
 
     Raises ValueError, naming the file and what is wrong with it, for anything that `save` did not write: no
-    safetensors file, a foreign one, a damaged or edited one (every bit counts), another version or kind, another
-    schedule or one that is none (negative betas, sigma_max below sigma_min), tensors that are missing, of another shape
-    or dtype or not finite, knots that do not increase. Random state is left alone, and a header that lies about sizes
-    allocates nothing.
+    safetensors file, a foreign one, a damaged or edited one (the digest covers every bit), another version or
+    kind, another schedule or an invalid one (negative betas, sigma_max below sigma_min), tensors that are missing, of
+    another shape or dtype or not finite, knots that do not increase. Random state is left alone, and a header that lies
+    about sizes allocates nothing.
     """
     path = Path(path)
     header, tensors, intact = _read(path)
@@ -191,7 +191,8 @@ def described(schedule: Schedule) -> dict:
 
 
 def schedule_of(description: dict) -> Schedule:
-    """The other way. An error for what `described` did not make, and for numbers that make no schedule."""
+    """The schedule of a description. Raises for what `described` did not make, and for numbers that make no
+    schedule."""
     settings = dict(description)
     name = settings.pop("name", None)
     if name not in SCHEDULES:
@@ -202,7 +203,7 @@ def schedule_of(description: dict) -> Schedule:
         settings["dtype"] = _dtype(settings["dtype"])
     schedule = SCHEDULES[name](**settings)
     times = schedule.from_unit(torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu"))
-    rises = bool((times.diff() > 0).all()) or name == "Discrete"  # a short table rounds times together
+    rises = bool((times.diff() > 0).all()) or name == "Discrete"  # a short table rounds neighbouring times to one
     signal, noise = (level.double() for level in schedule.signal_noise(times))
     slack = 1e-12 * noise[-1]  # where levels saturate, rounding is not monotone
     falls = bool((signal.diff() <= slack).all() and (noise.diff() >= -slack).all() and noise[-1] > noise[0] >= 0)
@@ -214,7 +215,7 @@ def schedule_of(description: dict) -> Schedule:
 
 
 def _prediction(where: str, given: str | None, known: str | None, of: str) -> str | None:
-    """What is known of it; ValueError where the two differ, or for what is none."""
+    """The prediction of omega, if it is known. Raises ValueError if the two differ, or for a name that is none."""
     for one in (given, known):
         if one is not None and one not in PREDICTIONS:
             raise ValueError(f"{where}: `prediction` of {of} is {one!r}, expected one of {', '.join(PREDICTIONS)}")
@@ -226,7 +227,7 @@ def _prediction(where: str, given: str | None, known: str | None, of: str) -> st
 
 
 def _made(kind: str, settings: dict, schedule: Schedule | None, tensors: dict[str, Tensor]) -> nn.Module | OmegaTable:
-    """Of tensors on the CPU. A ValueError says what does not fit."""
+    """omega from tensors on the CPU. Raises ValueError that says what does not fit."""
     if kind == "table":
         _fit(tensors, {name: None for name in ("values", "s_knots", "t_knots")})
         return OmegaTable(**tensors)
@@ -253,7 +254,7 @@ def _fit(tensors: dict[str, Tensor], expected: dict[str, torch.Size | None]) -> 
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], bool]:
-    """(header, tensors, whether the digest fits). The file is read, not mapped: rewriting a mapped file would change
+    """(header, tensors, whether the digest matches). The file is read, not mapped: rewriting a mapped file would change
     the tensors, and truncating it would end the process."""
     safetensors = _safetensors()
     if path.exists() and not path.is_file():

@@ -92,7 +92,7 @@ class OmegaNetwork(nn.Module):
         return self._omega(c, s, t)
 
     def _omega(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """For s after t too, where a table has corners."""
+        """omega, also for s > t, where a table has corners."""
         weight = self.head[-1].weight
         log_snr = torch.stack([self.schedule.log_snr(time) for time in (s, t)], -1)  # [B, 2]
         hidden = self.time(log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT).to(weight.dtype) / LOG_SNR_LIMIT)
@@ -153,7 +153,7 @@ class OmegaNetwork(nn.Module):
         c, i, j = (index.flatten() for index in torch.meshgrid(*axes, indexing="ij"))
         c = None if conditions is None else conditions[c]
         self._check(c, s[i], t[j])
-        with torch.autocast(s.device.type, enabled=False):  # a table has the network's dtype, and an error in it
+        with torch.autocast(s.device.type, enabled=False):  # the table and its error have the network's dtype
             return self._omega(c, s[i], t[j]).view(shape)
 
     def _check(self, c: Tensor | None, s: Tensor, t: Tensor) -> None:

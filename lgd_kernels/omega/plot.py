@@ -1,4 +1,4 @@
-"""omega in a picture: t to the right, s upwards."""
+"""Draw omega: t to the right, s upwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(
     schedule: Schedule | None = None,
     ends: tuple[float, float] = (0.0, 1.0),
 ) -> Any:
-    """omega for the first few `conditions`, `[C]` or `[C, E]`, a panel for each: over unit times where there is a
+    """Draw omega for the first few `conditions`, `[C]` or `[C, E]`, in a panel for each: over unit times with a
     schedule, else over times from `ends[0]` to `ends[1]`."""
     try:
         from matplotlib.figure import Figure
@@ -49,9 +49,9 @@ def draw(
 
 
 def heat(panel: Any, values: Tensor, title: str, top: float, ends: tuple[float, float] = (0.0, 1.0)) -> Any:
-    """One panel: omega `[s, t]` on an even grid from `ends[0]` to `ends[1]`, blank where s >= t.
+    """Draw one panel: omega `[s, t]` on an even grid from `ends[0]` to `ends[1]`, blank where s >= t.
 
-    `panel` is matplotlib's Axes; returns the image in it."""
+    `panel` is a matplotlib Axes. Returns the image in it."""
     values = torch.as_tensor(values, device="cpu")
     step = torch.ones_like(values, dtype=torch.bool).triu(1)
     sheet = torch.where(step, values, math.nan).numpy()

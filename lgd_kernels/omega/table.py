@@ -23,9 +23,9 @@ class OmegaTable:
         values: `[C, S, T]`, any float dtype: omega of condition c at `(s_knots[i], t_knots[j])`. Differentiable: a step
             that looks omega up sends its gradient here, summed over the samples of a cell in a fixed order.
         s_knots, t_knots: `[S]` and `[T]`, strictly increasing, float32 or float64, of one dtype.
-        schedule, prediction: whose times the knots are, and what the model returned that the table was learned for
-            ("x0", "eps", "v" or "flow"). Where they are known they are attributes, and files keep them
-            (`lgd_kernels.omega.files`); sampling a plan of another prediction warns.
+        schedule, prediction: the schedule whose times the knots are, and what the model returned when the table was
+            learned ("x0", "eps", "v" or "flow"). If given, they become attributes, and files store them
+            (`lgd_kernels.omega.files`); sampling a plan with another prediction warns.
 
     A corner with `s_knots[i] >= t_knots[j]` holds no step. It is filled from the diagonal: it takes the value of the
     last row before the diagonal in its column (a column without such a row takes the first column that has one).
@@ -76,9 +76,9 @@ class OmegaTable:
 
         A step goes from t to s, nearer the data: s <= t, and s comes first, as in omega(c, s, t). (`Schedule.levels`
         takes t first.) A table with one condition takes None for c. Times that count steps, those of `Discrete`, are
-        integers: they are looked up as numbers. Otherwise nothing is computed here. ValueError for c outside [0, C) and
-        for s > t, where the values can be read; elsewhere c outside [0, C) gives NaN in the step, and s > t the value
-        next to the diagonal.
+        integers: they are looked up as numbers. Otherwise nothing is computed here. Raises ValueError for c outside
+        [0, C) and for s > t, where the values can be read; elsewhere c outside [0, C) gives NaN in the step, and s > t
+        gives the value next to the diagonal.
         """
         _tensors("OmegaTable.at", s=s, t=t)
         if c is None and self.values.shape[0] == 1:
@@ -135,7 +135,7 @@ class OmegaTable:
     def to(self, *args, **options) -> OmegaTable:
         """A table on another device, or with values of another dtype; arguments as in `torch.Tensor.to`.
 
-        Knots are moved and keep their dtype. Differentiable: a gradient to the values flows to those of this table.
+        Knots are moved and keep their dtype. The gradient flows to the values of this table.
 
         >>> import torch, lgd_kernels as lgd
         >>> table = lgd.OmegaTable(torch.ones(3, 1, 1), torch.tensor([0.0]), torch.tensor([1.0]))
@@ -155,7 +155,7 @@ class OmegaTable:
     def save(self, path: str | os.PathLike, schedule: Schedule | None = None) -> None:
         """Write the table to a safetensors file, as `lgd_kernels.omega.files.save` does; `load` there reads it.
 
-        `schedule` is the one whose times the knots are.
+        `schedule` is the schedule whose times the knots are.
 
         >>> import tempfile, torch, lgd_kernels as lgd
         >>> from lgd_kernels.omega.files import load
@@ -173,9 +173,9 @@ class OmegaTable:
         """Draw omega over t (to the right) and s (upwards), one panel for each of the first few conditions.
 
         Args:
-            path: where to write the picture: .png, .pdf or what else matplotlib writes.
-            schedule: whose times the knots are; the axes are then unit times, 0 at the data and 1 at the noise.
-                Without it they are times, as far as the knots reach.
+            path: where to write the picture: .png, .pdf or another format of matplotlib.
+            schedule: the schedule whose times the knots are; the axes are then unit times, 0 at the data and 1 at the
+                noise. Without it the axes are times, from the first knot to the last.
 
         Returns the matplotlib figure. Raises ImportError where matplotlib is not installed.
 
@@ -240,7 +240,7 @@ class TableModule(nn.Module):
 
 
 def know(omega: OmegaTable | nn.Module, schedule: Schedule | None, prediction: str | None) -> None:
-    """Set what is known of where omega comes from, as attributes."""
+    """Set the schedule and the prediction of omega as attributes, if they are known."""
     if schedule is not None:
         omega.schedule = schedule
     if prediction is not None:
