@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lgd_kernels import sampler as sampler
     from lgd_kernels import solvers as solvers
     from lgd_kernels.sampler import sample as sample
-else:  # with a __getattr__ in sight, a type checker would take every name
+else:  # if a type checker saw a __getattr__, it would accept every name
     __getattr__, __dir__ = lazily(
         __name__,
         *("integrations", "learn", "log_prob", "metrics", "omega", "rules", "sampler", "solvers"),

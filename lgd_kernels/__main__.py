@@ -26,7 +26,7 @@ def info() -> int:
     print(f"lgd_kernels {lgd_kernels.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("  " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy")))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it warns of is printed
+        warnings.simplefilter("ignore")  # the lines below print the same
         extension, cuda = impls.extension(), impls.cuda_extension()
     print(f"  C++ extension: {_described(extension) if extension else impls.extension_error()}")
     _print_build("_C", extension)
@@ -59,7 +59,7 @@ def _described(extension) -> str:
 
 
 def _print_build(name: str, extension) -> None:
-    """Where an extension lies, if not here; whether it is of these sources; and what setup.py noted of its build."""
+    """Print from where an extension was loaded (if not from here), whether it is stale, and setup.py's note."""
     from lgd_kernels import builds
 
     if extension:
@@ -111,17 +111,17 @@ def _version(package: str) -> str:
 
 
 def command() -> int:
-    """The console script: `main`, which ends in silence where the reader of a pipe has gone (`... info | head -1`)."""
+    """The console script: `main`, ending silently if the reader of a pipe has gone (`... info | head -1`)."""
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
         return status
     except BrokenPipeError:
         try:
-            print(flush=True)  # fails again if it is stdout that nobody reads
+            print(flush=True)  # fails again if the closed pipe is stdout
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-            return 141  # as a program that SIGPIPE ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the exit flushes into it
+            return 141  # the status of a program that SIGPIPE ended
         raise
 
 

@@ -75,7 +75,7 @@ def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Te
 
 
 def prediction_name(op: str, value: str) -> None:
-    """What the network returns, by our name for it."""
+    """One of our names for what the network returns."""
     if value not in PREDICTIONS:
         ours = DIFFUSERS_PREDICTIONS.get(value) if isinstance(value, str) else None
         hint = f"; did you mean {ours!r}?" if ours else ""
@@ -163,12 +163,12 @@ def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tens
 
 
 def unused(op: str, noise: Tensor | None, seed: int | Tensor | None) -> None:
-    """No noise where `churn` was not given."""
+    """No noise and no seed if `churn` was not given."""
     for name, given in (("seed", seed), ("noise", noise)):
         if given is not None:
             raise ValueError(
                 f"{op}: `{name}` was given without `churn`, expected both or neither; churn=1.0 is DDPM's step, and "
-                "with churn=0.0 noise is left out on purpose"
+                "churn=0.0 is a step without noise"
             )
 
 

@@ -1,4 +1,4 @@
-"""The churn of a step that others name by its eta."""
+"""From DDIM's eta to churn."""
 
 from __future__ import annotations
 

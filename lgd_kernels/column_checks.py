@@ -1,4 +1,4 @@
-"""Checks of what `moments` and `combine` are given: tensors, columns of them, and their coefficients."""
+"""The argument checks of `moments` and `combine`: tensors, columns of them, and their coefficients."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def formed(tensors: Sequence[Tensor], columns: list[int], dtype: torch.dtype) ->
 
 
 def every_pair(size: int) -> list[int]:
-    """All pairs of `size` columns, row by row, then (i, -1), a column's own sum."""
+    """All pairs of `size` columns, row by row, then (i, -1) for the sum of each column."""
     pairs = [index for i in range(size) for j in range(size) for index in (i, j)]
     return pairs + [index for i in range(size) for index in (i, -1)]
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Write files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all: under an unpredictable name in the same folder, then moved to its place.
+    """Write a file completely or not at all: to an unpredictable name in the same folder, which is then renamed.
 
-    A failure, or a process that is killed, leaves the old file as it was; a failure also removes the new one. The file
-    gets the permissions that any new file gets.
+    If writing fails or the process is killed, an old file stays as it was. If writing fails, the partial file is
+    removed. The file gets the default permissions of a new file.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers"
@@ -22,7 +22,7 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     path = Path(path)
     beside = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with open(beside, "xb") as file:  # x: fails where something of that name is, a link included
+        with open(beside, "xb") as file:  # x: fails if the name exists, even as a link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

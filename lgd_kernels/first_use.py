@@ -1,4 +1,4 @@
-"""Submodules that are imported when they are first named: `lgd_kernels.metrics` without an import of its own."""
+"""Submodules that are imported on first use, such as `lgd_kernels.metrics`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def lazily(package: str, *modules: str, **homes: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package, for submodules, and for names with the submodule that each is from."""
+    """Make `__getattr__` and `__dir__` of a package. `modules` are submodules; `homes` maps names to submodules."""
 
     def get(name: str) -> object:
         if name not in modules and name not in homes:

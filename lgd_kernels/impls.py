@@ -53,7 +53,7 @@ def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, 
 def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | None = None) -> list[str]:
     """Every reason why `impl` of `op` cannot run on these tensors (or on `device`), in words; [] if it can.
 
-    Tensors come in the order of the op's arguments: of `guided_energy` x, cond, uncond and the target.
+    Pass the tensors in the order of the op's arguments: for `guided_energy` x, cond, uncond and the target.
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.why_not("guided_step", "reference", torch.ones(2, 3))
@@ -68,7 +68,7 @@ def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | 
         device = tensors[0].device if tensors else "cpu"
     dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
     reasons = list(_reasons(op, impl, torch.device(device).type, dtypes))
-    unfit = getattr(_room(op), "unfit", None)  # what shapes say
+    unfit = getattr(_room(op), "unfit", None)  # reasons that depend on shapes
     return reasons + (unfit(impl, *tensors) if unfit and tensors else [])
 
 
@@ -76,7 +76,7 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
     """The implementation that runs; ValueError with every reason where an explicit one cannot."""
     try:
         return _choose(op, impl, device.type, dtypes)
-    except TypeError:  # of no hash
+    except TypeError:  # it cannot be hashed
         raise TypeError(
             f"{op}: `impl` is a {type(impl).__name__}, expected None or a name: {', '.join(NAMES)}"
         ) from None
@@ -114,14 +114,14 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     if not _PLAIN.issuperset(map(type, tensors)):
         return False
-    for tensor in tensors:  # (is_lazy, written out: a call for each takes twice as long)
+    for tensor in tensors:  # (is_lazy inlined: a call for each tensor takes twice as long)
         if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
             return False
     return True
 
 
 def is_lazy(tensor: Tensor) -> bool:
-    """Whether its memory does not hold its values: a negative view, or a zero of forward AD, which has no memory."""
+    """Whether memory does not hold the values: a negative view, or a zero of forward AD, which has no memory."""
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
@@ -263,14 +263,14 @@ def _no_triton() -> str:
 def _load(name: str):
     """(module, "") or (None, why not)."""
     full = f"lgd_kernels.{name}"
-    if full in sys.modules and sys.modules[full] is None:  # to do without it
+    if full in sys.modules and sys.modules[full] is None:  # switched off, as tests do
         return None, builds.why_missing(name)
     own = builds.extension_in(builds.PACKAGE, name)
     path = own or builds.same_elsewhere(name)
     if path is None:
         reason = builds.why_missing(name)
         if name == "_C" and builds.elsewhere(name):
-            warnings.warn(f"{reason}. Until then all runs on the slower reference", stacklevel=2)
+            warnings.warn(f"{reason}. Until then everything runs on the slower reference", stacklevel=2)
         return None, reason
     try:  # after torch, so both share one OpenMP runtime
         if own:

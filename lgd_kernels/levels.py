@@ -58,13 +58,13 @@ class OmegaLookup(NamedTuple):
         return f"OmegaLookup({where}, values {list(self.values.shape)} {kind(self.values)})"
 
     def to(self, device: torch.device | str) -> OmegaLookup:
-        """Table and places on another device."""
+        """Table, c, s and t on another device."""
         return OmegaLookup(*(tensor.to(device) for tensor in self))
 
 
 def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
-    """Whether kernels may read it: shapes and dtypes are as `OmegaTable.at` gives them for the batch of `like`. (One
-    expression, for calls that are short.)"""
+    """Whether kernels may read a lookup: shapes and dtypes are those of `OmegaTable.at` for the batch of `like`. (One
+    expression, since short calls pay for it.)"""
     values, s_knots, t_knots, c, s, t = lookup
     for tensor in lookup:
         if not isinstance(tensor, Tensor) or tensor.device != like.device:
@@ -78,7 +78,7 @@ def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
 
 
 def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
-    """What is not as it should be, for an error."""
+    """What is wrong with a lookup, for an error message."""
     values, batch = lookup.values, list(like.shape[:1])
     for name, tensor in zip(lookup._fields, lookup, strict=True):
         if not isinstance(tensor, Tensor):
@@ -200,14 +200,14 @@ def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
 
 
 def shown(value) -> str:
-    """A tensor in one line, for a repr: its values where they can be read for nothing, else its shape."""
+    """A tensor in one line, for a repr: its values if reading them does not wait, else its shape."""
     from lgd_kernels.checks import brief  # which imports this module
 
     return brief(value)
 
 
 def span(values: Tensor) -> str:
-    """The first and the last of `[N]`, for a repr, where they can be read for nothing; else the shape."""
+    """The first and the last value of `[N]`, for a repr, if reading them does not wait; else the shape."""
     from lgd_kernels.checks import readable
 
     if values.ndim != 1 or not readable(values):

@@ -41,14 +41,14 @@ def step_with_log_prob(
         churn: above 0: without noise there is no density.
         reduction: "sum" over the elements of a sample, or their "mean", log p / D.
 
-    Returns x_s in the dtype of x, and log p `[B]` in float64 for every dtype: float32 steps by 0.06 at the log p of a
-    latent video (-6e5), where a ratio `exp(new - old)` needs 1e-3. Mean and residual are formed in float64 for each
-    element and summed in float64, so the difference of two scores of 10^7 elements is right to 1e-4. log p is NaN where
-    V = 0 (s = 0, or a churn of 0 that cannot be seen).
+    Returns x_s in the dtype of x, and log p `[B]` in float64 for every dtype: at the log p of a latent video (-6e5)
+    neighbouring float32 numbers are 0.06 apart, and a ratio `exp(new - old)` needs 1e-3. Mean and residual are formed
+    in float64 for each element and summed in float64, so the difference of two scores of 10^7 elements is accurate to
+    1e-4. log p is NaN where V = 0 (s = 0, or a churn of 0 that cannot be read without waiting).
 
     A score is one pass: it reads x_s, x, cond and uncond, writes nothing, and takes a dozen float64 operations for
-    each element. A step that draws is two passes, the step and the score of x_s as it was stored. So a stored x_s
-    scored again with the same weights and the same implementation gives the same number: a ratio of exactly 1.
+    each element. A step that draws takes two passes: the step, and the score of x_s as stored. So scoring a stored x_s
+    again with the same weights and the same implementation gives the same number: a ratio of exactly 1.
 
     Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. Score x_s as it was stored:
     rounded to half it is another point, and V may be no larger than that.

@@ -92,11 +92,11 @@ def mmd_test(
         unbiased: means over pairs of different samples.
         progress: True for a bar, or a function of (done, total), numbers of pairs.
 
-    Values within 1e-6 E|k| (1/n + 1/k) of each other count as equal. Sums of blocks go on in float64. No gradient. The
-    settings of autocast and TF32 change nothing.
+    Values within 1e-6 E|k| (1/n + 1/k) of each other count as equal. Sums of blocks go on in float64. No gradient.
+    Autocast and TF32 have no effect.
 
-    Raises ValueError or TypeError as `energy_mmd` does, and ValueError where x or y holds NaN or infinity. Where kernel
-    values overflow (features of 1e20 in float32, whose squares do), value and p are NaN: scale the features.
+    Raises ValueError or TypeError as `energy_mmd` does, and ValueError where x or y holds NaN or infinity. If kernel
+    values overflow (features of 1e20 in float32, whose squares overflow), value and p are NaN: scale the features.
 
     Source: Gretton et al., JMLR 13 (2012); Phipson and Smyth (2010) for p.
 
@@ -136,7 +136,7 @@ def mmd_test(
     found *= -1 if isinstance(kernel, Energy) else 1
     equal = 1e-6 * float(sums.abs().sum()) / (n + k) ** 2 * (1 / n + 1 / k)
     value, permuted = found[0], found[1:]
-    if not found.isfinite().all():  # of overflowed kernel values no comparison means anything
+    if not found.isfinite().all():  # comparisons of overflowed kernel values mean nothing
         return MMDTest(value * math.nan, math.nan, permuted)
     p_value = (1 + int((permuted >= value - equal).sum())) / (1 + permutations)
     return MMDTest(value, p_value, permuted)
@@ -316,8 +316,8 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
         for part, values in one._asdict().items():
             if not values.isfinite().all():
                 raise ValueError(
-                    f"frechet_distance: the {part} of `{name}` holds NaN or infinity, expected numbers; scale features "
-                    "down whose squares overflow float64"
+                    f"frechet_distance: the {part} of `{name}` holds NaN or infinity, expected numbers; scale down "
+                    "features whose squares overflow float64"
                 )
     roots = [_root(one.covariance.double()) for one in (x, y)]
     overlap = torch.linalg.svdvals(roots[0] @ roots[1].t()).sum()

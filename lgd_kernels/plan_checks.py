@@ -1,4 +1,4 @@
-"""The argument checks of solvers: messages name the plan and the argument. Values are read only where that is free."""
+"""The argument checks of solvers. Messages name the plan and the argument; values are read only without waiting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sigmas(plan: str, value: Tensor, prediction: str) -> None:
 
 
 def levels(plan: str, schedule, t: Tensor, s: Tensor, prediction: str) -> Levels:
-    """Levels of all steps, at which the prediction means something."""
+    """Levels of all steps; an eps prediction needs a signal above 0."""
     prediction_name(plan, prediction)
     if isinstance(schedule, type) or not callable(getattr(schedule, "levels", None)):
         what = schedule.__name__ if isinstance(schedule, type) else f"a {type(schedule).__name__}"
@@ -86,7 +86,7 @@ def churn(plan: str, value: float | Tensor, like: Tensor) -> None:
 
 
 def churning(plan: str, **values: float) -> None:
-    """What `edm_euler` and `edm_heun` take."""
+    """The churn settings of `edm_euler` and `edm_heun`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{plan}: `{name}` is a {type(value).__name__}, expected a float")
@@ -96,7 +96,7 @@ def churning(plan: str, **values: float) -> None:
 
 
 def first_order(plan: str, value: Tensor | None, like: Tensor) -> None:
-    """Which steps, bool."""
+    """None, or a bool for each step."""
     if value is None:
         return
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
@@ -110,7 +110,7 @@ def first_order(plan: str, value: Tensor | None, like: Tensor) -> None:
 
 
 def finite(plan: str, table: Tensor) -> None:
-    """What a schedule of the user's own, or times at the ends of a dtype, may break."""
+    """Factors are finite: a schedule of the user's own, or times at the limits of a dtype, may break that."""
     if readable(table) and not bool(table.isfinite().all()):
         raise ValueError(
             f"{plan}: factors of call {_first(~table.isfinite())} are not finite in {table.dtype}; give times in "

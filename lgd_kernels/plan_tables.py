@@ -1,4 +1,4 @@
-"""What the tables of solvers are made of: outputs of a step, slopes, and ratios of steps."""
+"""The parts of the tables of solvers: outputs of a step, slopes, and ratios of steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lgd_kernels.levels import Levels, x0_coefficients
 
 
 def ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h of every step; its ratio to the last one before that moved, 0 where a step is of first order; which are of
-    second; which do not move and leave what is remembered; and `last_moved`."""
+    """For every step: h; its ratio to the h of the last step before that moved, 0 in steps of first order; whether it
+    is of second order; whether it does not move and keeps the history; and `last_moved`."""
     moves = levels.gap != 0
     h = -torch.log1p(-levels.gap / torch.where(moves, levels.signal_s * levels.noise_t, 1.0))  # 0/0 at s = t = 0, 1
     last = last_moved(moves)
@@ -26,14 +26,14 @@ def ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, 
 
 
 def last_moved(moves: Tensor) -> Tensor:
-    """For every step, which one before it moved last; -1 where none did."""
+    """For every step, the last step before it that moved; -1 if none did."""
     steps = torch.arange(len(moves), device=moves.device).reshape(-1, *(1,) * (moves.ndim - 1))
     found = torch.where(moves, steps, -1).cummax(0).values
     return torch.cat((torch.full_like(found[:1], -1), found[:-1]))
 
 
 def of_last(values: Tensor, last: Tensor, none: float) -> Tensor:
-    """Their values in that step; `none` where there is none."""
+    """The values in step `last`; `none` if there is no such step."""
     return torch.where(last >= 0, values.gather(0, last.clamp(min=0)), none)
 
 
@@ -54,7 +54,7 @@ def output(x: Tensor, g: Tensor, kept: Tensor | None = None, z: Tensor | None = 
 
 
 def remembered(x: Tensor, g: Tensor, stays: Tensor) -> Tensor:
-    """The second output: something new to remember, or, in steps that stay, what was."""
+    """The second output: the new history, or, in steps that stay, the old one."""
     none = torch.zeros_like(x)
     return output(torch.where(stays, none, x), torch.where(stays, none, g), kept=stays.to(x.dtype))
 
@@ -68,12 +68,12 @@ def slope(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
 
 
 def late(added: Tensor) -> Tensor:
-    """The noise of a step goes in at the end of the one before."""
+    """Move the noise of each step to the end of the step before."""
     return torch.cat((added[1:], torch.zeros_like(added[:1])))
 
 
 def first_noise(added: Tensor) -> float | Tensor:
-    """What is added before the network is called."""
+    """The scale of the noise that is added before the first call of the network."""
     if not len(added):
         return 0.0
     return float(added[0]) if added.ndim == 1 else added[0]
@@ -90,7 +90,7 @@ def raised(
     s_noise: float = 1.0,
     **unknown: float,
 ) -> tuple[Tensor, Tensor]:
-    """sigma_hat of every step, and how much noise gets there: `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
+    """sigma_hat of every step, and the scale of its noise, `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
     if unknown:
         raise TypeError(f"{plan}: got `{next(iter(unknown))}`, expected s_churn, s_tmin, s_tmax or s_noise")
     plan_checks.sigmas(plan, sigmas, prediction)

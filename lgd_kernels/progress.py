@@ -33,8 +33,8 @@ def bars(prefix: str) -> Track:
 def report(op: str, progress: bool | Report | None) -> Report | None:
     """What the argument `progress` of an op asks for: a function of (done, total), or None for silence.
 
-    True draws a bar as `bars` does, and nothing where nobody sees it; None and False say nothing; a function is called
-    itself.
+    True draws a bar as `bars` does, if a terminal or notebook can show it; None and False draw nothing; a function is
+    called itself.
 
     >>> report("energy_mmd", print)(3, 8)
     3 8
@@ -51,7 +51,7 @@ def report(op: str, progress: bool | Report | None) -> Report | None:
 
 
 def _seen() -> bool:
-    """Whether somebody can see a bar."""
+    """Whether a bar can be seen."""
     return sys.stderr.isatty() or _in_notebook()
 
 
@@ -62,7 +62,7 @@ def _in_notebook() -> bool:
 
 
 def _tqdm(label: str) -> Report | None:
-    """A bar of tqdm's, a widget where there is ipywidgets; None where tqdm is not installed."""
+    """A tqdm bar, a widget if ipywidgets is installed; None if tqdm is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it recommends ipywidgets

@@ -213,8 +213,8 @@ class _Noted(Pair):
 
 
 def _x0_moments(x, levels, prediction, cond, uncond, centred, impl):
-    """Of c and u in x0 space; D stays a difference of predictions, scaled. They exist in registers alone, except that
-    centred moments are read from the three tensors."""
+    """Moments of c and u in x0 space; D stays a scaled difference of predictions. Plain moments keep c and u in
+    registers; for centred ones the three tensors are written and read."""
     wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=arithmetic_dtype(x, cond, uncond)))
     alpha, beta = x0_coefficients(Levels(*(level.to(wide) for level in levels)), prediction)
     none = torch.zeros_like(alpha)

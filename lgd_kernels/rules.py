@@ -39,8 +39,8 @@ class Pair:
     """Moments of c, u and D = c - u over a sample, `[B]` each: inner products `cc, cu, uu, cd, ud, dd`, sums `c, u, d`,
     and `count`, the elements of a sample. `centred` has the inner products of c, u and D less their means.
 
-    They are read from the data when a rule first uses one: `read(centred)` returns dots `[B, 3, 3]` and sums, or
-    centred dots and means, from which the others follow."""
+    The data are read when a rule first uses a moment: `read(centred)` returns dots `[B, 3, 3]` and sums, or centred
+    dots and means, from which the plain ones follow."""
 
     def __init__(self, read: Callable[[bool], tuple[Tensor, Tensor]], count: int) -> None:
         self._read, self._found, self.count = read, None, count
@@ -53,7 +53,7 @@ class Pair:
             if place >= PLAIN:
                 centred = dots.flatten(1).unbind(1)
                 dots, rest = dots + self.count * rest.unsqueeze(2) * rest.unsqueeze(1), self.count * rest
-            self._found = *dots.flatten(1).unbind(1), *rest.unbind(1), *centred  # all at once: each view costs as much
+            self._found = *dots.flatten(1).unbind(1), *rest.unbind(1), *centred  # all at once: one view costs as much
         return self._found[place]
 
     cc, cu, uu = property(lambda m: m._at(0)), property(lambda m: m._at(1)), property(lambda m: m._at(4))
@@ -100,11 +100,11 @@ def interval(m: Pair, omega: Tensor, *, t: Number, low: Number, high: Number) ->
 def rescale(m: Pair, omega: Tensor, *, phi: Number, rule: Rule = cfg) -> Guidance:
     """`g (phi std(c) / std(g) + 1 - phi)`, g by another rule. Lin et al., arXiv 2305.08891, section 3.4.
 
-    std is over all elements of a sample; that of g follows from the same moments. Where g is constant it stays as it
-    is. diffusers' guidance_rescale is phi.
+    std is over all elements of a sample; that of g follows from the same moments. A constant g is returned
+    unchanged. diffusers calls phi guidance_rescale.
     """
     centred = m.centred
-    cc, cd, dd = centred.cc, centred.cd, centred.dd  # before `rule` reads what follows from them
+    cc, cd, dd = centred.cc, centred.cd, centred.dd  # before `rule` uses plain moments, which follow from them
     cond, delta, x = rule(m, omega)
     gg = (cond * cond * cc + 2 * cond * delta * cd + delta * delta * dd).clamp(min=0)
     constant, kept = gg == 0, cc == 0

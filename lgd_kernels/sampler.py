@@ -42,14 +42,13 @@ def sample(
         cond, uncond: conditions, whatever the denoiser takes; without uncond nothing is guided.
         omega: a float; `[B]`; `[N, B]`, one row for each call of the network; or an `OmegaTable`, a network or any
             other function `omega(c, s, t) -> [B]` of times of the plan's schedule. A function is called once, before
-            the loop, with N * B rows: t is the time of a call, s where a step from there ends (`plan.ends`). (What
-            `table.at` returns is one weight for each sample, the same in all calls.) Calls where all of omega is 0
-            leave the unconditional network out, without a rule: limited intervals cost what they should. Where
-            `omega.prediction` and `plan.prediction` are known and differ, the model's output is read wrongly: a
-            UserWarning says so.
-        condition: the c of such a function, integers `[B]` or vectors `[B, E]`. By default `cond` where it is that (a
-            table takes integers only), else None: a table of one condition, and functions that do not look at c, need
-            none.
+            the loop, with N * B rows: t is the time of a call, s the time where a step from t ends (`plan.ends`). (The
+            result of `table.at` is one weight for each sample, the same in all calls.) Without a rule, calls where all
+            of omega is 0 skip the unconditional network, so limited intervals cost less. If `omega.prediction` and
+            `plan.prediction` are known and differ, the model's output is read wrongly, and a UserWarning says so.
+        condition: the c of such a function, integers `[B]` or vectors `[B, E]`. The default is `cond` if it has that
+            form (a table takes integers only), else None: a table with one condition, and functions that do not depend
+            on c, need none.
         rule: as in `guided_step`, in the space of the prediction.
         seed: of solvers that draw: an int, a 0-dim int64 tensor or `[B]`. Each step draws from `seed + (step << 32)`,
             so seeds that are apart by less than 2^32 share no noise.
@@ -109,7 +108,7 @@ def _run_of(omega: Callable, condition: Tensor | None, cond: Tensor, plan: StepP
     batch, steps = x.shape[0], len(plan)
     if plan.ends is None:
         raise ValueError(
-            "sample: `plan.ends` is None, expected the times where steps end, which omega(c, s, t) is a function of; "
+            "sample: `plan.ends` is None, expected the times where steps end, the s of omega(c, s, t); "
             "dataclasses.replace(plan, ends=...) sets them"
         )
     c = _condition(omega, cond, batch) if condition is None else condition
@@ -128,7 +127,7 @@ def _run_of(omega: Callable, condition: Tensor | None, cond: Tensor, plan: StepP
 
 
 def _condition(omega: Callable, cond: Tensor, batch: int) -> Tensor | None:
-    """What omega takes for c where nothing else was given."""
+    """The default c of omega."""
     table = isinstance(omega, (OmegaTable, TableModule))
     if table and len(omega.values) == 1:
         return None
@@ -146,7 +145,7 @@ def _condition(omega: Callable, cond: Tensor, batch: int) -> Tensor | None:
 
 
 def same_prediction(omega: object, plan: StepPlan) -> None:
-    """Warn where omega was learned for a model that returns something else than the plan reads."""
+    """Warn if omega was learned with another prediction than the plan has."""
     learned = getattr(omega, "prediction", None)
     if learned is not None and plan.prediction is not None and learned != plan.prediction:
         warnings.warn(

@@ -80,7 +80,7 @@ class Schedule:
                     f"{name}: `s` must be nearer the data than `t`, or equal to it, in every sample; got "
                     f"s = {brief(s)}, t = {brief(t)}"
                 )
-            (low, high), first, last = self.span, s.min().item(), t.max().item()  # of NaN among others, NaN
+            (low, high), first, last = self.span, s.min().item(), t.max().item()  # NaN if any of them is
             if not (low <= first and last <= high and last < math.inf):
                 span = f"[{low:g}, {high:g}]{'' if high < math.inf else ' and be finite'}"
                 raise ValueError(f"{name}: times must lie in {span}; got s = {brief(s)}, t = {brief(t)}")
@@ -353,7 +353,7 @@ class Discrete(Schedule):
 
 
 def _numbers(name: str, **values: float) -> None:
-    """Positive and finite, each of them."""
+    """Each of them is positive and finite."""
     for argument, value in values.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: `{argument}` is a {type(value).__name__}, expected a float")

@@ -6,10 +6,10 @@ sample, the guided prediction and what it remembered. Coefficients are computed 
 of `Discrete` follow its dtype: `Discrete(..., dtype=torch.float64)`). Times `[N + 1, B]` give every sample of a batch
 a run of its own.
 
-A step between two equal times leaves the sample as it is, and what the solver remembers too: the steps after it are
-those of the run without it. (`consistency` adds fresh noise there, and `edm_euler` and `edm_heun` churn, as they do in
-every step.) A single time makes a plan of no calls. TypeError and ValueError name the plan and the argument; values are
-checked on the CPU, never with a device sync.
+A step between two equal times changes neither the sample nor the history of the solver, so the steps after it are those
+of the run without it. (`consistency` adds fresh noise there, and `edm_euler` and `edm_heun` churn, as in every step.) A
+single time makes a plan without calls. TypeError and ValueError name the plan and the argument; values are checked on
+the CPU, never with a device sync.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def unipc(
     table = tables.output(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
     table = torch.cat((table, tables.remembered(alpha, beta, stays)), -2)
     before = torch.stack((-old, none), -1).unsqueeze(-1)
-    some = checks.readable(stays) and bool(stays.any())  # unread, the step after has a corrector of first order
+    some = checks.readable(stays) and bool(stays.any())  # if not readable, the next corrector is of first order
     return _plan(
         "unipc", prediction, times[:-1], times[1:], torch.cat((table, before), -1), stays=stays if some else None
     )

@@ -26,8 +26,9 @@ class StepPlan:
     `times [N, B]` with a `table [N, B, P, 4]` are a run of its own for each sample. A table of five factors has one
     more, of what was kept a call earlier, which is handed on and not written again.
 
-    `ends` are the times at which a step from `times[i]` ends: `omega(c, s, t)` is asked for s = ends[i], t = times[i].
-    For the second call of a Heun step that is the end of the next step. A plan made by hand may leave them out.
+    `ends` are the times at which a step from `times[i]` ends: the sampler calls `omega(c, s, t)` with s = ends[i] and
+    t = times[i]. For the second call of a Heun step that is the end of the next step. A plan made by hand may omit
+    them.
 
     `start` is the noise to add to the first sample, for samplers that add noise before they call the network.
 
@@ -44,8 +45,8 @@ class StepPlan:
     table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of what was kept before
     start: float | Tensor = 0.0  # a number, or [B]
     ends: Tensor | None = None  # as times: where a step that starts at each of them ends, the s of omega(c, s, t)
-    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that leave both things it remembers
-    prediction: str | None = None  # what g is, where that is known
+    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that keep its whole history
+    prediction: str | None = None  # what g is, if known
 
     def __repr__(self) -> str:
         table = f"table {list(self.table.shape)} {kind(self.table)}"

@@ -86,7 +86,7 @@ def rows(plan, x: Tensor, guided: bool, depth: int, noise: bool, dtype: torch.dt
 def checked(
     x: Tensor, cond: Tensor, uncond: Tensor | None, history: tuple[Tensor, ...], noise: Tensor | None
 ) -> list[Tensor]:
-    """The tensors that there are, in this order, as the arguments they are."""
+    """Check the given tensors by name, and return them in this order."""
     named = {"x": x, "cond": cond}
     if uncond is not None:
         named["uncond"] = uncond

@@ -66,14 +66,14 @@ def combine(
             of the clamp, before it is rounded to its dtype.
         written: with `moments`, how many of the outputs are written, from the first; the others are in registers only.
             0 writes none: the moments of a combination, without a tensor of its size. None writes all.
-        wide: with `moments`, arithmetic and moments are float64 for every dtype. The bytes read are the same; a GPU for
-            consumers does a small fraction of its float32 operations in float64.
+        wide: with `moments`, arithmetic and moments are float64 for every dtype. It reads the same bytes; consumer GPUs
+            have a small fraction of their float32 throughput in float64.
         impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns `[B', ...]`, contiguous, in the dtype of the first tensor; for P outputs a tuple of P. With `moments`
-    `Combined(outputs, dots [B', P, P], sums [B', P])`, float32 (float64 where a tensor is, or `wide`). Arithmetic is
-    float32 (float64 likewise), rounded once. A source that there is not, where it cannot be seen without a device
-    sync, gives NaN.
+    `Combined(outputs, dots [B', P, P], sums [B', P])`, float32 (float64 where a tensor is, or with `wide`). Arithmetic
+    is float32 (float64 in the same cases), rounded once. A source that there is not, where it cannot be seen without a
+    device sync, gives NaN.
 
     Differentiable in the tensors, coefficients, constant and noise_scale, any number of times; also under vmap, jvp and
     func.grad, where the reference runs (with a seed, vmap is refused). Where the clamp holds a value, no gradient

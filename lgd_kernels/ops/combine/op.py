@@ -242,7 +242,7 @@ def _forward_moments(tensors, coefficients, columns, constant, noise_scale, seed
 def _allocate_moments(tensors, coefficients, written, wide, dtype):
     batch, count = coefficients.shape[:2]
     outputs = tensors[0].new_empty((written, batch, *tensors[0].shape[1:]), dtype=dtype)
-    found = torch.float64 if wide else arithmetic_dtype(*tensors)  # what the launchers count in
+    found = torch.float64 if wide else arithmetic_dtype(*tensors)  # the dtype that the launchers compute in
     return outputs, tensors[0].new_empty((batch, len(triangle(count)) // 2), dtype=found)
 
 

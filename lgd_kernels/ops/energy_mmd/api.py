@@ -51,8 +51,8 @@ def energy_mmd(
         x_weights, y_weights: weights of samples, `[n]` and `[k]` (`[B, n]`, `[B, k]`), finite, not negative, of any
             positive, finite sum. Divided by that they are p and q: the means are sum_ij p_i q_j k(x_i, y_j) and,
             unbiased, sum_{i != j} p_i p_j k(x_i, x_j) / (1 - sum_i p_i^2), which needs two samples with a weight.
-            Weights 1 change nothing. They have no gradient. Other weights are errors where values can be read (on the
-            CPU, outside compilation and transforms); elsewhere they give NaN.
+            Weights 1 change nothing. They have no gradient. Other weights raise ValueError where values can be read
+            (on the CPU, outside compilation and transforms); elsewhere they give NaN.
         target_term: False leaves out the terms within y, which do not depend on x.
         precision: how squared distances are formed on the CPU. "direct": from differences. "product":
             ||x||^2 + ||y||^2 - 2 <x, y>, by a matrix product, of samples about the mean of y where norms are smaller
@@ -70,9 +70,9 @@ def energy_mmd(
 
     Returns a number, 0-dim (`[B]` if batched), float32 (float64 where a tensor is). Sums of blocks go on in float64.
     Same inputs, same bits, on any thread count ("product": as far as torch's own matrix product keeps to that).
-    A call that records a gradient computes it in the same pass. The settings of autocast and TF32 change nothing. A
-    sample with NaN gives NaN; one with an infinity counts as infinitely far away: NaN or infinity, and nothing for
-    kernels that vanish there. Ctrl-C ends a long call within a second.
+    A call that records a gradient computes it in the same pass. Autocast and TF32 have no effect. A sample with NaN
+    gives NaN. A sample with an infinity counts as infinitely far away: it gives NaN or infinity, and contributes
+    nothing for kernels that vanish there. Ctrl-C ends a long call within a second.
 
     Differentiable in x and y, any number of times; also under vmap, jvp and func.grad, where the reference runs, which
     stores distances; with `group` or `progress` once, by `backward` alone. Samples that coincide have slope 0.

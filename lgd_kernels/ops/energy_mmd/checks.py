@@ -61,7 +61,7 @@ def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
 
 
 def finite(op: str, waits: bool = False, **tensors: Tensor | None) -> None:
-    """No NaN and no infinity, where that can be read; `waits`: on any device, since the caller waits for it anyway."""
+    """No NaN and no infinity, where values can be read; with `waits` on any device, since the caller waits anyway."""
     for name, tensor in tensors.items():
         if tensor is not None and (waits or readable(tensor)) and not tensor.isfinite().all():
             raise ValueError(f"{op}: `{name}` holds NaN or infinity, expected numbers")
@@ -99,10 +99,10 @@ def sums(name: str, totals: Tensor) -> None:
 
 
 def shared(name: str, totals: Tensor, squares: Tensor) -> None:
-    """More than one sample has a weight, where that can be read: of P^2 - sum p^2 more is left than rounding."""
+    """More than one sample has weight, where values can be read: P^2 - sum p^2 is more than rounding."""
     if readable(totals) and not smallest(totals.square() - squares - LEAST_SHARE * totals.square()) > 0:
         raise ValueError(
-            f"{OP}: `{name}` gives one sample all the weight, which has no other to be compared with; pass lam=0, "
+            f"{OP}: `{name}` gives one sample all the weight, so there is no pair of different samples; pass lam=0, "
             f"unbiased=False{', target_term=False' if name == 'y_weights' else ''} or weights of two samples or more"
         )
 

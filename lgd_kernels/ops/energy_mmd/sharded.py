@@ -154,7 +154,8 @@ def energy_mmd(
 
 
 def _scaled(weights: dict[str, Tensor | None], parts: Parts) -> list[Tensor | None]:
-    """By the largest weight in any process; or an error in all, where the sum over them is not positive and finite."""
+    """Scale the weights by the largest one in any process. All processes raise if the sum is not positive and
+    finite."""
     scaled = []
     for name, own in weights.items():
         if own is not None:

@@ -44,8 +44,8 @@ def guided_energy(
     shared noise a target knows its particle and the loss degenerates.
 
     Args:
-        x: particles at t, `[B, m, ...]`. A warning says where m may be another axis: m > 352, or an image of 3, 4 or 16
-            channels.
+        x: particles at t, `[B, m, ...]`. Warns if axis 1 may not be the particles: m > 352, or x looks like images of
+            3, 4 or 16 channels.
         cond, uncond: predictions with and without the condition, shaped like x. All tensors of data are float32,
             bfloat16, float16 or float64, mixed as you like.
         omega: a float; a tensor `[B]`; or `OmegaTable.at(c, s, t)`: one for each item. 0 is conditional only.
@@ -160,11 +160,11 @@ def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, nois
 
 
 def _doubt(name, x):
-    """A shape in which the particles may be something else."""
+    """Warn about a shape whose second axis may not be particles."""
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"{name}: `x` has shape {list(x.shape)}, which is read as [B, m, ...] with m = {x.shape[1]} particles for "
-            f"each item; if that axis holds data, as the channels of an image, pass x.unsqueeze(1) for one particle. "
+            f"each item; if that axis holds data, such as image channels, pass x.unsqueeze(1) for one particle. "
             "(Images of one channel are [B, m, 1, H, W].)",
             stacklevel=4,
         )

@@ -122,7 +122,7 @@ def statistics(
 
 
 def unfit(impl: str, x: Tensor, *others: Tensor) -> list[str]:
-    """Why these particles, and a target `[B, k, ...]` where it comes fourth, are not for `impl`; for `why_not`."""
+    """Why `impl` cannot take these particles and targets `[B, k, ...]` (the fourth tensor); for `why_not`."""
     k = others[2].shape[1] if len(others) > 2 and others[2].ndim == x.ndim else 1
     return _too_many(impl, x, k) if x.ndim > 1 else []
 
@@ -135,7 +135,7 @@ def _too_many(impl, x, k):
 
 
 def _choose(impl, x, k, dtypes):
-    """As `impls.choose`, which does not know of particles."""
+    """`impls.choose`, also by the number of particles."""
     found = impls.choose("guided_energy", impl, x.device, *dtypes)
     reasons = _too_many(found, x, k)
     if reasons and impl is not None:

@@ -51,8 +51,9 @@ def guided_step(
             omega = 0 is the conditional prediction alone (`w = 1 + omega` elsewhere).
         levels: `schedule.levels(t, s)`; every sample may have its own times.
         prediction: "x0", "eps", "v" (as in diffusers) or "flow".
-        churn: in [0, 1], a float or `[B]`. Above 0 (or as a tensor) it needs `noise` or `seed`. None is 0, and refuses
-            both; with churn=0.0 they are not looked at. For DDIM's eta, `churn_from_eta(eta, levels)`.
+        churn: in [0, 1], a float or `[B]`. Above 0 (or as a tensor) it needs `noise` or `seed`. None means 0, and
+            raises ValueError for `noise` or `seed`; churn=0.0 ignores them. For DDIM's eta, `churn_from_eta(eta,
+            levels)`.
         noise: standard normals shaped like x.
         seed: an int64 number, 0-dim tensor or `[B]`: z is drawn inside the kernel and never stored;
             `philox_normal(x.shape, seed, stream=1)` is the same noise. With a seed for each sample a sample's noise

@@ -22,9 +22,9 @@ class Moments(NamedTuple):
 
 
 class CentredMoments(NamedTuple):
-    """Of K columns, for each sample: what `moments(..., centred=True)` returns.
+    """Centred moments of K columns for each sample, from `moments(..., centred=True)`.
 
-    `dots / count` are the covariances, `means` the means. Two parts of the same samples `merge`.
+    `dots / count` are the covariances, `means` the means. `merge` combines those of two parts of the same samples.
     """
 
     dots: Tensor  # [B, K, K], symmetric
@@ -32,7 +32,7 @@ class CentredMoments(NamedTuple):
     count: int  # elements of a sample
 
     def merge(self, other: CentredMoments) -> CentredMoments:
-        """The moments of samples whose elements are those of both parts (Chan, Golub and LeVeque, 1983):
+        """The moments of samples that consist of both parts (Chan, Golub and LeVeque, 1983):
 
             dots = dots_1 + dots_2 + (n_1 n_2 / n) e e^T,   means = means_1 + (n_2 / n) e,   e = means_2 - means_1
 
@@ -73,17 +73,17 @@ def moments(
             any strides.
         columns: one to eight, each an index into `tensors` or a pair of indices, `(i, j)` for `tensors[i] -
             tensors[j]`; None takes every tensor as it is.
-        centred: whether means are subtracted first. A variance formed from the other sums, `dots - sums^2 / count`,
-            loses as many digits as (mean / std)^2 has; this one loses none, and is exactly 0 for a constant column.
+        centred: whether to subtract the means first. A variance formed from plain sums, `dots - sums^2 / count`, loses
+            as many digits as (mean / std)^2 has; centred moments lose none, and are exactly 0 for a constant column.
         impl: "triton", "cpu" or "reference"; None chooses. See `available_impls` and `why_not`.
 
     Returns `Moments(dots [B, K, K], sums [B, K])`, float32 (float64 where a tensor is). Products are taken in that
     arithmetic and summed in two stages, on the CPU in float64 from block to block: same inputs, same bits, on any
     thread count. Empty samples have moments 0.
 
-    centred=True returns `CentredMoments(dots [B, K, K], means [B, K], count)`, float64. Deviations are taken in the
-    arithmetic above, from the mean of the elements before them; a block's sums are then moved to one origin in float64
-    (exact but for rounding). It costs the same read. A sample with an infinite element has NaN.
+    centred=True returns `CentredMoments(dots [B, K, K], means [B, K], count)`, float64. Deviations from a shift near
+    the mean are formed in the arithmetic above; the sums of a block are then moved to one origin in float64. It reads
+    the data once, too. A sample with an infinite element gives NaN.
 
     Differentiable in the tensors, any number of times; also under vmap, jvp and func.grad, where the reference runs.
     The backward is a `combine`; with centred=True it is plain PyTorch. The raw operators, `torch.ops.lgd.moments` and

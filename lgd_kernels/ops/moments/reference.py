@@ -53,8 +53,8 @@ def centred_backward(upstream: Tensor, tensors: Sequence[Tensor], columns: list[
 
 
 def _deviations(tensors: Sequence[Tensor], columns: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Each column less its mean, `[B, elements]`, and the means `[B]`. The mean is taken of what lies beyond the first
-    element, so that the deviations of a constant are exactly 0."""
+    """Each column less its mean, `[B, elements]`, and the means `[B]`. The first element is subtracted before the mean
+    is taken, so that the deviations of a constant are exactly 0."""
     found = formed(tensors, columns, arithmetic_dtype(*tensors))
     found = [
         column.reshape(len(column), -1) if column.numel() else column.new_zeros(len(column), 0) for column in found
@@ -69,7 +69,7 @@ def _deviations(tensors: Sequence[Tensor], columns: list[int]) -> tuple[list[Ten
 
 
 def centred_dtype(like: Tensor) -> torch.dtype:
-    """float64 where the device has it."""
+    """float64 if the device has it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
