@@ -30,9 +30,9 @@ warnings = ["-Wall", "-Wextra"]
 # No -march: each row loop carries its own instruction sets (csrc/common/scalar.h). FMA contraction is said aloud.
 arithmetic = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 threads = ["-fopenmp"] if sys.platform == "linux" else []
-# csrc/common/instruction_set_cpu.cpp is asked first which instruction sets there are.
+# csrc/common/instruction_set_cpu.cpp wraps libgcc's detection of the processor.
 linking = [*threads, "-Wl,--wrap=__cpu_indicator_init"] if sys.platform == "linux" else []
-if os.environ.get("LGD_SANITIZE") == "1":  # `make sanitize`; the last -O counts
+if os.environ.get("LGD_SANITIZE") == "1":  # `make sanitize`; the last -O wins
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     arithmetic += ["-O1", "-g", *sanitizers]
     linking += sanitizers
@@ -47,8 +47,8 @@ int total(int n) {
 
 
 class BuildExtensions(build_ext):
-    """Beside what setuptools does: compiles the digest of the sources into each extension, builds _C_cuda with nvcc,
-    builds _C without OpenMP where the compiler has none, and keeps the command that failed for `info`."""
+    """Extends setuptools: compiles the digest of the sources into each extension, builds _C_cuda with nvcc, builds _C
+    without OpenMP if the compiler has none, and writes a note of a command that failed for `info`."""
 
     def run(self):
         self.failed = []  # (command, output) of each that failed
@@ -72,7 +72,7 @@ class BuildExtensions(build_ext):
         if on_cpu and current and not self.force:
             return
         note = builds.note_path(out.parent, extension.name.rpartition(".")[2])
-        for path in (out, note):  # what an earlier build made must not be taken for what this one does
+        for path in (out, note):  # a failed build must not leave the result of an earlier one
             path.unlink(missing_ok=True)
         for folder in (out.parent, Path(self.build_temp)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,17 +90,17 @@ class BuildExtensions(build_ext):
             raise CompileError(f"{extension.name}: {note.read_text()}") from error
 
     def leave_out_what_is_missing(self, extension, note):
-        """Build without -fopenmp, or -fopenmp-simd, where the compiler does not take it, and say so in the note."""
+        """Build without -fopenmp or -fopenmp-simd if the compiler does not support it, and write that into the note."""
         if self.compiler.compiler_type != "unix":
             return
-        if sys.platform != "darwin":  # where setuptools sets the deployment target for each command
-            self.compiler.spawn = self.compiler.call = self.call  # the second since setuptools 84
+        if sys.platform != "darwin":  # there setuptools sets the deployment target for each command
+            self.compiler.spawn = self.compiler.call = self.call  # `call` since setuptools 84
         flags = [flag for flag in ("-fopenmp", "-fopenmp-simd") if flag in extension.extra_compile_args]
         if self.compiles(flags):
             return
         self.failed.clear()
         if not self.compiles([]):
-            raise CompileError("the C++ compiler makes no module of ten lines")
+            raise CompileError("the C++ compiler cannot build a module of ten lines")
         for flag in flags:
             if not self.compiles([flag]):
                 lost = "OpenMP, to run on one thread" if flag == "-fopenmp" else flag
@@ -109,7 +109,7 @@ class BuildExtensions(build_ext):
                     arguments[:] = [one for one in arguments if one != flag]
 
     def compiles(self, flags):
-        """Whether the compiler makes a module of a parallel loop with these flags."""
+        """Whether the compiler can build a module with a parallel loop with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             source, out = Path(folder, "loop.cpp"), Path(folder, "loop.so")
             source.write_text(LOOP)
@@ -141,7 +141,7 @@ class BuildExtensions(build_ext):
         self.call([NVCC, "-shared", "-cudart", "static", *objects, "-o", str(out)])
 
     def call(self, command, **options):
-        """Run a command of the build; its output is shown whole when it ends, and kept if it failed."""
+        """Run a command of the build; print its output when it ends, and keep it if the command failed."""
         command = [str(part) for part in command]
         self.announce(subprocess.list2cmdline(command), level=20)
         try:
@@ -156,7 +156,7 @@ class BuildExtensions(build_ext):
             raise ExecError(f"{command[0]} failed with exit status {status}")
 
     def write(self, note, words, otherwise):
-        """The note: what happened in one line, the command, its last lines. `otherwise` where no command was kept."""
+        """Write what happened in one line, the command, and its last lines; `otherwise` if no command was kept."""
         command, output = self.failed[0] if self.failed else ([], otherwise)
         self.failed.clear()
         lines = [line.rstrip() for line in output.splitlines() if line.strip()] or ["it printed nothing"]

@@ -78,7 +78,7 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
         return _choose(op, impl, device.type, dtypes)
     except TypeError:  # it cannot be hashed
         raise TypeError(
-            f"{op}: `impl` is a {type(impl).__name__}, expected None or a name: {', '.join(NAMES)}"
+            f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}"
         ) from None
 
 

@@ -1,6 +1,7 @@
 """Tables and lookups that cannot be: refused in words."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ VALUES, KNOTS = torch.ones(1, 2, 2), torch.tensor([0.0, 0.5])
 def test_refuses_tables(arguments, error, message):
     with pytest.raises(error, match=f"OmegaTable: {message}"):
         lgd.OmegaTable(*arguments)
+
+
+def test_refuses_predictions():
+    message = "OmegaTable: `prediction` is 'epsilon', expected one of x0, eps, v, flow; did you mean 'eps'?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lgd.OmegaTable(VALUES, KNOTS, KNOTS, prediction="epsilon")
 
 
 C, S, T = torch.tensor([0, 0]), torch.tensor([0.1, 0.2]), torch.tensor([0.7, 0.8])
