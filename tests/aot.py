@@ -254,8 +254,8 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def again(work: Callable[[], T], pauses: Iterable[float] | None = None) -> T:
-    """What `work` returns. A machine under load may refuse to start a process (EAGAIN, ENOMEM): after each of the
-    pauses, in seconds, it is asked once more."""
+    """What `work` returns. A machine under load may fail to start a process (EAGAIN, ENOMEM): try again after each of
+    the pauses, in seconds."""
     for pause in PAUSES if pauses is None else pauses:
         try:
             return work()

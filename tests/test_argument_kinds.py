@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind: every public function says so, in the words of its checks."""
+"""Arguments of the wrong type: every public function raises the error of its checks."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def build(checkout):
-    """Runs a command of setup.py, with this compiler."""
+    """Run a command of setup.py with this compiler."""
 
     def run(compiler=WORKS, *arguments, **environment):
         path = script(checkout / "compiler", compiler) if compiler else "/no/such/compiler"
@@ -123,7 +123,7 @@ def test_a_source_that_does_not_compile(checkout, build):
     assert first == "its build failed: one_cpu.cpp:3: error: no such name"
     assert "csrc/one/one_cpu.cpp" in command and said == ["warming up", "one_cpu.cpp:3: error: no such name"]
     assert made(checkout) == before
-    assert list(checkout.glob("build/lib*/lgd_kernels/_C.*so")) == []  # nor would a wheel take the old one
+    assert list(checkout.glob("build/lib*/lgd_kernels/_C.*so")) == []  # so a wheel would not contain the old one
 
 
 def test_a_required_extension_says_why_at_the_end(checkout, build):

@@ -1,4 +1,4 @@
-"""torch.set_default_device and set_default_dtype change nothing: a tensor that is made inside says where and what."""
+"""torch.set_default_device and set_default_dtype change no result: every internal tensor sets its device and dtype."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""What LearnedGuidance keeps between steps and runs: whose scheduler, whose samples, which grad mode; its scale."""
+"""What LearnedGuidance keeps between steps and runs: the scheduler, the samples, the grad mode, and its scale."""
 
 from types import SimpleNamespace
 

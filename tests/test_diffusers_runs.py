@@ -18,7 +18,7 @@ def one_thread(same_threads_after):
 
 
 def whole_run(scheduler, steps=None, seed=0, **options):
-    """On a network that looks at x alone; the start is of the size the scheduler asks for."""
+    """With a network that depends only on x; the first sample has the scale that the scheduler expects."""
     scheduler.set_timesteps(steps, **options)
     x = noise(seed) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     generator = torch.Generator().manual_seed(7)
@@ -79,7 +79,7 @@ def test_sigmas_given_twice():
 
 
 def test_runs_that_are_refused():
-    """When they are laid out; no step of theirs is taken."""
+    """In set_timesteps, before any step."""
     trailing = {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     ours = FusedScheduler(diffusers.DDIMScheduler(**trailing))
     with pytest.raises(ValueError, match="FusedScheduler: DDIMScheduler .* an eps prediction says nothing of the data"):
@@ -141,7 +141,7 @@ def test_noise_is_added_where_the_run_is(run):
 
 @pytest.mark.parametrize("run", ["flow", "euler", "ancestral", "2m"])
 def test_eta_is_ddims(run):
-    """Pipelines pass it to whatever names it; diffusers' own schedulers do not, and so ignore it."""
+    """Pipelines pass it to every scheduler that has such a parameter; diffusers' other schedulers have none."""
     steps = []
     for eta in ({}, {"eta": 0.5}):
         _, ours, _ = pair(run)

@@ -339,7 +339,7 @@ def test_a_reader_that_leaves_early_is_no_error(unbuffered):
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch):
-    """Only that of stdout is a reader's choice."""
+    """A broken pipe other than stdout is an error."""
 
     def broken(arguments):
         raise BrokenPipeError("a worker died")

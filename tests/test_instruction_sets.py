@@ -1,4 +1,5 @@
-"""What an older processor computes: AVX2 the bits of AVX-512, the baseline the same noise and the rest as exactly."""
+"""Older processors: AVX2 gives the bits of AVX-512; the baseline gives the same noise, and the rest within the
+budget."""
 
 import json
 import os
@@ -22,7 +23,7 @@ def begins_roots(name: str) -> bool:
 
 
 def need(instruction_set: str) -> None:
-    """Skips where this build or this processor has no more than that."""
+    """Skip if this build or this processor has no other instruction set."""
     here = impls.extension().instruction_set().split()[0]
     order = ["x86-64", "x86-64-v3", "x86-64-v4"]
     if here not in order:

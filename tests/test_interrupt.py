@@ -1,4 +1,4 @@
-"""Calls that end early: by Ctrl-C, or because memory is not there. In processes of their own, which they may end."""
+"""Calls that end early, by Ctrl-C or without memory; in separate processes, since they may end those."""
 
 import os
 import subprocess

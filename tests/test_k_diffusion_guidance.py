@@ -1,4 +1,4 @@
-"""GuidedDenoiser: where the condition goes, and which s goes with a sigma that a sampler calls at."""
+"""GuidedDenoiser: how it passes the condition, and which s it finds for the sigma of a call."""
 
 import math
 
@@ -176,7 +176,7 @@ def test_the_next_sigma(sigmas, sigma, expected):
 
 
 class Recorder:
-    """An omega that remembers at which s and t it was asked."""
+    """An omega that records the s and t of its calls."""
 
     def __init__(self):
         self.asked = []
@@ -250,7 +250,7 @@ def test_sigmas_in_half_precision(dtype):
 
 
 def test_a_compiled_denoiser():
-    """One graph, with s found in it; with churn as it was told."""
+    """One graph, which finds s; with churn from the arguments."""
     sigmas, settings = sigmas_of(3), {"s_churn": 0.6}
     guided = k.GuidedDenoiser(conditional, lambda c, s, t: s + t / 10, sigmas, **settings)
     compiled = torch.compile(guided, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""`python -m lgd_kernels learn`: numbers, folders and files that cannot be: one line, before any work is done."""
+"""`python -m lgd_kernels learn`: invalid numbers, folders and files give one line, before any work is done."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

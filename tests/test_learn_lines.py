@@ -1,4 +1,4 @@
-"""What `learn` says beside the figures: lines that sample as printed, and whether the prediction fits the data."""
+"""What `learn` prints beside the losses: lines that sample as printed, and whether the prediction fits the data."""
 
 import subprocess
 import sys

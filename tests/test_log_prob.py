@@ -52,7 +52,7 @@ def test_by_every_implementation(target, generator):
 
 @pytest.mark.parametrize("given", [True, False], ids=["noise", "seed"])
 def test_a_score_of_ones_own_step(target, given, generator):
-    """What a step says is what scoring its x_s says, to the bit: both score what was stored, so a ratio is 1."""
+    """A step returns the same bits as scoring its x_s: both score the stored x_s, so a ratio is 1."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]

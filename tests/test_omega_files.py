@@ -229,7 +229,7 @@ REFUSED_TABLES = {
 @pytest.mark.parametrize("digest", [True, False])
 @pytest.mark.parametrize("case", REFUSED_TABLES)
 def test_refuses_tables(case, digest, tmp_path):
-    """Also where the digest would fit, or is not there."""
+    """Also if the digest matches, or there is none."""
     change, message = REFUSED_TABLES[case]
     save(tmp_path / "omega", lgd.OmegaTable(torch.ones(1, 1, 3), torch.zeros(1), torch.tensor([0.1, 0.5, 0.9])), FLOW)
     rewrite(tmp_path / "omega", **({} if digest else {"header": {"digest": None}}), **change)

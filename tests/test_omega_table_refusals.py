@@ -1,4 +1,4 @@
-"""Tables and lookups that cannot be: refused in words."""
+"""Invalid tables and lookups raise errors."""
 
 import math
 import re

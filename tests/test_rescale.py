@@ -1,4 +1,4 @@
-"""CFG-rescale compares spreads: where a mean is large, or a prediction constant, they must not come of plain sums."""
+"""CFG-rescale compares spreads, which plain sums get wrong for a large mean or a constant prediction."""
 
 import functools
 
@@ -30,7 +30,7 @@ def rescaled_steps(c, u, target, omega=2.0):
 
 @pytest.mark.parametrize("mean", [30.0, 1e3])
 def test_rescale_about_a_large_mean(target, mean, generator):
-    """The spread of g is what the rule is about: right to 1e-5 of itself where the mean is 1000 times as large."""
+    """The spread of g, to which the rule applies, has a relative error of 1e-5 at a mean 1000 times as large."""
     c = testing.sample((3, 4, 33, 32), torch.float64, generator)
     u = c + 0.3 * testing.sample((3, 4, 33, 32), torch.float64, generator)
     for found, c_, u_, _ in rescaled_steps((c + mean).float(), (u + mean).float(), target):

@@ -234,7 +234,7 @@ def test_what_stays_allowed():
 
 
 def test_values_elsewhere_are_never_read():
-    """A plan on a device without data: whoever looked at a value there would raise."""
+    """A plan on a device without data: reading a value there would raise."""
     for name, make in PLANS.items():
         if name not in ("edm_heun", "edm_euler"):  # which choose calls, and the first noise, by values
             assert make(times_of(name).to("meta")).table.is_meta

@@ -61,7 +61,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(tmp_path, monkeypatch
 
 
 def test_a_partial_file_has_an_unpredictable_name(tmp_path, monkeypatch):
-    """A link under a name that can be guessed would lead the write to another file."""
+    """A link with a predictable name would redirect the write to another file."""
     seen = []
     monkeypatch.setattr("os.replace", lambda source, target: seen.append(Path(source)))
     run = trainer(tmp_path)

@@ -1,4 +1,4 @@
-"""What every call must keep to."""
+"""The checks of a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lgd_kernels.levels import OmegaLookup
 
 
 class Fault(NamedTuple):
-    """What a call did wrong; two calls with one `key` are taken for one fault."""
+    """What a call did wrong. Two calls with the same `key` count as one fault."""
 
     function: str
     what: str
@@ -149,7 +149,7 @@ def _check(call: Call) -> Fault | None:
 
 
 def _refused(call: Call, error: Exception, fault) -> Fault | None:
-    """An error is a TypeError or ValueError that begins with the function's name; good calls raise none."""
+    """An error is a TypeError or ValueError that begins with the function's name; valid calls raise none."""
     said = f"{type(error).__name__}: {error}"
     if str(error).startswith("Inference tensors cannot be saved for backward"):
         return None  # as in any function of torch
@@ -170,7 +170,7 @@ def _refused(call: Call, error: Exception, fault) -> Fault | None:
 
 
 def _may_refuse(call: Call, said: str) -> bool:
-    """What the documentation refuses, and the strategies draw."""
+    """Calls that the documentation refuses, but the strategies draw."""
     finite = all(functions.finite(one) for one in _held(call.build()))
     samples = ("median_bandwidth", "mmd_test", "kernel_inception_distance", "frechet_distance")
     return not finite and call.function in samples
@@ -207,7 +207,7 @@ def _exactness(call: Call, arguments, found, fault) -> Fault | None:
 
 
 def _gradients(call: Call, fault) -> Fault | None:
-    """Of data that requires grad, where there is one: within 1e-4 of the largest, and twice the reference's error."""
+    """Check the gradients of data that require grad: within 1e-4 of the largest, and twice the reference's error."""
     names = [name for name, one in call.arguments.items() if getattr(one, "kind", "") in ("requires_grad", "parameter")
              and len(one.shape) > 1]  # fmt: skip
     if not names or call.function not in functions.HAVE_REFERENCE or not _ordinary(call):
@@ -240,7 +240,7 @@ def _gradients(call: Call, fault) -> Fault | None:
 
 
 def _ordinary(call: Call) -> bool:
-    """Whether the budget is meant for it: numbers of ordinary size, and for rules enough of them."""
+    """Whether the error budget covers a call: numbers of ordinary size, and enough of them for rules."""
     specs = list(_specs(call.arguments))
     usual = all(getattr(one, "special", "") in ("", "all zero", "huge") for one in specs)
     ruled = call.arguments.get("rule") is not None
@@ -276,7 +276,7 @@ def _held(value):
 
 
 def _plain(value):
-    """The same values in plain tensors, of which nothing is recorded."""
+    """The same values in plain tensors without autograd history."""
     if isinstance(value, Tensor):
         value = value.detach()
         return value.as_subclass(Tensor).resolve_neg().clone() if value.device.type == "cpu" else value
@@ -292,7 +292,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _same(some: list[Tensor], others: list[Tensor]) -> bool:
-    """Bit for bit, but that a NaN is a NaN."""
+    """Compare bit for bit; all NaNs are equal."""
     if len(some) != len(others):
         return False
     for one, other in zip(some, others, strict=True):

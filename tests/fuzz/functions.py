@@ -1,4 +1,4 @@
-"""How each function is called from a `Call`, and how far its result may lie from that in float64."""
+"""How each function is called from a `Call`, and how far its result may be from the float64 result."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CALLED = {
     "OmegaTable.at": _table,
     "solvers": _solver,
 }
-NAMED = {  # what an error message may begin with, where that is not the function's own name
+NAMED = {  # what an error message may begin with, if not with the function's own name
     "levels": "",  # the schedule's
     "frechet_distance": "feature_statistics",
     "OmegaTable.at": "OmegaTable",
@@ -67,7 +67,7 @@ HAVE_REFERENCE = (  # an argument `impl`
 )  # fmt: skip
 
 
-LINEAR_ALGEBRA = ("frechet_distance",)  # torch's own, which promises no bits on several threads
+LINEAR_ALGEBRA = ("frechet_distance",)  # torch's, which does not promise the same bits on several threads
 
 
 def called(name: str, arguments: dict):
@@ -97,7 +97,7 @@ def _of(arguments, name, default=None):
 
 
 def slack(name: str, arguments: dict) -> float:
-    """What the noise may differ by, 1e-6 of |z|, as the result weighs it; and the moments of a rule."""
+    """The tolerance of the noise, 1e-6 of |z|, as it enters the result, and of the moments of a rule."""
     if name == "combine" and arguments.get("noise_scale") is not None:
         scale = arguments["noise_scale"]
         scale = scale.double().abs().max().item() if isinstance(scale, Tensor) and scale.numel() else scale
@@ -109,7 +109,7 @@ def slack(name: str, arguments: dict) -> float:
 
 
 def compare(name: str, arguments: dict, found: list[Tensor], reference: list[Tensor], truth: list[Tensor]) -> None:
-    """AssertionError where the result is further from the truth than the budget has it."""
+    """Raise AssertionError if the result is further from the truth than the budget allows."""
     comparison = COMPARED.get(name, _elementwise)
     comparison(arguments, found, reference, truth, slack(name, arguments))
 
@@ -132,7 +132,7 @@ def _moments_only(arguments, found, reference, truth, slack):
     outputs = len(found) - 2 if arguments.get("moments") else len(found)
     _elementwise(arguments, found[:outputs], reference[:outputs], truth[:outputs], slack)
     for k, r, t in zip(found[outputs:], reference[outputs:], truth[outputs:], strict=True):
-        assert k.shape == t.shape and k.dtype == r.dtype  # the terms are outputs that nobody wrote
+        assert k.shape == t.shape and k.dtype == r.dtype  # the terms are outputs that are not written
 
 
 def _columns(arguments, tensors):
@@ -172,14 +172,14 @@ def _mmd(arguments, found, reference, truth, slack):
         arguments.get("precision") is None and x.shape[1 + batched :].numel() > 64
     )
     limit = max(limit, 1e-12 if wide else 1e-5) if products else limit
-    if arguments.get("precision") == "product":  # of points that coincide a root is left of what products round
+    if arguments.get("precision") == "product":  # coinciding points leave the square root of the rounding of products
         limit = 1e-7 if wide else 1e-3
     factor = 2 if isinstance(kernel, Polynomial) else 1
     _within(found[0], truth[0], factor * limit * terms + 1e-300)
 
 
 def _energy(arguments, found, reference, truth, slack):
-    """1e-5 of the terms: particles may lie as close to each other as they are rounded."""
+    """1e-5 of the terms: particles may be as close to each other as rounding."""
     if isinstance(arguments.get("lam"), (int, float)) and arguments["lam"]:
         apart = called("guided_energy", widened(arguments) | {"lam": 0.0, "impl": "reference"})
         terms = 2 * apart - truth[0]
@@ -232,7 +232,7 @@ COMPARED = {
 
 
 def truths(name: str, arguments: dict) -> tuple[list[Tensor], list[Tensor]] | None:
-    """(the reference on these arguments, the truth on them in float64); None where nothing says what is right."""
+    """(the reference on these arguments, the reference in float64); None if there is no reference."""
     if name == "philox_normal":
         from lgd_kernels.philox import normal
 

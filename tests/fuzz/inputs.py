@@ -16,7 +16,7 @@ from lgd_kernels import rules, testing
 from lgd_kernels.levels import Levels
 
 LAYOUTS = (*testing.LAYOUTS, "transposed", "one element", "odd steps")
-SOUND = ("requires_grad", "parameter", "subclass", "negated", "zeros", "inference")  # as good as plain tensors
+SOUND = ("requires_grad", "parameter", "subclass", "negated", "zeros", "inference")  # valid wherever plain tensors are
 SOUND = tuple(kind for kind in SOUND if kind not in known.AVOIDED)
 ODD = ("complex", "conjugate", "sparse", "meta", "integers", "bool", "0-dim", "one dimension more", "one sample more")
 SPECIAL = ("nan", "inf", "-inf", "all zero", "constant", "huge", "tiny", "subnormal")
@@ -42,9 +42,11 @@ class T(Spec):
     dtype: str = "float32"
     layout: str = "contiguous"
     seed: int = 0
-    positive: bool = False  # uniform in [0, 1) in place of normal
+    positive: bool = False  # uniform in [low, high) instead of normal
     special: str = ""
     kind: str = ""  # of SOUND or ODD
+    low: float = 0.0
+    high: float = 1.0
 
     def build(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -61,6 +63,8 @@ class T(Spec):
     def values(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         draw = torch.rand if self.positive else torch.randn
         values = draw(shape, generator=generator, dtype=torch.float64)
+        if self.positive:
+            values = self.low + (self.high - self.low) * values
         if self.special in ("nan", "inf", "-inf") and values.numel():
             values.view(-1)[self.seed % values.numel()] = float(self.special)
         elif self.special == "all zero" or self.kind == "zeros":
@@ -73,7 +77,7 @@ class T(Spec):
 
 
 def laid_out(shape: tuple[int, ...], layout: str, make) -> Tensor:
-    """What `make(shape)` returns, of this shape and layout in memory; `make` is called once."""
+    """The result of `make(shape)`, in this shape and memory layout; `make` is called once."""
     if not shape or 0 in shape or (layout == "channels_last" and len(shape) != 4):
         return make(shape)
     if layout == "sliced":
@@ -153,7 +157,7 @@ SCHEDULES = {
 @dataclass(frozen=True, repr=False)
 class Steps(Spec):
     """Levels of a step for each sample. `ends`: the first starts at the noise, and the last ends at the data; `stays`:
-    the first goes nowhere."""
+    the first has s = t."""
 
     batch: int
     schedule: str = "flow"
@@ -181,7 +185,7 @@ class Steps(Spec):
 
 
 def _repeated(values: Tensor):
-    """Makes any shape of these values, for layouts that pick some of its elements: the same ones for all values."""
+    """A `make` of any shape, for layouts that use only some of its elements."""
     return lambda shape: values.repeat_interleave(shape[0] // max(1, len(values)) + 1)[: shape[0]]
 
 
@@ -281,7 +285,7 @@ class Kernel(Spec):
 
 @dataclass(frozen=True, repr=False)
 class Times(Spec):
-    """Of a run: falling, `[N + 1]` or `[N + 1, B]`."""
+    """Falling times of a run, `[N + 1]` or `[N + 1, B]`."""
 
     steps: int
     schedule: str = "flow"
@@ -303,8 +307,8 @@ class Call:
 
     function: str
     arguments: dict
-    good: bool = True  # nothing is wrong with it: it must not be refused
-    around: str = ""  # what is set around it: of checks.SURROUNDINGS
+    good: bool = True  # valid: it must not be refused
+    around: str = ""  # the state around it: a key of checks.SURROUNDINGS
 
     def __repr__(self) -> str:
         rest = "" if self.good else ", good=False"

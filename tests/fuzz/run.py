@@ -1,4 +1,4 @@
-"""Makes many random calls, in processes of their own: `make fuzz`, or `python -m fuzz.run` with tests/ on the path.
+"""Makes many random calls in separate processes: `make fuzz`, or `python -m fuzz.run` with tests/ on the path.
 
 A worker notes each call before it makes it, so that a crash, a hang or an abort is traced to its call.
 """
@@ -26,7 +26,7 @@ from fuzz.checks import Fault, check
 from fuzz.inputs import Call, Spec, Target
 
 CHUNK = 2000  # calls of one process: a few tens of seconds, of which imports take three
-ATTEMPTS = 5  # processes for a chunk, if all but the last end early
+ATTEMPTS = 5  # processes for a chunk, if the earlier ones end early
 SNIPPET = """PYTHONPATH=.:tests {python} -X faulthandler - <<'END'
 from math import inf, nan
 from fuzz.checks import check
@@ -36,7 +36,7 @@ END"""
 
 
 class Chunk(NamedTuple):
-    """What the calls of one process came to."""
+    """The result of the calls of one process."""
 
     calls: int
     faults: list[dict]  # what, call, times, known
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         def chunk(number: int, size: int) -> Chunk:
             done, faults = 0, []
-            for attempt in range(ATTEMPTS):  # what is left when a process has ended early, with another seed
+            for attempt in range(ATTEMPTS):  # if a process ended early, make the remaining calls with another seed
                 note = Path(folder, f"{number}-{attempt}")
                 command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.run", "--functions", options.functions]
                 command += ["--worker", str(note), "--calls", str(size - done)]
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def watched(command: list[str], note: Path, timeout: float) -> Chunk:
-    """Runs a worker. If it ends badly, the fault is that of the call it noted last."""
+    """Run a worker. If it crashes or hangs, the fault belongs to the call that it noted last."""
     here = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here))), "OMP_NUM_THREADS": "1"}
     try:
@@ -111,7 +111,7 @@ def watched(command: list[str], note: Path, timeout: float) -> Chunk:
 
 
 def work(options) -> int:
-    """A worker: prints a Chunk as JSON."""
+    """Run the calls of a worker, and print a Chunk as JSON."""
     names = tuple(filter(None, options.functions.split(",")))
     note = os.open(options.worker, os.O_CREAT | os.O_WRONLY)
     found: dict[tuple, dict] = {}
@@ -144,9 +144,9 @@ def work(options) -> int:
 
 
 def simplified(call: Call, key) -> tuple[Call, Fault]:
-    """The plainest call that is found to have this fault: one thing after another is left out or made plain."""
+    """The simplest call found with this fault: leave out or simplify one thing after another."""
     found = call, check(call)
-    for _ in range(3):  # what is plain now may let something else become plain
+    for _ in range(3):  # one simplification may make another possible
         before = found
         for candidate in plainer(found[0]):
             fault = check(candidate(found[0]))
@@ -158,7 +158,7 @@ def simplified(call: Call, key) -> tuple[Call, Fault]:
 
 
 def plainer(call: Call):
-    """Functions that make a call plainer, one change each."""
+    """Functions that simplify a call, by one change each."""
     yield lambda call: replace(call, around="")
     for name in call.arguments:
         yield lambda call, name=name: replace(call, arguments={k: v for k, v in call.arguments.items() if k != name})
@@ -169,7 +169,7 @@ def plainer(call: Call):
 
 
 def plain(value, field: str):
-    """With the default of this field, in every description there."""
+    """The value with the default of this field, in every description in it."""
     if isinstance(value, tuple):
         return tuple(plain(one, field) for one in value)
     if isinstance(value, Target):

@@ -1,4 +1,4 @@
-"""Draws calls. Most are good; in some, one argument is replaced by something that may have to be refused."""
+"""Draws calls. Most are valid; in some, one argument is replaced by one that may be invalid."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def per_sample(draw, batch, **fixed):
 
 @st.composite
 def in_unit(draw, batch):
-    """Such as churn: a number or `[B]` in [0, 1], whose half neighbours round to no more than 1."""
+    """A number or `[B]` in [0, 1], such as churn, that does not round to more than 1 in half precision."""
     return draw(st.one_of(one_of((0.0, 0.0, 1.0, 0.5, 1)), tensors((batch,), positive=True, special="", kind="")))
 
 
@@ -80,7 +80,7 @@ rules = st.builds(
 
 @st.composite
 def noisy(draw, batch, shape, arguments):
-    """Churn, with noise or a seed where it asks for one."""
+    """Churn, with noise or a seed if it needs one."""
     arguments["churn"] = churn = draw(in_unit(batch))
     if churn == 0 and not isinstance(churn, T):
         return arguments
@@ -262,7 +262,9 @@ def schedule_levels(draw):
 @st.composite
 def omega_table(draw):
     batch, sizes, knots = draw(one_of((0, 1, 2, 5))), draw(one_of(((1, 1, 1), (2, 3, 4)))), "float32"
-    time = st.builds(T, st.just((batch,)), st.just(knots), layouts, small, st.just(True))
+    cut = draw(one_of((0.1, 0.5, 0.9)))  # s < cut <= t
+    times = {name: T((batch,), knots, draw(layouts), draw(small), True, low=low, high=high)
+             for name, low, high in (("s", 0.0, cut), ("t", cut, 1.0))}  # fmt: skip
     return {"table": Table(sizes, draw(dtypes), knots, draw(layouts), draw(small)),
             "c": Seeds((batch,), draw(layouts), draw(small), sizes[0]), "t": draw(time),
             "s": T((batch,), knots, draw(layouts), draw(small), special="all zero")}  # fmt: skip
@@ -313,7 +315,7 @@ FUNCTIONS = {
 
 @st.composite
 def odd(draw, value):
-    """Something else in an argument's place, or an odd relative of it."""
+    """Another value for an argument, or an unusual variant of it."""
     if isinstance(value, T) and draw(st.booleans()):
         changes = [{"kind": draw(one_of(inputs.ODD))}, {"special": draw(one_of(inputs.SPECIAL))},
                    {"dtype": draw(one_of(("int64", "int32", "uint8", "bool", "float8_e4m3fn")))}]  # fmt: skip
