@@ -1,4 +1,4 @@
-"""A run of a solver as a table of coefficients, made once; a step of it is one combine."""
+"""A run of a solver as a table of coefficients, computed once; each step is one combine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StepPlan:
         kept <- table[i, 1] . (x, g, kept, z)      only where the solver remembers something: P = 2, else P = 1
 
     `times [N, B]` with a `table [N, B, P, 4]` are a run of its own for each sample. A table of five factors has one
-    more, of what was kept a call earlier, which is handed on and not written again.
+    more, for what was kept a call earlier, which is passed on and not written again.
 
     `ends` are the times at which a step from `times[i]` ends: the sampler calls `omega(c, s, t)` with s = ends[i] and
     t = times[i]. For the second call of a Heun step that is the end of the next step. A plan made by hand may omit
@@ -61,11 +61,12 @@ class StepPlan:
 
     @property
     def deep(self) -> bool:
-        """Whether what was kept a call earlier is asked for too: `kept` is then a tuple, the newest first."""
+        """Whether a step also uses what was kept a call earlier: `kept` is then a tuple, the newest first."""
         return self.table.shape[-1] == 5
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepPlan:
-        """Times and table there; the table in `dtype`. Once, before the loop: then a step copies nothing."""
+        """Move times and table to a device, the table in `dtype`. Do it once, before the loop: then a step copies
+        nothing."""
         start = self.start.to(device) if isinstance(self.start, Tensor) else self.start
         table = self.table.to(device, dtype or self.table.dtype)
         ends, stays = (one if one is None else one.to(device) for one in (self.ends, self.stays))
@@ -89,13 +90,13 @@ class StepPlan:
         """One step: `(x, kept)` after call `index` of the network. One pass, without a rule that takes moments.
 
         Args:
-            index: of the call; an int; or an int64 tensor on the device of the data, which nothing waits for: 0-dim, or
-                `[B]`, where every sample is at a call of its own.
+            index: of the call: an int, or an int64 tensor on the device of the data, whose value the host does not
+                read: 0-dim, or `[B]` for a different call for each sample.
             x, cond, uncond, omega, rule: as in `guided_step`; without uncond, cond is the guided prediction.
             kept: what the step before returned; None in the first. (With `index` a tensor: zeros like x, there; a tuple
                 of two where the plan is `deep`.)
             noise, seed, first_sample: as in `guided_step`, for solvers that draw. `step` draws z from the seed alone:
-                give another one to each step.
+                pass a different one to each step.
 
         Differentiable in x, cond, uncond, omega, kept and noise. Raises TypeError or ValueError as `combine` does.
         """
@@ -143,7 +144,7 @@ class StepPlan:
         return self._and_kept(found, history, index)
 
     def _and_kept(self, found: tuple[Tensor, ...], history: tuple[Tensor, ...], index: int | Tensor):
-        """The next sample, and what the next step asks for."""
+        """The next sample, and the history for the next step."""
         if not self.deep:
             return found if self.remembers else (found[0], None)
         if self.stays is not None and len(history) == 2:
@@ -161,7 +162,8 @@ class StepPlan:
         return row.expand(batch, *row.shape[1:])
 
     def _check(self, index, depth, noise, seed) -> None:
-        """Where the table can be looked at for nothing, that this row has what it asks for."""
+        """If the host can read the table without waiting, check that the history and noise that this row uses are
+        given."""
         if noise is not None and seed is not None:
             raise ValueError("StepPlan.step: `noise` and `seed` were both given, expected one of them")
         if isinstance(index, Tensor) or self.table.device.type != "cpu" or torch.compiler.is_compiling():
