@@ -71,6 +71,9 @@ def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Te
     if not isinstance(value, OmegaLookup):
         return per_sample(op, "omega", value, like_name, like)
     if not is_whole(value, like):
+        for name, tensor in zip(value._fields, value, strict=True):
+            if isinstance(tensor, Tensor):
+                same_device(op, f"omega.{name}", tensor, like_name, like)
         raise ValueError(f"{op}: {lookup_problem(value, like, like_name)}; OmegaTable.at(c, s, t) makes a lookup")
 
 
