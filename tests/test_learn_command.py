@@ -317,7 +317,7 @@ def test_options_that_do_not_fit(options, message, capsys):
         (["--omega", "table", "--resume"], "--reward and --resume are for --omega network"),
         (["--knots", "1"], "--knots is 1, expected 2 or more"),
         (["--omega", "spline"], "invalid choice"),
-        (["--gamma", "0.5"], "--black-box and --gamma say something of a reward: pass --reward"),
+        (["--gamma", "0.5"], "--black-box and --gamma are options of a reward: pass --reward"),
     ],
 )
 def test_options_that_cannot_be(options, message, capsys):

@@ -272,8 +272,8 @@ class LearnedGuidance(BaseGuidance):
         why = "set_timesteps was never called on it" if self._unset() else "it has another timestep there"
         return (
             f"LearnedGuidance: step {self._step} of {self._num_inference_steps} is no step of the guider's scheduler, "
-            f"a {type(self.scheduler).__name__}: {why}; set guider.scheduler = pipe, to use the pipeline's current "
-            "scheduler, or guider.scheduler = pipe.scheduler"
+            f"a {type(self.scheduler).__name__}: {why}; set guider.scheduler = pipe, which follows the "
+            "pipeline's scheduler, or guider.scheduler = pipe.scheduler"
         )
 
     def _omega(self, pred: Tensor) -> float | Tensor:
