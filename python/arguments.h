@@ -47,8 +47,8 @@ inline int64_t integer(PyObject* result) {
   return value;
 }
 
-// Null only where the tensor is absent or empty: one that has elements and no memory (a zero of forward AD, a storage
-// that was freed) is refused.
+// Null only if the tensor is absent or empty. Refuses a tensor with elements but no memory (a zero of forward AD, a
+// freed storage).
 inline void* address(Tensor tensor) {
   if (tensor.is_none()) return nullptr;
   const auto& python = Python::instance();

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kSmall = 1 << 24;  // pairs times what one costs: below, about 1 ms, waking others is no gain
 constexpr int64_t kTasks = 32, kMostTiles = 4;  // blocks wanted on a side, and the longest; as many bytes in one:
 constexpr int64_t kBlockBytes = 1 << 18;        // points and their gradients stay near a core while others pass by
-constexpr int64_t kStretch = 1024;  // coordinates of a tile (4 million multiply-adds) between two looks at Ctrl-C
-constexpr int64_t kLong = 16384;    // dimensions beyond which few points are not packed as a whole
+constexpr int64_t kStretch = 1024;  // coordinates of a tile (4 million multiply-adds) between two checks for Ctrl-C
+constexpr int64_t kLong = 16384;    // with more dimensions, few points are not packed at once
 
 struct Mmd {
   int64_t batch, n, k, dimension;
@@ -97,7 +97,7 @@ struct Pairs {
   bool itself;
   int64_t width, stretches, before;  // rounds that the sets have been in
   int64_t rows = x.blocks(width), columns = y.blocks(width), length = (rows + stretches - 1) / stretches;
-  int64_t rounds = coefficient == 0 ? 0 : std::max(length, columns);  // a term without weight is in none
+  int64_t rounds = coefficient == 0 ? 0 : std::max(length, columns);  // a term with coefficient 0 takes none
   std::vector<double> sums = std::vector<double>(rows);
   std::atomic<int64_t> next{0};
 
@@ -166,8 +166,8 @@ struct Pairs {
   }
 };
 
-// Sets of one tile each, of many dimensions: a stretch of coordinates is in memory at a time, once for the squares and
-// once for the gradients, for tiles of two points would take 32 times the data.
+// Sets of one tile each, of many dimensions. Only one stretch of coordinates is packed at a time, once for the squares
+// and once for the gradients: whole tiles of two points would take 32 times the memory of the data.
 template <class S>
 struct Few {
   const MmdKernel& kernel;

@@ -16,7 +16,7 @@ S* scratch(const GuidedEnergy& op) {
   return kept.data();
 }
 
-// work(first, last) for pieces of a stretch of a row, whole spans of about 2^24 pairs of elements (5 ms) each.
+// Calls work(first, last) for pieces of a stretch of a row: whole spans, about 2^24 pairs of elements (5 ms) each.
 template <class Work>
 void in_pieces(const GuidedEnergy& op, int64_t first, int64_t last, const Work& work) {
   Watch watch;

@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace lgd {
 namespace {
 
-// T: of what is found; S, or double where it is centred.
+// T: the dtype of `found`; S, or double if centred.
 template <class S, class T>
 void run(const Moments& op, int64_t batch, int64_t row, int threads, T* found) {
   std::vector<double> totals(batch * op.count);

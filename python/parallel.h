@@ -15,8 +15,8 @@ constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 
 // work(task), for each. A thread's share is a stretch of neighbours, the same ones in every call, for its core may
 // still have what it read and wrote there the last time. Then it takes over what others, who may wake up late, have not
-// begun. What a task throws ends all of them, and so does Ctrl-C; both leave from here as exceptions, when no thread
-// works any longer.
+// begun. An exception in a task ends all tasks, and so does Ctrl-C. for_tasks throws it once no thread works any
+// longer.
 template <class Work>
 void for_tasks(int64_t tasks, int threads, const Work& work, int64_t together = 1) {
   Stop own, *outer = Stop::current(), &stop = outer ? *outer : own;

@@ -21,7 +21,7 @@ struct Guided {
   int factors[kMostTensors], scale;  // places of values: of each column, and of the noise (-1: none)
 };
 
-// Centred sums at the place of the plain ones become both.
+// Replaces centred sums in the place of the plain ones by plain and centred sums.
 template <class S>
 void spread(const Moments& op, int64_t sample, int64_t row, double* values) {
   centre<S>(op.read, sample, row, values);
@@ -98,7 +98,7 @@ void fill_moments(Moments& op, const Rows* predictions, py::handle columns, unsi
     return;
   }
   op.wanted = 0;
-  for (int m = 0; m < 9; ++m)  // plain products are made of centred ones
+  for (int m = 0; m < 9; ++m)  // plain products are computed from centred ones
     if ((wanted | wanted >> kPlain) >> m & 1) op.wanted |= 1u << op.same_as[m] | 1u << (9 + m / 3) | 1u << (9 + m % 3);
   op.wanted |= wanted & (7u << 9);
 }

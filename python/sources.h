@@ -8,6 +8,6 @@
 #endif
 
 namespace lgd {
-extern const char source_digest[];  // extern: the compiler keeps the bytes together
+extern const char source_digest[];  // extern, so that the compiler keeps it as one string
 const char source_digest[] = "lgd-sources-" LGD_SOURCE_DIGEST;
 }  // namespace lgd

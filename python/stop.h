@@ -1,4 +1,4 @@
-// What ends a call early: Ctrl-C, or an exception in one of its threads.
+// Ends a call early: on Ctrl-C, or an exception in one of its threads.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -13,8 +13,8 @@ namespace lgd {
 // threading.main_thread().ident, set when the module is loaded: the thread that runs Python's signal handlers.
 inline unsigned long main_thread = 0;
 
-// Of one call. An exception that leaves a parallel region ends the process, so it is kept here until the region is
-// over.
+// The stop request of one call. An exception that leaves a parallel region would end the process, so it is kept here
+// until the region has ended.
 class Stop {
  public:
   bool requested() const { return requested_.load(std::memory_order_acquire); }
@@ -26,7 +26,7 @@ class Stop {
   void rethrow() const {
     if (requested()) std::rethrow_exception(error_);
   }
-  // By the main thread alone.
+  // Called by the main thread only.
   void run_signal_handlers() {
     pybind11::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) fail(std::make_exception_ptr(pybind11::error_already_set()));
@@ -43,7 +43,7 @@ class Stop {
   std::exception_ptr error_;
 };
 
-// For as long as it lives, this thread works for that call.
+// While it lives, this thread works for that call.
 class Working {
  public:
   explicit Working(Stop& stop) : before_(Stop::current()) { Stop::current() = &stop; }
@@ -55,9 +55,9 @@ class Working {
   Stop* before_;
 };
 
-// Asked between two pieces of a loop whether to leave it; on the main thread, signal handlers run ten times a second.
-// The clock is read after 1, 2, 4, ... pieces, as long as these take less than 5 ms: a call of few pieces does not
-// notice.
+// A loop calls stops() between two pieces, and ends if it returns true. On the main thread it runs signal handlers ten
+// times a second. It reads the clock after 1, 2, 4, ... pieces, as long as these take less than 5 ms, so that a call of
+// few pieces costs nothing.
 class Watch {
   using Clock = std::chrono::steady_clock;
 

@@ -33,8 +33,8 @@ struct Combine {
 // <out_p, out_q> for q >= p, row by row, then the sums
 constexpr int moments_of(int outputs) { return outputs * (outputs + 3) / 2; }
 
-// Elements [first, last) of one sample of the outputs. S: float, or double where any tensor or `found` is. `found`: the
-// moments of these elements are added to it; of the outputs as they are before they are rounded.
+// Elements [first, last) of one sample of the outputs. S: float, or double where any tensor or `found` is. Adds
+// the moments of these elements, of the outputs before they are rounded, to `found`.
 template <class S>
 void combine(const Combine& op, int64_t sample, int64_t first, int64_t last, double* found = nullptr);
 

@@ -1,10 +1,10 @@
-// LGD_INSTRUCTION_SET=x86-64-v3 (AVX2) or x86-64 (SSE2), set before the module is loaded: the code of such a processor
-// runs. Clones are bound while the module is loaded, by resolvers that ask libgcc what the processor has. setup.py
-// links with --wrap, so that they ask here first.
+// LGD_INSTRUCTION_SET=x86-64-v3 (AVX2) or x86-64 (SSE2), set before the module is loaded, selects the code for such a
+// processor. Resolvers bind the clones while the module is loaded; they ask libgcc for the processor's features.
+// setup.py links with --wrap, so that this function answers instead.
 #include "scalar.h"
 
 #ifdef LGD_HAS_CLONES
-// Called through the global offset table, which is filled in before the first resolver runs; other calls are not.
+// noplt: called through the global offset table, which is filled before the first resolver runs, unlike the PLT.
 extern "C" __attribute__((noplt)) char* getenv(const char* name);
 extern "C" int __real___cpu_indicator_init();
 extern "C" __attribute__((visibility("hidden"))) struct {
@@ -12,7 +12,7 @@ extern "C" __attribute__((visibility("hidden"))) struct {
 } __cpu_model;
 extern "C" __attribute__((visibility("hidden"))) unsigned __cpu_features2[];
 
-// The bits of gcc's i386-cpuinfo.h: part of its interface, so they stay where they are.
+// The bits of gcc's i386-cpuinfo.h. They are part of gcc's ABI, so they do not change.
 extern "C" __attribute__((visibility("hidden"), no_sanitize("address", "undefined"))) int
 __wrap___cpu_indicator_init() {
   constexpr unsigned kAvx512f = 1u << 15, kAvx2 = 1u << 10, kFma = 1u << 14;  // features[0]

@@ -16,7 +16,7 @@ struct Seed {
   int64_t stride;
   int64_t value;
   uint32_t first_item;
-  bool own;  // one for each item, of any stride: 0 where all are the same
+  bool own;  // a seed for each item, with any stride (0: all seeds are equal)
 
   LGD_INLINE uint64_t key(int64_t item) const { return uint64_t(data ? data[item * stride] : value); }
   LGD_INLINE uint32_t index(int64_t item, int64_t particle = 0, int64_t particles = 1) const {
@@ -48,7 +48,7 @@ struct Contracted {
   LGD_INLINE static float fused(float a, float b, float c) { return a * b + c; }
 };
 
-// The same without one. In double the product is exact, and a sum that was rounded to odd may be rounded once more.
+// The same without FMA. In double the product is exact, and a sum rounded to odd can be rounded again without error.
 struct Emulated {
   LGD_INLINE static float fused(float a, float b, float c) {
     const double product = double(a) * b, sum = product + c, part = sum - product;

@@ -37,8 +37,8 @@ struct Instruction {
   int a, b, c;  // places of values; of a constant or a number, where it is among those
 };
 
-// Moments of c, u, D, as `Pair` in lgd_kernels/rules.py has them: nine products, row by row, and three sums; then nine
-// products of deviations from the means.
+// Moments of c, u, D, in the order of `Pair` in lgd_kernels/rules.py: nine products, row by row, and three sums; then
+// nine products of deviations from the means.
 constexpr int kPlain = 12, kGiven = 21;
 constexpr int kMostValues = 256;
 

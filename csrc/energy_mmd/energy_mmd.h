@@ -11,37 +11,38 @@ namespace lgd {
 constexpr int kMmdTile = 64;  // points; the pairs of two tiles fill half of the nearest cache
 
 // A tile of points, or a stretch of its coordinates: [count][64], coordinate by coordinate, so that the lanes of a
-// vector are points; `first` and `count` are coordinates. Where there are fewer points the rest is 0, and so are its
-// weights.
+// vector are points; `first` and `count` are coordinates. With fewer than 64 points the rest of the tile is 0, as are
+// its weights.
 template <class S>
 void mmd_pack(const S* rows, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count, S* packed);
 template <class S>
 void mmd_unpack(const double* packed, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count,
                 S* rows);
 
-// The pairs of two tiles that hold so many points, rounded up to fours and to sixteens.
+// The pairs of two tiles with so many points, rounded up to multiples of 4 and of 16.
 struct TilePairs {
   int rows, columns;
-  bool same;  // one tile with itself: of its pairs those with i < j
+  bool same;  // a tile with itself: only pairs with i < j
 
   TilePairs(int64_t x_points, int64_t y_points, bool same)
       : rows(int((x_points + 3) / 4 * 4)), columns(int((y_points + 15) / 16 * 16)), same(same) {}
 };
 // Below, x and y are two tiles, or the same stretch of coordinates of both; p and q are weights of their points;
-// squares and weights of pairs are [64][64]. s_ij of a stretch (of whole 256 coordinates, but for the last), added to
-// what the stretches before it gave (`more`).
+// squares and weights of pairs are [64][64]. s_ij of a stretch (a multiple of 256 coordinates, except the last),
+// added to those of the preceding stretches if `more`.
 template <class S>
 void mmd_squares(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension, bool more,
                  S* squares);
-// The sum of p_i q_j k(s_ij); s_ij become w_ij where slopes are wanted.
+// The sum of p_i q_j k(s_ij). With `slopes`, replaces s_ij by w_ij.
 template <class S>
 double mmd_values(const MmdKernel& kernel, const TilePairs& of, const S* p, const S* q, bool slopes, S* squares);
-// Adds c sum_j w_ij (x_i - y_j), and the opposite, to the gradients [dimension][64] that are given.
+// Adds c sum_j w_ij (x_i - y_j), and its negative, to those gradients [dimension][64] that are not null.
 template <class S>
 void mmd_gradients(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension,
                    const S* weights, double coefficient, double* d_x, double* d_y);
 
-// The same of points with themselves: <x_i, x_i>, or 0; sum p_i^2 k; and the gradients, which are 0 but of products.
+// The same for points with themselves: <x_i, x_i>, or 0; sum p_i^2 k; and the gradients, which are 0 except for
+// kernels of products.
 template <class S>
 void mmd_own_squares(const MmdKernel& kernel, const S* x, int64_t dimension, S* squares);
 template <class S>

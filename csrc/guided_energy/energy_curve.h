@@ -15,7 +15,7 @@ struct EnergyCurve {
   int order;  // of the derivative; 0: the loss
 };
 
-constexpr int64_t kCurveShifts = 64;  // looked at together: their sums stay in the nearest cache
+constexpr int64_t kCurveShifts = 64;  // processed together: their sums stay in the first-level cache
 
 // found[i] at d = shifts[i], for one item.
 void energy_curve(const EnergyCurve& curve, const double* statistics, const double* shifts, int64_t count,

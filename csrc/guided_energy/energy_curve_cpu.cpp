@@ -6,8 +6,8 @@
 namespace lgd {
 namespace {
 
-constexpr int kLanes = 8;   // pairs side by side, a whole vector of any width: a power is a chain of its own
-constexpr int kTerms = 64;  // pairs that all shifts meet before the next
+constexpr int kLanes = 8;   // pairs side by side, a whole vector of any width: a power is a dependency chain
+constexpr int kTerms = 64;  // pairs processed for all shifts before the next ones
 
 struct Terms {
   alignas(64) double a[kTerms], b[kTerms], c[kTerms], share[kTerms];

@@ -35,7 +35,7 @@ struct EnergyOptions {
   bool unbiased;
 };
 
-constexpr int64_t kEnergySpan = 256;  // elements of a row looked at together on the CPU; their sums go on in double
+constexpr int64_t kEnergySpan = 256;  // elements of a row processed together on the CPU; their sums are added in double
 
 // Adds to sums what elements [first, last) of the item give. S: float, or double where any tensor is. `scratch` holds
 // guided_energy_scratch elements.

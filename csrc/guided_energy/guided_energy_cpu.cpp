@@ -7,7 +7,7 @@
 namespace lgd {
 namespace {
 
-constexpr int kTile = 4;  // targets, or other particles, that one meets at a time: their sums fill the registers
+constexpr int kTile = 4;  // targets, or other particles, compared with one at a time: their sums fill the registers
 constexpr int64_t kSpan = kEnergySpan;
 
 template <class S>

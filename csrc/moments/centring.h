@@ -1,4 +1,4 @@
-// Sums of columns about an origin, from which centred moments follow without a loss of digits.
+// Sums of columns about an origin, from which centred moments follow without loss of accuracy.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,8 +22,9 @@ void first_elements(const Columns& read, int64_t sample, S* out) {
   }
 }
 
-// Sums of a part of a sample about the columns' origins. They are taken about `shifts`, near the means of what was read
-// before, so that no digits are lost in S, and moved in double; from move to move the number of elements doubles.
+// Sums of a part of a sample about the columns' origins. Elements are summed about `shifts`, near the means of the
+// elements before, so that S loses no digits. The sums are then moved to the origins in double, each time that the
+// number of elements has doubled.
 template <class S>
 struct Centring {
   const int columns, sums;
@@ -38,7 +39,7 @@ struct Centring {
     std::fill_n(about, sums, 0.0);
   }
 
-  // Sums of the first elements about the origins are held: they say where the means lie, and are taken again.
+  // `held` has sums of the first elements about the origins. They give the first shifts; the elements are summed again.
   void begin(int64_t of) {
     choose_shifts(held, of);
     std::fill_n(held, sums, 0.0);
@@ -66,8 +67,8 @@ struct Centring {
     choose_shifts(about, count);
   }
 
-  // The means, as multiples of a power of two not above the spread: deviations of halves then have few digits, and
-  // their products and sums are exact.
+  // The means, rounded to a multiple of a power of two that is at most the spread: deviations of half-precision values
+  // then have few digits, and their products and sums are exact.
   void choose_shifts(const double* from, int64_t of) {
     for (int i = 0; i < columns; ++i) {
       const double mean = from[columns * columns + i] / of;
@@ -82,8 +83,8 @@ struct Centring {
   }
 };
 
-// Sums of a whole sample about the origins, of which there are `count` elements, as its centred moments: products of
-// columns less their means, and the means. A column that is constant has moments of exactly 0.
+// Turns the sums of a whole sample of `count` elements about the origins into centred moments: products of columns less
+// their means, and the means. A constant column has moments of exactly 0.
 template <class S>
 void centre(const Columns& read, int64_t sample, int64_t count, double* sums) {
   const int columns = read.count;
@@ -95,7 +96,7 @@ void centre(const Columns& read, int64_t sample, int64_t count, double* sums) {
       double& value = sums[columns * i + j];
       const double square = value;
       value -= totals[i] * totals[j] / count;
-      // An origin is an element, so that less than a share of 1 / count can only be rounding: the column is constant.
+      // The origin is an element, so a share below 1 / count can only be rounding: the column is constant.
       if (i == j && value <= 0x1p-48 * square) value = 0;
     }
   for (int i = 0; i < columns; ++i) {

@@ -1,4 +1,4 @@
-// Inner products and sums of columns over each sample, in one read; and centred ones, of columns less their means.
+// Inner products and sums of columns over each sample, in one read; also centred, of columns less their means.
 #pragma once
 #include "../common/columns.h"
 
@@ -13,12 +13,12 @@ struct Moments {
   int count;
   unsigned wanted = ~0u;  // a bit for each: the rest may be left at 0
   Rows soon[2];           // what is read, and what is written, right after this: asked for meanwhile; or absent
-  bool centred;  // sums about the columns' origins, which `centre` completes; pairs are then all K x K, and sums
+  bool centred;           // sums about the columns' origins, for `centre`; pairs are then all K x K, and the sums
 };
 
 // Adds to sums[m] the part of pair m in elements [first, last) of one sample. S: float, or double where a tensor is.
 //
-// Centred, a column's first element is subtracted from it: sums about one origin add up over the parts of a sample.
+// If centred, a column's first element, its origin, is subtracted, so that sums of the parts of a sample can be added.
 template <class S>
 void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, double* sums);
 

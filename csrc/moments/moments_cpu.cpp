@@ -108,10 +108,10 @@ __attribute__((target("avx2,fma"), always_inline)) inline __m256 eight(const bf1
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-// A sum waits four cycles for the one before it, so that where there are few each has several chains.
+// An addition has a latency of four cycles, so if there are few sums, each is split into several chains.
 constexpr int chains_of(unsigned of) { return __builtin_popcount(of) <= 3 ? 4 : __builtin_popcount(of) <= 5 ? 2 : 1; }
 
-// Adds to out the moments Of one part of a sample, each of a, b and d = a - b less its shift where they are centred.
+// Adds the moments `Of` of one part of a sample to `out`. If centred, a, b and d = a - b are taken less their shifts.
 template <unsigned Of, bool Centred, class E>
 __attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64_t count, const E* const* soon,
                                                    const float* shifts, double* out) {
@@ -160,14 +160,14 @@ __attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64
 // All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums.
 template <unsigned Of, bool Centred, class E>
 void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon, Centring<float>* centring, double* out) {
-  constexpr int64_t kPart = 512 * chains_of(Of);  // 64 additions of floats to a sum, before they go on as doubles
+  constexpr int64_t kPart = 512 * chains_of(Of);  // 64 float additions for each sum, which is then added in double
   for (int64_t first = 0; first < count; first += kPart) {
     const int64_t part = count - first < kPart ? count - first : kPart;
     const E* ahead[2] = {soon[0] ? soon[0] + first : nullptr, soon[1] ? soon[1] + first : nullptr};
     if constexpr (!Centred) {
       pair_part<Of, false>(a + first, b + first, part, ahead, nullptr, out);
     } else {
-      if (centring->count == 0) {  // a pass of its own over elements that stay in the nearest cache
+      if (centring->count == 0) {  // an extra pass over elements that stay in the first-level cache
         const E* none[2] = {};
         pair_part<Of, true>(a, b, part, none, centring->shifts, centring->held);
         centring->begin(part);
@@ -235,7 +235,7 @@ void add_products(const Moments& op, const S* const* columns, const S* ones, int
     }
     if (together) dots(together, own.minus < 0 ? ones : columns[own.plus], others, count, found);
     for (int n = 0; n < together; ++n) sums[m + n] += found[n];
-    m += together ? together : 1;  // none: the mirror image of one before
+    m += together ? together : 1;  // none: the mirror image of an earlier pair
   }
 }
 
