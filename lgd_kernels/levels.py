@@ -83,8 +83,6 @@ def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
     for name, tensor in zip(lookup._fields, lookup, strict=True):
         if not isinstance(tensor, Tensor):
             return f"`omega.{name}` is a {type(tensor).__name__}, expected a tensor"
-        if tensor.device != like.device:
-            return f"`omega.{name}` is on {tensor.device}, expected {like.device} like `{like_name}`; .to(...) moves it"
         if name in ("c", "s", "t") and list(tensor.shape) != batch:
             shape = list(tensor.shape)
             return (

@@ -1,4 +1,3 @@
 """Faults that are not fixed yet, as (function or "*", a pattern of `str(Fault)`); delete an entry with its fault."""
 
 KNOWN: list[tuple[str, str]] = []
-AVOIDED: tuple[str, ...] = ()  # kinds of tensors (inputs.SOUND, inputs.ODD) that end the process

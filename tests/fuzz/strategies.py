@@ -266,8 +266,7 @@ def omega_table(draw):
     times = {name: T((batch,), knots, draw(layouts), draw(small), True, low=low, high=high)
              for name, low, high in (("s", 0.0, cut), ("t", cut, 1.0))}  # fmt: skip
     return {"table": Table(sizes, draw(dtypes), knots, draw(layouts), draw(small)),
-            "c": Seeds((batch,), draw(layouts), draw(small), sizes[0]), "t": draw(time),
-            "s": T((batch,), knots, draw(layouts), draw(small), special="all zero")}  # fmt: skip
+            "c": Seeds((batch,), draw(layouts), draw(small), sizes[0]), **times}  # fmt: skip
 
 
 @st.composite
