@@ -26,10 +26,7 @@ def samples(op: str, **tensors: Tensor | None) -> None:
         if not isinstance(tensor, Tensor):
             hint = "; without guidance, pass cond again" if name == "uncond" else ""
             raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]{hint}")
-        if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{op}: `{name}` has layout {tensor.layout}, expected a dense tensor; .to_dense() makes one"
-            )
+        dense(op, name, tensor)
         if tensor.dtype not in DATA_DTYPES:
             raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
         if tensor is first:
@@ -42,6 +39,12 @@ def samples(op: str, **tensors: Tensor | None) -> None:
                 "expand it if it should broadcast"
             )
         same_device(op, name, tensor, first_name, first)
+
+
+def dense(op: str, name: str, tensor: Tensor) -> None:
+    """No sparse tensor, whose memory holds something else than its values."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: `{name}` has layout {tensor.layout}, expected a dense tensor; .to_dense() makes one")
 
 
 def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
@@ -60,6 +63,7 @@ def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: 
                 f"{op}: `{name}` has shape {list(value.shape)}, expected [B] = [{batch}], one for each sample of "
                 f"`{like_name}`{remedy}"
             )
+        dense(op, name, value)
         same_device(op, name, value, like_name, like)
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         hint = ", or what OmegaTable.at(c, s, t) returns" if name == "omega" else ""
@@ -79,7 +83,7 @@ def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Te
 
 def prediction_name(op: str, value: str) -> None:
     """One of our names for what the network returns."""
-    if value not in PREDICTIONS:
+    if not isinstance(value, str) or value not in PREDICTIONS:
         ours = DIFFUSERS_PREDICTIONS.get(value) if isinstance(value, str) else None
         hint = f"; did you mean {ours!r}?" if ours else ""
         raise ValueError(f"{op}: `prediction` is {value!r}, expected one of {', '.join(PREDICTIONS)}{hint}")
@@ -108,13 +112,13 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
 
 def _alike(value: Levels, like: Tensor) -> bool:
     """The common case, at once: five good tensors. (A loop: a generator takes half as long again.)"""
-    shape, dtype, device = like.shape[:1], getattr(value.gap, "dtype", None), like.device
+    shape, dtype, device, strided = like.shape[:1], getattr(value.gap, "dtype", None), like.device, torch.strided
     if dtype not in (torch.float32, torch.float64):
         return False
     for tensor in value:
         if not isinstance(tensor, Tensor) or tensor.dtype is not dtype or tensor.requires_grad:
             return False
-        if tensor.shape != shape or tensor.device != device:
+        if tensor.shape != shape or tensor.device != device or tensor.layout is not strided:
             return False
     return True
 
@@ -181,15 +185,21 @@ def not_vmapped(op: str, name: str, instead: str) -> None:
         raise ValueError(f"{op}: `{name}` under vmap would draw the same noise for every entry; pass {instead}")
 
 
-def seed(op: str, value: int | Tensor, first_sample: int, batch: int, like: Tensor | None, name: str = "seed") -> None:
-    """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
+def first_sample(op: str, first_sample: int) -> None:
+    """The index of the first sample."""
     if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
         raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")
     if not 0 <= first_sample < 2**32 and not torch.compiler.is_compiling():
         raise ValueError(f"{op}: `first_sample` is {first_sample}, expected an index from 0 to 2^32 - 1")
+
+
+def seed(op: str, value: int | Tensor, first: int, batch: int, like: Tensor | None, name: str = "seed") -> None:
+    """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
+    first_sample(op, first)
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{op}: `{name}` has dtype {value.dtype}, expected int64")
+        dense(op, name, value)
         if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
             raise ValueError(
                 f"{op}: `{name}` has shape {list(value.shape)}, expected [] for one seed or [B] = [{batch}] for each "
@@ -222,6 +232,7 @@ def like_item(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, 
         raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]")
     if tensor.dtype not in DATA_DTYPES:
         raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+    dense(op, name, tensor)
     if tensor.shape != (like.shape[0], *shape):
         raise ValueError(
             f"{op}: `{name}` has shape {list(tensor.shape)}, expected {[like.shape[0], *shape]}, to go with "
@@ -236,6 +247,12 @@ def count(op: str, name: str, value: int) -> None:
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int")
     if value < 1:
         raise ValueError(f"{op}: `{name}` is {value}, expected 1 or more")
+
+
+def function(op: str, name: str, value) -> None:
+    """Something that can be called."""
+    if not callable(value):
+        raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a function")
 
 
 def tensor(op: str, name: str, value: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lgd_kernels.checks import DATA_DTYPES, brief, readable, same_device, samples
+from lgd_kernels.checks import DATA_DTYPES, brief, dense, readable, same_device, samples
 from lgd_kernels.columns import MOST, Column
 
 
@@ -49,6 +49,7 @@ def source(op: str, value: Tensor, like: Tensor) -> None:
         raise TypeError(f"{op}: `source` has dtype {value.dtype}, expected int64; source.long()")
     if value.ndim != 1:
         raise ValueError(f"{op}: `source` has shape {list(value.shape)}, expected [B'], a sample for each output")
+    dense(op, "source", value)
     same_device(op, "source", value, "tensors[0]", like)
     batch = like.shape[0]
     if value.shape[0] and not batch:
@@ -69,6 +70,7 @@ def coefficients(op: str, value: Tensor, batch: int, count: int, like: Tensor) -
             f"{op}: `coefficients` has shape {list(value.shape)}, expected [B, K] = [{batch}, {count}], one for each "
             f"column, or [B, P, K] for P outputs, up to {MOST}"
         )
+    dense(op, "coefficients", value)
     same_device(op, "coefficients", value, "tensors[0]", like)
 
 
@@ -83,6 +85,7 @@ def per_output(op: str, name: str, value: Tensor, shape: torch.Size, like: Tenso
             f"{op}: `{name}` has shape {list(value.shape)}, expected {list(shape)}, like `coefficients` without its "
             "last dimension"
         )
+    dense(op, name, value)
     same_device(op, name, value, "tensors[0]", like)
 
 

@@ -77,9 +77,16 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
     try:
         return _choose(op, impl, device.type, dtypes)
     except TypeError:  # it cannot be hashed
-        raise TypeError(
-            f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}"
-        ) from None
+        return named(op, impl)
+
+
+def named(op: str, impl: str) -> str:
+    """`impl`, one of the four names."""
+    if not isinstance(impl, str):
+        raise TypeError(f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}")
+    if impl not in NAMES:
+        raise ValueError(f"{op}: `impl` is {impl!r}, expected None or one of {', '.join(NAMES)}")
+    return impl
 
 
 @functools.cache
@@ -92,9 +99,7 @@ def through_reference(op: str, impl: str | None) -> bool:
     """Whether a call must run as plain PyTorch: because it asks to, or because vmap, jvp or func.grad do."""
     if impl is None:
         return transforms_active()
-    if not isinstance(impl, str):
-        raise TypeError(f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}")
-    if impl == "reference":
+    if named(op, impl) == "reference":
         return True
     if not transforms_active():
         return False
@@ -192,9 +197,7 @@ def _choose(op: str, impl: str | None, device: str, dtypes: tuple[torch.dtype, .
             if not _reasons(op, candidate, device, dtypes):
                 return candidate
         return "reference"
-    if impl not in NAMES:
-        raise ValueError(f"{op}: `impl` is {impl!r}, expected None or one of {', '.join(NAMES)}")
-    reasons = _reasons(op, impl, device, dtypes)
+    reasons = _reasons(op, named(op, impl), device, dtypes)
     if reasons:
         others = [name for name in NAMES if not _reasons(op, name, device, dtypes)]
         raise ValueError(

@@ -67,7 +67,7 @@ def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
     expression, since short calls pay for it.)"""
     values, s_knots, t_knots, c, s, t = lookup
     for tensor in lookup:
-        if not isinstance(tensor, Tensor) or tensor.device != like.device:
+        if not isinstance(tensor, Tensor) or tensor.device != like.device or tensor.layout is not torch.strided:
             return False
     shape = values.shape
     return (
@@ -83,6 +83,8 @@ def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
     for name, tensor in zip(lookup._fields, lookup, strict=True):
         if not isinstance(tensor, Tensor):
             return f"`omega.{name}` is a {type(tensor).__name__}, expected a tensor"
+        if tensor.layout is not torch.strided:
+            return f"`omega.{name}` has layout {tensor.layout}, expected a dense tensor; .to_dense() makes one"
         if name in ("c", "s", "t") and list(tensor.shape) != batch:
             shape = list(tensor.shape)
             return (

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, impls
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import Levels, OmegaLookup, Prediction, omega_at, step_coefficients
 from lgd_kernels.ops.combine.api import combine
@@ -64,8 +64,10 @@ def step_with_log_prob(
 
     if isinstance(churn, (int, float)) and churn == 0:
         raise ValueError("step_with_log_prob: `churn` is 0, where the step has no density; churn=1.0 is DDPM's")
-    if reduction not in ("sum", "mean"):
+    if not isinstance(reduction, str) or reduction not in ("sum", "mean"):
         raise ValueError(f"step_with_log_prob: `reduction` is {reduction!r}, expected sum or mean")
+    if impl is not None:
+        impls.named("step_with_log_prob", impl)
     given = {} if x_s is None else {"x_s": x_s}
     checks.samples("step_with_log_prob", x=x, cond=cond, uncond=uncond, noise=noise, **given)
     checks.omega("step_with_log_prob", omega, "x", x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lgd_kernels import pairs
 from lgd_kernels import progress as reports
-from lgd_kernels.checks import count
+from lgd_kernels.checks import count, dense, tensor
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.energy_mmd import checks
@@ -48,10 +48,11 @@ def energy_distance(
     >>> energy_distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [4.0]]))  # 2 (3 + 4 + 1 + 2) / 4 - 2 - 1
     tensor(2.)
     """
-    return 2 * energy_mmd(
-        x, y, beta=beta, unbiased=unbiased, x_weights=x_weights, y_weights=y_weights, batched=batched,
-        progress=progress, impl=impl,
-    )  # fmt: skip
+    with checks.said_by("energy_distance"):
+        return 2 * energy_mmd(
+            x, y, beta=beta, unbiased=unbiased, x_weights=x_weights, y_weights=y_weights, batched=batched,
+            progress=progress, impl=impl,
+        )  # fmt: skip
 
 
 class MMDTest(NamedTuple):
@@ -106,7 +107,8 @@ def mmd_test(
     (True, True)
     """
     kernel = Energy() if kernel is None else kernel
-    checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
+    with checks.said_by("mmd_test"):
+        checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
     checks.finite("mmd_test", waits=True, x=x, y=y)
     count("mmd_test", "permutations", permutations)
     report = reports.report("mmd_test", progress)
@@ -145,6 +147,8 @@ def mmd_test(
 def _generator(op: str, seed: int) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: `seed` is a {type(seed).__name__}, expected an int")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: `seed` is {seed}, expected a value in [-2^63, 2^63)")
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
@@ -221,7 +225,10 @@ def kernel_inception_distance(
     >>> bool((found.value > 5 * found.standard_error) & (found.standard_error > found.std / 10**0.5))
     True
     """
-    checks.samples(x, y, False)
+    kernel = Polynomial() if kernel is None else kernel
+    with checks.said_by("kernel_inception_distance"):
+        checks.samples(x, y, False)
+        checks.options(1.0, 1.0, True, kernel, True, None)
     checks.finite("kernel_inception_distance", x=x, y=y)
     count("kernel_inception_distance", "subsets", subsets)
     count("kernel_inception_distance", "subset_size", subset_size)
@@ -236,10 +243,10 @@ def kernel_inception_distance(
         if report is not None:
             report(done, subsets)
         parts = [
-            one[torch.randperm(len(one), generator=generator, device="cpu")[:subset_size].to(one.device)].flatten(1)
+            one[torch.randperm(len(one), generator=generator, device="cpu")[:subset_size].to(one.device)]
             for one in (x, y)
         ]
-        found.append(energy_mmd(*parts, kernel=Polynomial() if kernel is None else kernel).double())
+        found.append(energy_mmd(*parts, kernel=kernel).double())
     if report is not None:
         report(subsets, subsets)
     found = torch.stack(found)
@@ -272,6 +279,9 @@ def _statistics(op: str, name: str, x: Tensor) -> FeatureStatistics:
     if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 2:
         came = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise ValueError(f"{op}: `{name}` {came}, expected features [n, ...] of two samples or more")
+    dense(op, name, x)
+    if x.is_complex():
+        raise TypeError(f"{op}: `{name}` has dtype {x.dtype}, expected real features")
     checks.finite(op, **{name: x})
     x = x.reshape(len(x), -1)
     mean = x.mean(0, dtype=torch.float64)
@@ -307,7 +317,9 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
         for name, one in (("x", x), ("y", y))
     )
     for name, one in (("x", x), ("y", y)):
-        size = len(x.mean)
+        tensor("frechet_distance", f"{name}.mean", one.mean)
+        tensor("frechet_distance", f"{name}.covariance", one.covariance)
+        size = x.mean.numel()
         if one.mean.shape != (size,) or one.covariance.shape != (size, size):
             raise ValueError(
                 f"frechet_distance: `{name}` has a mean {list(one.mean.shape)} and a covariance "

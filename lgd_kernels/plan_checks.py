@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels.checks import NO_DATA_IN_EPS, brief, prediction_name, readable
+from lgd_kernels.checks import NO_DATA_IN_EPS, brief, dense, prediction_name, readable
 from lgd_kernels.levels import Levels
 
 
@@ -70,6 +70,7 @@ def churn(plan: str, value: float | Tensor, like: Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{plan}: `churn` has dtype {value.dtype}, expected a float dtype")
+        dense(plan, "churn", value)
         pairs = zip(value.shape, like.shape, strict=False)
         if value.ndim and (value.ndim != like.ndim or any(one not in (1, other) for one, other in pairs)):
             hint = "; churn[:, None] is the same for all samples" if value.shape == like.shape[:1] else ""
@@ -102,6 +103,7 @@ def first_order(plan: str, value: Tensor | None, like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         what = f"has dtype {value.dtype}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
         raise TypeError(f"{plan}: `first_order` {what}, expected a bool tensor [N]")
+    dense(plan, "first_order", value)
     if value.shape not in (like.shape, like.shape[:1]):
         raise ValueError(
             f"{plan}: `first_order` has shape {list(value.shape)}, expected [N] = {list(like.shape[:1])}, one for each "
@@ -123,6 +125,9 @@ def _tensor(plan: str, name: str, value: Tensor) -> None:
         raise TypeError(
             f"{plan}: `{name}` is a {type(value).__name__}, expected a tensor of times; torch.tensor({name})"
         )
+    dense(plan, name, value)
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{plan}: `{name}` has dtype {value.dtype}, expected times of a real dtype")
 
 
 def _shown(value: Tensor) -> str:

@@ -97,5 +97,5 @@ def raised(
     plan_checks.churning(plan, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
     at = sigmas[:-1]
     gamma = min(s_churn / max(len(at), 1), math.sqrt(2) - 1)
-    gamma = torch.where((at >= s_tmin) & (at <= s_tmax), torch.full_like(at, gamma), 0.0)
-    return at * (1 + gamma), s_noise * at * torch.sqrt(gamma * (2 + gamma))
+    gamma = torch.where((at >= float(s_tmin)) & (at <= float(s_tmax)), torch.full_like(at, gamma), 0.0)
+    return at * (1 + gamma), float(s_noise) * at * torch.sqrt(gamma * (2 + gamma))

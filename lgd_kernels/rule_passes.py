@@ -95,6 +95,8 @@ def guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, 
 
 
 def _predictions(op: str, rule: Rule, cond: Tensor, uncond: Tensor, impl: str | None) -> _Predictions:
+    if impl is not None:
+        impls.named(op, impl)
     if not callable(rule):
         raise TypeError(f"{op}: `rule` is a {type(rule).__name__}, expected a function of (moments, omega), see rules")
     if hasattr(rule, "difference"):  # D by the rule's own account

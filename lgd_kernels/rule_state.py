@@ -87,7 +87,9 @@ class Feedback:
         checks.number("Feedback", "pi", pi, 0.0, 1.0)
         if not 0 < pi < 1:
             raise ValueError(f"Feedback: `pi` is {pi}, expected a share in (0, 1)")
-        if not w_max > 1:
+        checks.number("Feedback", "w_max", w_max, -math.inf, math.inf)
+        checks.number("Feedback", "l_max", l_max, -math.inf, math.inf)
+        if not 1 < w_max < math.inf:
             raise ValueError(f"Feedback: `w_max` is {w_max}, expected a weight above 1 (w = 1 + omega)")
         self.pi, self.tau, self.delta = pi, tau, delta
         self.bounds = math.log((1 - pi) * w_max / (w_max - 1)), l_max
@@ -111,7 +113,8 @@ class Feedback:
     ) -> None:
         """After a step from x at t to x_s at s."""
 
-        checks.prediction_name("Feedback.update", prediction)
+        checks.samples("Feedback.update", x_s=x_s, x=x, cond=cond, uncond=uncond)
+        checks.levels("Feedback.update", levels, prediction, "x_s", x_s)
         a, b, v = step_coefficients(Levels(*(level.double() for level in levels)), prediction, 1.0)
         one, none = torch.ones_like(a), torch.zeros_like(a)
         rows = (one, -a, -b, none), (none, none, none, one)  # x' - mu_c, and D

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
+from lgd_kernels import checks, impls
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import OmegaLookup
 from lgd_kernels.omega.table import OmegaTable, TableModule
@@ -74,8 +74,18 @@ def sample(
         raise TypeError(
             f"sample: `plan` is a {type(plan).__name__}, expected a StepPlan, as lgd_kernels.solvers makes it"
         )
+    if len(plan):
+        checks.function("sample", "denoiser", denoiser)
+    if impl is not None:
+        impls.named("sample", impl)
+    if rule is not None:
+        checks.function("sample", "rule", rule)
+    if callback is not None:
+        checks.function("sample", "callback", callback)
     same_prediction(omega, plan)
     batch, steps = x.shape[0], len(plan)
+    if seed is not None:
+        checks.seed("sample", seed, first_sample, batch, None)
     if callable(omega) and uncond is not None:
         omega = _run_of(omega, condition, cond, plan, x)
     if isinstance(omega, Tensor) and omega.ndim == 2 and omega.shape != (steps, batch):
@@ -83,6 +93,8 @@ def sample(
             f"sample: `omega` has shape {list(omega.shape)}, expected [N, B] = [{steps}, {batch}], a row for each call "
             "of the network; or [B], or a number"
         )
+    if uncond is not None and not (isinstance(omega, Tensor) and omega.ndim == 2):
+        checks.omega("sample", omega, "x", x)
     rows = omega if isinstance(omega, Tensor) and omega.ndim == 2 else [omega] * steps
     guided = _guided(omega, steps) if uncond is not None else [False] * steps
     if plan.start.any() if isinstance(plan.start, Tensor) else plan.start:

@@ -64,6 +64,9 @@ class Schedule:
         name = f"{type(self).__name__}.levels"
         if not isinstance(t, Tensor) and not isinstance(s, Tensor):
             raise TypeError(f"{name}: `t` and `s` are numbers, expected tensors [B]: torch.full((B,), t)")
+        for given, time in (("t", t), ("s", s)):
+            if isinstance(time, Tensor):
+                checks.dense(name, given, time)
         t, s = (self._like(one, other, name) for one, other in ((t, s), (s, t)))
         if self._counts(t) and self._counts(s):
             t, s = t.long(), s.long()  # an unsigned type has no -1
@@ -284,9 +287,10 @@ class Discrete(Schedule):
             raise TypeError(
                 f"Discrete: `alphas_cumprod` is a {type(alphas).__name__}, expected a tensor [N]; torch.as_tensor(...)"
             )
+        checks.dense("Discrete", "alphas_cumprod", alphas)
         if not alphas.is_floating_point():
             raise TypeError(f"Discrete: `alphas_cumprod` has dtype {alphas.dtype}, expected floating point")
-        if self.dtype not in (torch.float32, torch.float64):
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Discrete: `dtype` is {self.dtype}, expected torch.float32 or torch.float64")
         if alphas.ndim != 1 or not alphas.numel():
             raise ValueError(f"Discrete: `alphas_cumprod` has shape {list(alphas.shape)}, expected [N]")

@@ -74,6 +74,7 @@ def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = Tr
 
     Source: Karras et al., arXiv 2206.00364, Algorithm 2, without its correction.
     """
+    checks.flag("edm_euler", "after", after)
     raised, added = tables.raised("edm_euler", sigmas, prediction, **churning)
     a, b, _ = step_coefficients(EDM().levels(raised, sigmas[1:]), prediction, 0.0)
     if not after:
@@ -145,6 +146,7 @@ def dpm_solver_2m(
     First order in the first step, in one to s = 0, where h is infinite, and where `first_order` `[N]` says so. Kept is
     x0. Source: Lu et al., arXiv 2211.01095.
     """
+    checks.flag("dpm_solver_2m", "stochastic", stochastic)
     levels = _levels("dpm_solver_2m", schedule, times, prediction)
     plan_checks.first_order("dpm_solver_2m", first_order, levels.gap)
     a, b, v = step_coefficients(levels, "x0", float(stochastic))
@@ -188,7 +190,7 @@ def unipc(
     With its corrector a run converges with order 3. Source: Zhao et al., arXiv 2302.04867; the predictor's p is 1/2,
     as in diffusers' UniPCMultistepScheduler of solver_order 2.
     """
-    if variant not in ("bh1", "bh2"):
+    if not isinstance(variant, str) or variant not in ("bh1", "bh2"):
         raise ValueError(f"unipc: `variant` is {variant!r}, expected bh1 or bh2")
     levels = _levels("unipc", schedule, times, prediction)
     plan_checks.first_order("unipc", first_order, levels.gap)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks, step_rows
+from lgd_kernels import checks, impls, step_rows
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import OmegaLookup, arithmetic_dtype, kind, omega_at, per_sample, span
 from lgd_kernels.ops.combine.api import combine
@@ -102,13 +103,16 @@ class StepPlan:
         """
 
         if rule is not None:
+            checks.function("StepPlan.step", "rule", rule)
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
         history = () if kept is None else kept if isinstance(kept, tuple) else (kept,)
         if len(history) > 1 and len(history) > 1 + self.deep:
             most = "two, the newest first" if self.deep else "one: this plan is not `deep`"
             raise ValueError(f"StepPlan.step: `kept` is a tuple of {len(history)}, expected at most {most}")
-        if isinstance(index, bool) or not (isinstance(index, Tensor) or hasattr(index, "__index__")):
-            raise TypeError(f"StepPlan.step: `index` is a {type(index).__name__}, expected an int or an int64 tensor")
+        if not isinstance(index, (int, Tensor)) or isinstance(index, bool):
+            index = _index(index)
+        if impl is not None:
+            impls.named("StepPlan.step", impl)
         short = seed is None and isinstance(index, int)
         if short and step_rows.fits(self.table, x, omega, cond, uncond, noise, *history):
             found = step_rows.step(self, index, x, cond, uncond, omega, history, noise, impl)
@@ -116,6 +120,8 @@ class StepPlan:
         tensors = step_rows.checked(x, cond, uncond, history, None)
         if noise is not None:
             checks.samples("StepPlan.step", x=x, noise=noise)
+        if isinstance(index, Tensor):
+            checks.dense("StepPlan.step", "index", index)
         if isinstance(index, Tensor) and (index.dtype not in (torch.int64, torch.int32) or index.ndim > 1):
             raise TypeError(
                 f"StepPlan.step: `index` is {index.dtype} of shape {list(index.shape)}, expected int64, 0-dim or [B]"
@@ -179,3 +185,13 @@ class StepPlan:
             raise ValueError(f"StepPlan.step: `kept` is {said} in step {index}, expected what the step before returned")
         if drawn and noise is None and seed is None:
             raise ValueError(f"StepPlan.step: step {index} adds noise but there is none; pass seed=... or noise=...")
+
+
+def _index(value) -> int:
+    """An integer of another kind, as numpy's."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"StepPlan.step: `index` is a {type(value).__name__}, expected an int or an int64 tensor")

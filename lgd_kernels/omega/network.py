@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels import checks
 from lgd_kernels.levels import OmegaLookup, omega_at
 from lgd_kernels.omega.floor import above_zero
 from lgd_kernels.omega.table import OmegaTable, in_order
@@ -67,8 +68,11 @@ class OmegaNetwork(nn.Module):
                 f"OmegaNetwork: classes = {classes} and embedding = {embedding}, expected one of them, or neither"
             )
         for name, size in (("classes", classes), ("embedding", embedding), ("hidden", hidden)):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            if (size is not None or name == "hidden") and (
+                isinstance(size, bool) or not isinstance(size, int) or size < 1
+            ):
                 raise ValueError(f"OmegaNetwork: {name} is {size!r}, expected a number of 1 or more")
+        checks.number("OmegaNetwork", "initial", initial, -math.inf, math.inf)
         if not 0 < initial < math.inf:
             raise ValueError(f"OmegaNetwork: initial is {initial}, expected above 0: the last weights are scaled by it")
         self.schedule, self.classes, self.embedding = schedule, classes, embedding
@@ -122,6 +126,12 @@ class OmegaNetwork(nn.Module):
         >>> table.values.shape, error < 0.1
         (torch.Size([3, 10, 10]), True)
         """
+        for name, value in (("s_knots", s_knots), ("t_knots", t_knots), ("conditions", conditions)):
+            if value is not None or name != "conditions":
+                _given("OmegaNetwork.bake", name, value)
+        for name, knots in (("s_knots", s_knots), ("t_knots", t_knots)):
+            if knots.ndim != 1 or not len(knots):
+                raise ValueError(f"OmegaNetwork.bake: `{name}` has shape {list(knots.shape)}, expected [K], K > 0")
         if conditions is None:
             if self.embedding is not None:
                 raise ValueError(
@@ -157,6 +167,9 @@ class OmegaNetwork(nn.Module):
             return self._omega(c, s[i], t[j]).view(shape)
 
     def _check(self, c: Tensor | None, s: Tensor, t: Tensor) -> None:
+        for name, value in (("s", s), ("t", t), ("c", c)):
+            if value is not None or name != "c":
+                _given("OmegaNetwork", name, value)
         if s.ndim != 1 or s.shape != t.shape:
             raise ValueError(
                 f"OmegaNetwork: `s` and `t` have shapes {list(s.shape)} and {list(t.shape)}, expected [B] both"
@@ -168,3 +181,11 @@ class OmegaNetwork(nn.Module):
         if self.embedding is not None and (c is None or c.shape != (batch, self.embedding)):
             shown = "None" if c is None else list(c.shape)
             raise ValueError(f"OmegaNetwork: `c` is {shown}, expected embeddings [B, E] = [{batch}, {self.embedding}]")
+
+
+def _given(where: str, name: str, value: Tensor) -> None:
+    """A dense tensor of real numbers."""
+    checks.tensor(where, name, value)
+    checks.dense(where, name, value)
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{where}: `{name}` has dtype {value.dtype}, expected a real dtype")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.checks import DATA_DTYPES, prediction_name, readable, smallest
+from lgd_kernels.checks import DATA_DTYPES, dense, prediction_name, readable, smallest
 from lgd_kernels.levels import OmegaLookup, Prediction, kind, omega_at, span
 from lgd_kernels.schedules import Schedule
 
@@ -262,3 +262,4 @@ def _tensors(where: str, **arguments: Tensor) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: `{name}` is a {type(value).__name__}, expected a tensor")
+        dense(where, name, value)

@@ -118,8 +118,10 @@ def combine(
             raise ValueError("combine: `noise_scale` was given without `seed`, expected both; seed=... draws the noise")
         checks.seed("combine", seed, first_sample, batch, like)
         if isinstance(noise_scale, (int, float)) and not isinstance(noise_scale, bool):
-            noise_scale = torch.ones_like(coefficients[..., 0], dtype=widest(coefficients.dtype)) * noise_scale
+            noise_scale = torch.ones_like(coefficients[..., 0], dtype=widest(coefficients.dtype)) * float(noise_scale)
         column_checks.per_output("combine", "noise_scale", noise_scale, shape, like)
+    elif type(first_sample) is not int or first_sample:
+        checks.first_sample("combine", first_sample)
     low, high = column_checks.bounds("combine", clamp)
     if not many:
         coefficients = coefficients.unsqueeze(1)

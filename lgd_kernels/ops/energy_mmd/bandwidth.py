@@ -38,7 +38,8 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
     >>> lgd.median_bandwidth(torch.tensor([[0.0], [1.0], [3.0]]))  # of 1, 2, 3
     2.0
     """
-    checks.samples(x, x if y is None else y, False)
+    with checks.said_by("median_bandwidth"):
+        checks.samples(x, x if y is None else y, False)
     points = torch.cat([one.reshape(len(one), -1) for one in ((x,) if y is None else (x, y))])
     count = len(points) * (len(points) - 1) // 2
     if not count:

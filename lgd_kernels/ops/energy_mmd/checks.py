@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lgd_kernels.checks import DATA_DTYPES, flag, power, readable, smallest
+from lgd_kernels.checks import DATA_DTYPES, dense, flag, power, readable, smallest
 from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomial, RationalQuadratic
 
 OP = "energy_mmd"
 Precision = Literal["direct", "product"]
 PRECISIONS = get_args(Precision)
 LEAST_SHARE = 2.0**-40  # of pairs of different samples, in weight: below it, 1 - sum p^2 is mostly rounding
+
+
+@contextlib.contextmanager
+def said_by(op: str) -> Iterator[None]:
+    """Errors about arguments name the function that was called."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith(f"{OP}: "):
+            raise
+        raise type(error)(f"{op}{str(error)[len(OP) :]}") from None
 
 
 def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, part=False) -> None:
@@ -43,6 +56,7 @@ def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
             raise TypeError(f"{OP}: `{name}` is a {type(tensor).__name__}, expected a tensor {said}")
         if tensor.dtype not in DATA_DTYPES:
             raise TypeError(f"{OP}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        dense(OP, name, tensor)
         if tensor.ndim < leading or (tensor.shape[leading - 1] == 0 and not part):
             other = 0 if batched else 1
             hint = f"; batched={not batched} if the samples are along the {('first', 'second')[other]} dimension"
@@ -75,6 +89,7 @@ def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batch
         raise TypeError(f"{OP}: `{name}` is a {type(value).__name__}, expected a tensor {shape}")
     if value.dtype not in DATA_DTYPES:
         raise TypeError(f"{OP}: `{name}` has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    dense(OP, name, value)
     if list(value.shape) != shape:
         raise ValueError(
             f"{OP}: `{name}` has shape {list(value.shape)}, expected {shape}, one for each sample of `{like_name}`"
@@ -118,7 +133,7 @@ def options(beta, lam, unbiased, kernel, target_term, precision) -> None:
     power(OP, kernel.beta if isinstance(kernel, Energy) else beta, lam, False, 2)
     if kernel is not None:
         _kernel(kernel)
-    if precision is not None and precision not in PRECISIONS:
+    if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
         raise ValueError(f"{OP}: `precision` is {precision!r}, expected None, 'direct' or 'product'")
 
 

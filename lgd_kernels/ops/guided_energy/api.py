@@ -143,6 +143,8 @@ def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, nois
     checks.noise(name, churn, noise, seed)
     if seed is not None:
         checks.seed(name, seed, first_sample, x.shape[0], x)
+    elif type(first_sample) is not int or first_sample:
+        checks.first_sample(name, first_sample)
     if stated is None:
         checks.unused(name, noise, seed)
     if isinstance(target, (Renoise, Expected)):

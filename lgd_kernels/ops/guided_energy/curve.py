@@ -85,6 +85,8 @@ class EnergyCurve:
                 f"EnergyCurve.minimize: `group` is {group.dtype} of shape {list(group.shape)}, expected int64 "
                 f"[B] = [{batch}]"
             )
+        if group is not None:
+            checks.dense("EnergyCurve.minimize", "group", group)
         groups = batch if group is None else int(group.max()) + 1 if batch else 0
 
         def pooled(values):  # [B, ...] to [G, ...]
@@ -126,6 +128,7 @@ class EnergyCurve:
         except (TypeError, ValueError, RuntimeError):
             kind = type(omega).__name__
             raise TypeError(f"EnergyCurve: `omega` is a {kind}, expected a float or a tensor [B] or [B, K]") from None
+        checks.dense("EnergyCurve", "omega", omega)
         if omega.ndim == 0:
             omega = omega.expand(batch)
         if omega.ndim > 2 or omega.shape[0] != batch:

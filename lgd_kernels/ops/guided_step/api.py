@@ -93,9 +93,11 @@ def guided_step(
     checks.noise("guided_step", churn, noise, seed)
     if seed is not None:
         checks.seed("guided_step", seed, first_sample, x.shape[0], x)
+    elif type(first_sample) is not int or first_sample:
+        checks.first_sample("guided_step", first_sample)
     if stated is None:
         checks.unused("guided_step", noise, seed)
-    if rule_space not in ("prediction", "x0"):
+    if not isinstance(rule_space, str) or rule_space not in ("prediction", "x0"):
         raise ValueError(f"guided_step: `rule_space` is {rule_space!r}, expected one of prediction, x0")
     if rule is not None:
         from lgd_kernels import rule_passes
