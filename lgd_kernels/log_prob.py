@@ -50,7 +50,8 @@ def step_with_log_prob(
     each element. A step that draws takes two passes: the step, and the score of x_s as stored. So scoring a stored x_s
     again with the same weights and the same implementation gives the same number: a ratio of exactly 1.
 
-    Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. Score x_s as it was stored:
+    Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. On the CPU the residual of a
+    gradient is formed in float64 too, which takes memory for it and for a copy of x_s. Score x_s as it was stored:
     rounded to half it is another point, and V may be no larger than that.
 
     Raises TypeError or ValueError as `guided_step` does, and for a churn of 0.

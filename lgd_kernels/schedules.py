@@ -244,6 +244,10 @@ class EDM(Schedule):
             raise ValueError(
                 f"EDM: `sigma_min` is {self.sigma_min:g}, expected less than `sigma_max`, {self.sigma_max:g}"
             )
+        if math.log(self.sigma_max) > 88 * self.rho:
+            raise ValueError(
+                f"EDM: `rho` is {self.rho:g}, too small: sigma_max^(1/rho) overflows float32; it is often 7"
+            )
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t

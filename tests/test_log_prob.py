@@ -158,6 +158,23 @@ def test_a_given_point_may_require_grad(generator):
     torch.testing.assert_close(*(torch.autograd.grad(score.sum(), at)[0] for score in scores), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_gradients_of_a_tiny_step(impl, generator):
+    """The residual is a millionth of the sample: in float32 its gradient is 1e-4 off."""
+    x, c, u, _ = problem(generator, torch.float32)
+    levels = lgd.RectifiedFlow().levels(torch.full((3,), 0.7), torch.full((3,), 0.6999999))
+    x_s = step_with_log_prob(x, c, u, OMEGA, levels, seed=1)[0]
+    leaves = [one.clone().requires_grad_() for one in (x, c, OMEGA)]
+    found = torch.autograd.grad(
+        step_with_log_prob(leaves[0], leaves[1], u, leaves[2], levels, x_s=x_s, impl=impl)[1].sum(), leaves
+    )
+    wide = [one.detach().double().requires_grad_() for one in leaves]
+    score = density(x_s.double(), wide[0], wide[1], u.double(), wide[2], levels.to(torch.float64), "x0", 1.0)
+    for one, expected in zip(found, torch.autograd.grad(score.sum(), wide), strict=True):
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(one.double(), expected, rtol=1e-6, atol=1e-6 * largest)
+
+
 def test_without_variance_there_is_no_density(generator):
     x, c, u, _ = problem(generator)
     levels = lgd.RectifiedFlow().levels(torch.full((3,), 0.5), torch.tensor([0.0, 0.2, 0.0]))

@@ -349,3 +349,10 @@ def test_refuses(case):
     call, error, message = CASES[case]
     with pytest.raises(error, match=message):
         call(torch.ones(4, 3))
+
+
+def test_a_median_that_overflows_is_no_bandwidth():
+    for x in (torch.arange(5.0)[:, None] * 1e20, torch.arange(5.0, dtype=torch.float64)[:, None] * 1e20):
+        with pytest.raises(ValueError, match="median_bandwidth: the median of the squares overflows float32; scale"):
+            lgd.median_bandwidth(x)
+        assert lgd.median_bandwidth(x * 1e-20) == 2.0

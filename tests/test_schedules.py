@@ -377,3 +377,9 @@ def test_a_step_of_no_length_is_the_identity(schedule, dtype):
 def test_refuses_numbers_of_no_schedule(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_edm_refuses_a_rho_whose_powers_overflow():
+    with pytest.raises(ValueError, match="EDM: `rho` is 0.01, too small"):
+        lgd.EDM(rho=0.01)
+    assert lgd.EDM(rho=0.05).from_unit(torch.tensor([1.0])).isfinite().all()

@@ -147,9 +147,12 @@ def _to_outputs(ctx, upstream, to_moments):
             ctx.wide,
         )  # fmt: skip
     else:
+        dtype = arithmetic_dtype(*tensors)
+        if ctx.wide and tensors[0].device.type == "cpu" and impl in (None, "cpu"):
+            tensors, dtype = [tensors[0].double(), *tensors[1:]], torch.float64  # formed in float64, as in the forward
         seen = torch.ops.lgd.combine(
             list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
-            -torch.inf, torch.inf, arithmetic_dtype(*tensors), impl,
+            -torch.inf, torch.inf, dtype, impl,
         )  # fmt: skip
     total = reference.moments_backward(seen.clamp(low, high), to_moments)
     total = torch.cat((total[: ctx.written] + upstream, total[ctx.written :]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -30,7 +31,8 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
     blocks (`lgd_kernels.pairs`), and counted: by their upper bits, and then, where the median must be, by the lower
     ones. Memory does not grow with the pairs. 0 where half of the pairs coincide: not a bandwidth.
 
-    Raises TypeError or ValueError for a wrong shape, dtype or device, fewer than two samples, NaN or infinity.
+    Raises TypeError or ValueError for a wrong shape, dtype or device, fewer than two samples, NaN or infinity, and
+    ValueError where the median of the squares overflows float32.
 
     Source: Gretton et al., JMLR 13 (2012).
 
@@ -55,7 +57,10 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
         rank - below, (keys[keys >> LOW == upper] & (2**LOW - 1) for keys in _keys(points, second)), 2**LOW,
         points.device,
     )  # fmt: skip
-    return torch.tensor((upper << LOW) + lower, dtype=torch.int32, device="cpu").view(torch.float32).item() ** 0.5
+    square = torch.tensor((upper << LOW) + lower, dtype=torch.int32, device="cpu").view(torch.float32).item()
+    if square == math.inf:
+        raise ValueError("median_bandwidth: the median of the squares overflows float32; scale the samples down")
+    return square**0.5
 
 
 def _half(report: reports.Report, turn: int, done: int, total: int) -> None:
