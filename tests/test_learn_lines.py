@@ -1,5 +1,6 @@
 """What `learn` prints beside the losses: lines that sample as printed, and whether the prediction fits the data."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,10 +164,21 @@ def test_prediction_and_schedule_travel_with_omega(tmp_path):
         assert (again.prediction, again.schedule) == ("eps", FLOW)
     baked, _ = again.bake(torch.linspace(0, 0.9, 3), torch.linspace(0.1, 1, 3))
     assert (baked.prediction, baked.schedule) == ("eps", FLOW)
-    with pytest.raises(ValueError, match="`prediction` is 'epsilon', expected one of x0, eps, v, flow"):
+    unknown = "`prediction` is 'epsilon', expected one of x0, eps, v, flow; did you mean 'eps'?"
+    with pytest.raises(ValueError, match=re.escape(f"OmegaTable: {unknown}")):
         known("epsilon")
-    with pytest.raises(ValueError, match="`prediction` of omega is 'epsilon'"):
+    with pytest.raises(ValueError, match=re.escape(f"save: {unknown}")):
         save(path, Constant(1.0), prediction="epsilon")
+    with pytest.raises(ValueError, match=re.escape(f"load: {unknown}")):
+        load(path, prediction="epsilon")
+    form.prediction = "epsilon"
+    with pytest.raises(ValueError, match=re.escape(f"save: omega: {unknown}")):
+        save(path, form, FLOW)
+    knots = table.s_knots
+    with pytest.raises(TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels.schedules"):
+        lgd.OmegaTable(table.values, knots, table.t_knots, schedule="flow")
+    lgd.OmegaTable(table.values, knots, table.t_knots).save(path, FLOW, "v")
+    assert (load(path).schedule, load(path).prediction) == (FLOW, "v")
 
 
 def test_a_trainer_knows_what_it_learned_for():

@@ -1,5 +1,6 @@
 """omega in files: what comes back, what is refused, and how a file is written."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from lgd_kernels.omega import files
 from lgd_kernels.omega.files import described, load, save, schedule_of
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.omega.table import TableModule
 
 
 def everything():
@@ -321,7 +323,34 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="'.*/folder'"):
         save(tmp_path / "folder", Constant(1.0))
-    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="'.*/file/omega'"):
+        save(tmp_path / "file" / "omega", Constant(1.0))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and os.listdir(tmp_path / "folder") == []
+
+
+def test_a_full_disk_names_the_file_too(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/omega'"):
+        save(tmp_path / "omega", Constant(1.0))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [None, 3, b"omega", "", "a\0b"], ids=repr)
+def test_a_path_that_names_no_file_is_named(path):
+    for where, call in (("save", lambda: save(path, Constant(1.0))), ("load", lambda: load(path))):
+        with pytest.raises((TypeError, ValueError), match=f"^{where}: `path` is .*, expected the name of a file$"):
+            call()
+
+
+def test_says_how_a_table_that_was_trained_is_saved(tmp_path):
+    module = TableModule(everything()["table"])
+    with pytest.raises(TypeError, match=r"`omega` is a TableModule, expected .*; its table\(\) is one"):
+        save(tmp_path / "omega", module, lgd.EDM())
+    save(tmp_path / "omega", module.table(), lgd.EDM())
 
 
 def test_files_have_the_cpu_for_their_device(tmp_path):

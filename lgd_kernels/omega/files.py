@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels import files_atomic, schedules
-from lgd_kernels.levels import PREDICTIONS, Prediction
+from lgd_kernels.checks import prediction_name
+from lgd_kernels.levels import Prediction
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.omega.table import OmegaTable, know
+from lgd_kernels.omega.table import OmegaTable, TableModule, know
 from lgd_kernels.schedules import Schedule
 
 FORMAT, VERSION = "lgd_kernels.omega", 1
@@ -67,9 +68,11 @@ def save(
     ...     load(folder + "/omega.safetensors")(None, torch.zeros(2), torch.tensor([0.5, 0.9])).tolist()
     [0.949999988079071, 0.0]
     """
+    path = _path("save", path)
     kind = next((name for name, cls in KINDS.items() if type(omega) is cls), None)
     if kind is None:
-        raise TypeError(f"save: `omega` is a {type(omega).__name__}, expected one of {_names(KINDS.values())}")
+        hint = "; its table() is one" if isinstance(omega, TableModule) else ""
+        raise TypeError(f"save: `omega` is a {type(omega).__name__}, expected one of {_names(KINDS.values())}{hint}")
     own = getattr(omega, "schedule", None)
     if own is not None and schedule is not None and described(own) != described(schedule):
         raise ValueError(f"save: `schedule` is {_brief(schedule)}, but omega was made for {_brief(own)}")
@@ -123,7 +126,7 @@ def load(
     another shape or dtype or not finite, knots that do not increase. Random state is left alone, and a header that lies
     about sizes allocates nothing.
     """
-    path = Path(path)
+    path = _path("load", path)
     header, tensors, intact = _read(path)
     try:
         found = _found(path, header, tensors, schedule, prediction)
@@ -216,14 +219,23 @@ def schedule_of(description: dict) -> Schedule:
 
 def _prediction(where: str, given: str | None, known: str | None, of: str) -> str | None:
     """The prediction of omega, if it is known. Raises ValueError if the two differ, or for a name that is none."""
-    for one in (given, known):
-        if one is not None and one not in PREDICTIONS:
-            raise ValueError(f"{where}: `prediction` of {of} is {one!r}, expected one of {', '.join(PREDICTIONS)}")
+    for name, one in (("", given), (f": {of}", known)):
+        if one is not None:
+            prediction_name(f"{where}{name}", one)
     if None not in (given, known) and given != known:
         raise ValueError(
             f"{where}: {of} was learned with prediction={known!r}, expected {given!r}; pass what the model returns"
         )
     return known if given is None or where == "load" else given
+
+
+def _path(where: str, path: str | os.PathLike) -> Path:
+    """One that can name a file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{where}: `path` is a {type(path).__name__}, expected the name of a file")
+    if os.fspath(path) in ("", b"") or "\0" in str(path):
+        raise ValueError(f"{where}: `path` is {str(path)!r}, expected the name of a file")
+    return Path(path)
 
 
 def _made(kind: str, settings: dict, schedule: Schedule | None, tensors: dict[str, Tensor]) -> nn.Module | OmegaTable:

@@ -66,6 +66,11 @@ class OmegaTable:
             if readable(knots) and not bool((knots.diff() > 0).all() and knots.isfinite().all()):
                 finite = "" if bool(knots.isfinite().all()) else " and be finite"
                 raise ValueError(f"OmegaTable: `{name}` must increase strictly{finite}, got {knots.tolist()}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"OmegaTable: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules, such as "
+                "lgd_kernels.RectifiedFlow()"
+            )
         if prediction is not None:
             prediction_name("OmegaTable", prediction)
         self.values, self.s_knots, self.t_knots = values, s_knots.detach(), t_knots.detach()
@@ -152,10 +157,13 @@ class OmegaTable:
         moved.s_knots, moved.t_knots = (knots.to(values.device) for knots in (self.s_knots, self.t_knots))
         return moved
 
-    def save(self, path: str | os.PathLike, schedule: Schedule | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike, schedule: Schedule | None = None, prediction: Prediction | None = None
+    ) -> None:
         """Write the table to a safetensors file, as `lgd_kernels.omega.files.save` does; `load` there reads it.
 
-        `schedule` is the schedule whose times the knots are.
+        `schedule` is the one whose times the knots are, `prediction` what the model returned that the table was learned
+        for; by default those that the table knows.
 
         >>> import tempfile, torch, lgd_kernels as lgd
         >>> from lgd_kernels.omega.files import load
@@ -167,7 +175,7 @@ class OmegaTable:
         """
         from lgd_kernels.omega import files
 
-        files.save(path, self, schedule)
+        files.save(path, self, schedule, prediction)
 
     def plot(self, path: str | os.PathLike | None = None, schedule: Schedule | None = None) -> Any:
         """Draw omega over t (to the right) and s (upwards), one panel for each of the first few conditions.
