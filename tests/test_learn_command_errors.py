@@ -62,7 +62,17 @@ def test_settings_are_whole_or_absent(capsys, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     assert learn(out="new") == 1
-    assert "No space left on device" in capsys.readouterr().err and os.listdir("new") == ["trainer.lock"]
+    assert "No space left on device: 'new/settings.json'" in capsys.readouterr().err
+    assert os.listdir("new") == ["trainer.lock"]
+
+
+def test_a_full_disk_names_the_folder(capsys, monkeypatch):
+    def full(log, row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lgd_kernels.learn.logs.Csv.__call__", full)
+    assert learn(out="new") == 1
+    assert "learn: [Errno 28] No space left on device; --out is new\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["network", "table", "constant", "interval"])

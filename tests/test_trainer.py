@@ -174,6 +174,12 @@ def test_datasets_of_pairs():
         Batches(frozen, 3, settings, torch.device("cpu")).next()
     with pytest.raises(ValueError, match="x0 holds 40 items and c 39"):
         Batches(frozen, (x0, c[1:]), settings, torch.device("cpu")).next()
+    for bad, said in (((), "data holds 0 items"), ((x0,), "an item of the tuple is a Tensor, expected a pair")):
+        with pytest.raises((TypeError, ValueError), match=said):
+            Batches(frozen, bad, settings, torch.device("cpu")).next()
+    for bad, said in ((x0, "the Tensor is a Tensor"), ([1, 2], "the list is a int"), ([(x0, c, c)], "is a tuple of 3")):
+        with pytest.raises(TypeError, match=rf"{said}, expected a pair \(x0, c\)"):
+            Batches(frozen, bad, settings, torch.device("cpu")).next()
 
 
 def test_any_loss():
@@ -255,6 +261,16 @@ def test_refusals(tmp_path):
             Trainer(Omega(), run.batches.frozen, data(), every=every)
     with pytest.raises(TypeError, match="`settings` is a dict, expected lgd_kernels.learn.Settings"):
         Trainer(Omega(), run.batches.frozen, data(), {"lr": 0.1})
+    for name, bad in (("frozen", None), ("loss", None), ("logs", print), ("logs", [None])):
+        options = {"frozen": run.batches.frozen, name: bad}
+        with pytest.raises(TypeError, match=f"Trainer: `{name}` is .*, expected"):
+            Trainer(Omega(), data=data(), **options)
+    for loss, came in ((lambda p, omega: omega.mean(), r"\[\]"), (lambda p, omega: 1.0, "a float")):
+        weights = [weight.clone() for weight in run.omega.parameters()]
+        wrong = Trainer(run.omega, run.batches.frozen, data(), Settings(batch=4), loss=loss)
+        with pytest.raises(ValueError, match=rf"`loss` returned {came}, expected \[4\], a loss for each item"):
+            wrong.train(1)
+        assert all(map(torch.equal, weights, run.omega.parameters()))
     for steps in (-1, 2.5, "10"):
         with pytest.raises(ValueError, match="`steps` is .*, expected an integer, 0 or more"):
             run.train(steps)

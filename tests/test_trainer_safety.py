@@ -150,6 +150,8 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_named_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`folder` is .*, which cannot be made or written \(embedded null byte\)"):
+        trainer(tmp_path / "a\0b")
     for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(ValueError, match="`folder` is .*file.* which cannot be made or written"):
             trainer(folder)
@@ -236,12 +238,12 @@ def test_no_checkpoint_holds_nan(tmp_path, where):
 
 
 NUMBERS = {
-    "batch": (0, -1, 2.5, True, "64", math.nan),
+    "batch": (0, -1, 2.5, True, "64", math.nan, 10**400),
     "particles": (0, 1.5),
-    "delta": (0.0, -0.1, math.nan, math.inf, 0.995),
+    "delta": (0.0, -0.1, math.nan, math.inf, 0.995, 10**400),
     "zeta": (-0.1, math.nan, 1.0),
     "s_min": (-0.1, math.nan, 0.95),
-    "lr": (0.0, -1e-3, math.nan, math.inf, "fast", None),
+    "lr": (0.0, -1e-3, math.nan, math.inf, "fast", None, 10**400),
     "weight_decay": (-0.1, math.nan, math.inf),
     "clip": (-1.0, 0.0, math.nan, "1"),
     "ema": (math.nan, 1.0, -0.1, 1.5, math.inf, None),

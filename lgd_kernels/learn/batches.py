@@ -69,7 +69,7 @@ class Settings:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, kind)):
                 raise TypeError(f"Settings: `{name}` is a {type(value).__name__}, expected {expected}")
-            if not holds(value):
+            if not holds(value) or (isinstance(value, int) and abs(value) > 2**63):
                 raise ValueError(f"Settings: `{name}` is {value}, expected {expected}")
         check_times("Settings", self.delta, self.zeta, self.s_min)
 

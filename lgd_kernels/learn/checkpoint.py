@@ -66,8 +66,8 @@ def locked(folder: Path, argument: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             file = open(folder / LOCK, "ab")  # noqa: SIM115
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        reason = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
         raise ValueError(
             f"{argument} is {folder}, which cannot be made or written ({reason}); pass a folder where files can be "
             "written"

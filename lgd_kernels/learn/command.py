@@ -149,7 +149,8 @@ def main(arguments: list[str]) -> int:
             with checkpoint.locked(args.out, "--out") if rank_and_size()[0] == 0 else nullcontext():
                 return run(args, settings, device)
     except (NotFinite, OSError) as error:
-        print(f"learn: {error}", file=sys.stderr)
+        unnamed = isinstance(error, OSError) and error.filename is None  # a full disk, met in a file that was open
+        print(f"learn: {error}" + (f"; --out is {args.out}" if unnamed else ""), file=sys.stderr)
         return 1
     except (ValueError, TypeError, ImportError) as error:
         print(f"learn: {error}", file=sys.stderr)

@@ -27,6 +27,8 @@ def size_of(data: Data) -> int:
             f"data is a {type(data).__name__}, expected (x0 [N, ...], c [N, ...]) or a dataset with __len__ and "
             "__getitem__"
         )
+    if not len(data):
+        raise ValueError("data holds 0 items, expected 1 or more")
     return len(data)
 
 
@@ -41,6 +43,13 @@ def items_of(data: Data, items: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(one[items.to(one.device)] for one in data)
     index = items.tolist()
     pairs = data.__getitems__(index) if hasattr(data, "__getitems__") else [data[i] for i in index]
+    bad = next((pair for pair in pairs if not isinstance(pair, (tuple, list)) or len(pair) != 2), None)
+    if bad is not None:
+        said = f"{type(bad).__name__} of {len(bad)}" if isinstance(bad, (tuple, list)) else type(bad).__name__
+        raise TypeError(
+            f"data: an item of the {type(data).__name__} is a {said}, expected a pair (x0, c); two tensors are passed "
+            "as (x0, c)"
+        )
     x0, c = default_collate(pairs)
     return x0, c
 

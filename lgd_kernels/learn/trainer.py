@@ -95,6 +95,12 @@ class Trainer:
         self.settings = settings = Settings() if settings is None else settings
         if not isinstance(settings, Settings):
             raise TypeError(f"Trainer: `settings` is a {type(settings).__name__}, expected lgd_kernels.learn.Settings")
+        if not isinstance(frozen, Frozen):
+            raise TypeError(f"Trainer: `frozen` is a {type(frozen).__name__}, expected lgd_kernels.learn.Frozen")
+        if not callable(loss):
+            raise TypeError(f"Trainer: `loss` is a {type(loss).__name__}, expected a function (particles, omega) -> [B]")
+        if not isinstance(logs, Sequence) or not all(callable(log) for log in logs):
+            raise TypeError(f"Trainer: `logs` is {logs!r}, expected a list of functions that take a row; logs=[...]")
         checks.count("Trainer", "every", every)
         if settings.batch < distributed.rank_and_size()[1]:
             raise ValueError(f"Trainer: a batch of {settings.batch} leaves a process with nothing to do")
@@ -140,6 +146,9 @@ class Trainer:
         particles = self.batches.next()
         omega = self.parallel(particles.c, particles.s, particles.t)  # [B]
         each = self.loss(particles, omega)  # [B]
+        if not isinstance(each, Tensor) or each.shape != omega.shape:
+            came = list(each.shape) if isinstance(each, Tensor) else f"a {type(each).__name__}"
+            raise ValueError(f"Trainer: `loss` returned {came}, expected {list(omega.shape)}, a loss for each item")
         share = distributed.rank_and_size()[1] / self.settings.batch  # gradients are averaged over the processes
         self.optimizer.zero_grad()
         (each.sum() * share).backward()
