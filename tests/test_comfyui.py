@@ -106,6 +106,9 @@ def test_half_precision(table, tmp_path):
 def test_what_is_refused(table, tmp_path):
     with pytest.raises(ValueError, match="`condition` is 3, expected one of the table's: 0 to 2"):
         comfyui.CFGFunction(table, 3)
+    for name, bad in (("condition", "0"), ("condition", 1.5), ("condition", None), ("strength", "1"), ("strength", None)):
+        with pytest.raises(ValueError, match=f"LearnedGuidance: `{name}` is {bad!r}, expected"):
+            comfyui.CFGFunction(table, **{name: bad})
     with pytest.raises(ValueError, match="`times` is 'step'"):
         comfyui.CFGFunction(table, times="step")
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
@@ -252,6 +255,7 @@ def test_a_bad_path_is_one_line(tmp_path, kind, capsys):
         with pytest.raises(ValueError, match="holds no omega table"):
             comfyui.load_table(odd)
     assert kind != "missing" or math.isnan(comfyui.LearnedGuidance.IS_CHANGED(path))
+    assert math.isnan(comfyui.LearnedGuidance.IS_CHANGED(strength=1.0))  # the path comes from another node
 
 
 @pytest.fixture
@@ -281,6 +285,10 @@ def test_in_comfyui_only_its_folders_are_read(table, folders):
         "../../elsewhere/missing.pt", "../omega2/d.pt", str(folders / "elsewhere/e.pt"),
         str(folders / "models/omega2/d.pt"), str(folders / "models/omega"),
     ]  # fmt: skip
+    for path in (None, 3, b"a.pt"):
+        with pytest.raises(ValueError, match=f"`path` is a {type(path).__name__}, expected the name of a file"):
+            comfyui.load_table(path)
+        assert math.isnan(comfyui.LearnedGuidance.IS_CHANGED(path))
     for path in refused:
         with pytest.raises(ValueError) as error:
             comfyui.load_table(path)

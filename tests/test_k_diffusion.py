@@ -280,5 +280,16 @@ def test_sigmas_that_are_refused(sigmas, error, said):
     for churn in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="`s_churn` is"):
             k.sample_euler(model, noise(), sigmas_of(3), s_churn=churn)
+    for name in ("s_churn", "s_tmin", "s_tmax"):
+        for bad in (math.nan, -1.0, "1", None):
+            settings = {"s_churn": 1.0, name: bad}
+            for sampler in (k.sample_euler, k.sample_heun):
+                with pytest.raises((TypeError, ValueError), match=rf"^{sampler.__name__}: `{name}` is .*, expected"):
+                    sampler(model, noise(), sigmas_of(3), **settings)
+            if settings["s_churn"]:
+                with pytest.raises((TypeError, ValueError), match=rf"^GuidedDenoiser: `{name}` is .*, expected"):
+                    k.GuidedDenoiser(model, lambda c, s, t: t, sigmas_of(3), keyword="cond", **settings)
+    with pytest.raises(TypeError, match="GuidedDenoiser: `denoiser` is a NoneType, expected a function"):
+        k.GuidedDenoiser(None, 0.5)
     with pytest.raises(ValueError, match="`seed` was given, but `s_churn` is 0"):
         k.sample_heun(model, noise(), sigmas_of(3), seed=1)

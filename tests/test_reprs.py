@@ -31,6 +31,11 @@ REPRS = {
         "Levels(signal_t=[0.25], noise_t=[0.75], signal_s=[0.75], noise_s=[0.25], gap=[0.5])",
     ),
     "discrete": (lgd.Discrete(torch.linspace(0.9, 0.1, 99)), "Discrete(99 steps, alphas_cumprod 0.9 to 0.1, float32)"),
+    "expected": (lgd.Expected(torch.zeros(9, 3)), "Expected(x0 [9, 3] float32 on cpu)"),
+    "renoise": (
+        lgd.Renoise(torch.zeros(9, 3), particles=4, seed=torch.arange(9)),
+        "Renoise(x0 [9, 3] float32 on cpu, particles=4, seed=[0, 1, 2, 3, ...])",
+    ),
     "edm": (lgd.EDM(), "EDM(sigma_min=0.002, sigma_max=80.0, rho=7.0)"),
 }
 

@@ -80,13 +80,13 @@ class CFGFunction:
             )
         if times not in TIMES:
             raise ValueError(f"LearnedGuidance: `times` is {times!r}, expected one of {', '.join(TIMES)}")
-        if not 0 <= condition < table.values.shape[0]:
+        if isinstance(condition, bool) or not isinstance(condition, int) or not 0 <= condition < table.values.shape[0]:
             raise ValueError(
-                f"LearnedGuidance: `condition` is {condition}, expected one of the table's: 0 to "
+                f"LearnedGuidance: `condition` is {condition!r}, expected one of the table's: 0 to "
                 f"{table.values.shape[0] - 1}"
             )
-        if not math.isfinite(strength):
-            raise ValueError(f"LearnedGuidance: `strength` is {strength}, expected a finite number")
+        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            raise ValueError(f"LearnedGuidance: `strength` is {strength!r}, expected a finite number")
         _check_finite(table)
         self.table, self.condition, self.strength, self.times = table, condition, strength, times
         self.last = float(table.t_knots[-1]) if len(table.t_knots) > 1 else None  # a single knot fits any scale
@@ -161,7 +161,7 @@ class LearnedGuidance:
         }
 
     @classmethod
-    def IS_CHANGED(cls, path: str, **_) -> float:
+    def IS_CHANGED(cls, path: str = "", **_) -> float:
         try:
             return os.path.getmtime(_file(path))
         except (OSError, ValueError):
@@ -199,6 +199,8 @@ def _evaluated(args: dict) -> torch.Tensor | None:
 
 def _file(path: str) -> str:
     """The path of a table's file. In ComfyUI, look only in the folders of tables."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"LearnedGuidance: `path` is a {type(path).__name__}, expected the name of a file")
     try:
         import folder_paths
     except ImportError:

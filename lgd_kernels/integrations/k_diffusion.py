@@ -75,6 +75,10 @@ class GuidedDenoiser(nn.Module):
             raise ValueError(
                 "GuidedDenoiser: `sigmas` is None, expected those of the run, from which s of omega(c, s, t) is taken"
             )
+        if not callable(denoiser):
+            raise TypeError(
+                f"GuidedDenoiser: `denoiser` is a {type(denoiser).__name__}, expected a function (x, sigma, cond) -> x0"
+            )
         if sigmas is not None:
             _check("GuidedDenoiser", sigmas)
         self.denoiser, self.omega, self.sigmas, self.rule, self.impl = denoiser, omega, sigmas, rule, impl
@@ -264,7 +268,9 @@ def _raised(sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> Ten
 
 def _churning(name: str, sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> dict:
     """Check the settings, and round the bounds to the dtype of the sigmas, in which k-diffusion compares them."""
-    if not 0 <= s_churn < math.inf:
+    s_tmin, s_tmax = (float(one) if isinstance(one, Tensor) else one for one in (s_tmin, s_tmax))  # sigmas.min()
+    plan_checks.churning(name, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax)
+    if s_churn == math.inf:
         raise ValueError(f"{name}: `s_churn` is {s_churn}, expected a finite number, 0 or more")
     low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype, device="cpu").tolist()
     return {"s_churn": s_churn, "s_tmin": low, "s_tmax": high}

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lgd_kernels.levels import kind, shown
+
 KINDS = ("tensor", "renoise", "expected")  # the position is the code that the kernels receive
 
 
@@ -25,6 +27,9 @@ class Renoise(NamedTuple):
     particles: int
     seed: int | Tensor
 
+    def __repr__(self) -> str:
+        return f"Renoise(x0 {list(self.x0.shape)} {kind(self.x0)}, particles={self.particles}, seed={shown(self.seed)})"
+
 
 class Expected(NamedTuple):
     """Targets integrated out, for beta = 2 and lam = 0: E ||x_s - y||^2 = ||x_s - signal_s x0||^2 + noise_s^2 D.
@@ -37,6 +42,9 @@ class Expected(NamedTuple):
     """
 
     x0: Tensor
+
+    def __repr__(self) -> str:
+        return f"Expected(x0 {list(self.x0.shape)} {kind(self.x0)})"
 
 
 def split_target(target: Tensor | Renoise | Expected) -> tuple[Tensor, str, int, int | Tensor | None]:
