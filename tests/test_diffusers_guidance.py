@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -172,6 +173,11 @@ def test_a_guider_is_saved_and_loaded(tmp_path):
 
 
 def test_guiders_that_are_refused():
+    with pytest.raises(TypeError, match="`rule` is a int, expected a rule"):
+        LearnedGuidance(1.0, rule=3)
+    for interval in ((800, 200), (0, math.nan), (1,), 3, ("a", "b")):
+        with pytest.raises(ValueError, match=r"`interval` is .*, expected two times \(low, high\) with low <= high"):
+            LearnedGuidance(1.0, interval=interval)
     with pytest.raises(ValueError, match="`rule` is 'agp'"):
         LearnedGuidance(1.0, rule="agp")
     with pytest.raises(ValueError, match="pass scheduler=pipe or pipe.scheduler"):

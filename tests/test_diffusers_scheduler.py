@@ -12,6 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 from tiny import ANCESTRAL, BATCH, DDIM, DPM, EULER, FLOW, RUNS, assert_close, drawn_from, noise, pair, toy  # noqa: E402
 
 from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance  # noqa: E402
+from lgd_kernels.integrations.diffusers_plans import times_of  # noqa: E402
 
 each_run = pytest.mark.parametrize("run", RUNS)
 STOCHASTIC = {"ddim eta", "flow stochastic", "ancestral", "2m sde"}
@@ -236,6 +237,26 @@ def test_a_scheduler_is_saved_and_loaded(run, tmp_path):
         same = {name: value for name, value in theirs.config.items() if not name.startswith("_")}
         assert {name: found.config[name] for name in same} == same
     assert type(theirs).from_config(ours.config).config.items() >= same.items()
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_scheduler_made_from_our_configuration_is_what_it_is(loaded, tmp_path):
+    """Another scheduler takes a FusedScheduler's configuration over, "fused" included."""
+    ours = FusedScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
+    if loaded:
+        ours.save_pretrained(tmp_path)
+        ours = FusedScheduler.from_pretrained(tmp_path)
+    other = diffusers.DPMSolverMultistepScheduler.from_config(ours.config)
+    assert type(FusedScheduler.from_config(other.config).inner) is type(FusedScheduler(other).inner) is type(other)
+    other.set_timesteps(4)
+    assert times_of(other).tolist() == [*other.timesteps.tolist(), -1]  # no flow, whatever it was made from
+    again = FusedScheduler(FusedScheduler(other))
+    assert again.inner is other and again.kind == DPM
+
+
+def test_a_configuration_without_a_class():
+    with pytest.raises(ValueError, match=r"`config` does not say whose it is.*pass the scheduler itself: FusedSch"):
+        FusedScheduler.from_config(diffusers.EulerDiscreteScheduler().config)
 
 
 dpm = diffusers.DPMSolverMultistepScheduler

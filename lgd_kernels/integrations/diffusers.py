@@ -93,6 +93,10 @@ class LearnedGuidance(BaseGuidance):
             )
         if isinstance(rule, str) and not callable(getattr(rules, rule, None)):
             raise ValueError(f"LearnedGuidance: `rule` is {rule!r}, expected a rule, or its name in lgd_kernels.rules")
+        if rule is not None and not isinstance(rule, str) and not callable(rule):
+            raise TypeError(f"LearnedGuidance: `rule` is a {type(rule).__name__}, expected a rule, or a name of one")
+        if interval is not None:
+            _check_interval(interval)
         self.omega, self.scheduler, self.times = omega if number is None else number, scheduler, times
         self.condition, self.interval, self.impl = condition, interval, impl
         function = getattr(rules, rule) if isinstance(rule, str) else rule
@@ -324,6 +328,18 @@ class LearnedGuidance(BaseGuidance):
             if "zero" in known:
                 options.setdefault("zero", self._step == 0)
         return functools.partial(self.rule, **options) if options else self.rule
+
+
+def _check_interval(interval: tuple[float, float]) -> None:
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError):
+        low, high = 0.0, -1.0
+    if not low <= high:
+        raise ValueError(
+            f"LearnedGuidance: `interval` is {interval!r}, expected two times (low, high) with low <= high, guidance "
+            "being for low < t <= high"
+        )
 
 
 def _repeated(name: str, value: Tensor, batch: int) -> Tensor:

@@ -160,8 +160,7 @@ def times_of(scheduler) -> Tensor:
     `RectifiedFlow`, and at last 0.
     """
     times, config = scheduler.timesteps.float(), scheduler.config
-    names = [config.get("fused", ""), *(kind.__name__ for kind in type(scheduler).__mro__)]
-    flow = any("FlowMatch" in name for name in names)
+    flow = any("FlowMatch" in kind.__name__ for kind in type(getattr(scheduler, "inner", scheduler)).__mro__)
     flow = flow or config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
     if flow:
         times = times / config["num_train_timesteps"]

@@ -48,18 +48,26 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
+        scheduler = scheduler.inner if isinstance(scheduler, FusedScheduler) else scheduler  # a cell that is run twice
         plans.check(scheduler)
         kind = plans.kind_of(scheduler)
         self.inner, self.kind, self.seed = scheduler, kind, None
         self._reset()
         known = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        self.register_to_config(**known | {"fused": kind})
+        self.register_to_config(**known | {"fused": kind, "_class_name": type(self).__name__})
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
         """From the configuration of a FusedScheduler, or of a scheduler that it takes."""
         config = {**config, **kwargs}
-        kind = config.pop("fused", None) or config.get("_class_name")
+        kind, fused = config.get("_class_name"), config.pop("fused", None)
+        if kind not in plans.KINDS:  # else "fused" is left from a FusedScheduler that another scheduler was made from
+            kind = fused or kind
+        if kind is None:
+            raise ValueError(
+                "FusedScheduler.from_config: `config` does not say whose it is, as one of a scheduler that was not "
+                "loaded does not; pass the scheduler itself: FusedScheduler(scheduler)"
+            )
         plans.check_kind(kind)
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         scheduler = cls(getattr(diffusers, kind).from_config(config))
