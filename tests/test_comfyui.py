@@ -106,7 +106,13 @@ def test_half_precision(table, tmp_path):
 def test_what_is_refused(table, tmp_path):
     with pytest.raises(ValueError, match="`condition` is 3, expected one of the table's: 0 to 2"):
         comfyui.CFGFunction(table, 3)
-    for name, bad in (("condition", "0"), ("condition", 1.5), ("condition", None), ("strength", "1"), ("strength", None)):
+    for name, bad in (
+        ("condition", "0"),
+        ("condition", 1.5),
+        ("condition", None),
+        ("strength", "1"),
+        ("strength", None),
+    ):
         with pytest.raises(ValueError, match=f"LearnedGuidance: `{name}` is {bad!r}, expected"):
             comfyui.CFGFunction(table, **{name: bad})
     with pytest.raises(ValueError, match="`times` is 'step'"):

@@ -98,7 +98,9 @@ class Trainer:
         if not isinstance(frozen, Frozen):
             raise TypeError(f"Trainer: `frozen` is a {type(frozen).__name__}, expected lgd_kernels.learn.Frozen")
         if not callable(loss):
-            raise TypeError(f"Trainer: `loss` is a {type(loss).__name__}, expected a function (particles, omega) -> [B]")
+            raise TypeError(
+                f"Trainer: `loss` is a {type(loss).__name__}, expected a function (particles, omega) -> [B]"
+            )
         if not isinstance(logs, Sequence) or not all(callable(log) for log in logs):
             raise TypeError(f"Trainer: `logs` is {logs!r}, expected a list of functions that take a row; logs=[...]")
         checks.count("Trainer", "every", every)

@@ -68,8 +68,8 @@ class OmegaTable:
                 raise ValueError(f"OmegaTable: `{name}` must increase strictly{finite}, got {knots.tolist()}")
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(
-                f"OmegaTable: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules, such as "
-                "lgd_kernels.RectifiedFlow()"
+                f"OmegaTable: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules, such "
+                "as lgd_kernels.RectifiedFlow()"
             )
         if prediction is not None:
             prediction_name("OmegaTable", prediction)
