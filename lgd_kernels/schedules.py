@@ -300,7 +300,10 @@ class Discrete(Schedule):
             raise ValueError(f"Discrete: `alphas_cumprod` has shape {list(alphas.shape)}, expected [N]")
         if alphas.device.type == "cpu":
             if not bool(((alphas >= 0) & (alphas <= 1)).all()):
-                raise ValueError("Discrete: `alphas_cumprod` must lie in [0, 1] (a table of DDPM has 20 steps or more)")
+                raise ValueError(
+                    f"Discrete: `alphas_cumprod` reaches from {alphas.min():g} to {alphas.max():g}, expected values in "
+                    "[0, 1] (a table of DDPM has 20 steps or more)"
+                )
             if not bool((alphas.diff() < 0).all()):
                 raise ValueError("Discrete: `alphas_cumprod` must decrease: index 0 is next to the data")
 

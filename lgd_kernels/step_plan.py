@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lgd_kernels import checks, impls, step_rows
 from lgd_kernels.impls import Impl
-from lgd_kernels.levels import OmegaLookup, arithmetic_dtype, kind, omega_at, per_sample, span
+from lgd_kernels.levels import OmegaLookup, Prediction, arithmetic_dtype, kind, omega_at, per_sample, span
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.guided_score.api import guided_score
 from lgd_kernels.rules import Rule
@@ -46,8 +46,8 @@ class StepPlan:
     table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of what was kept before
     start: float | Tensor = 0.0  # a number, or [B]
     ends: Tensor | None = None  # as times: where a step that starts at each of them ends, the s of omega(c, s, t)
-    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that keep its whole history
-    prediction: str | None = None  # what g is, if known
+    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that leave both things it remembers
+    prediction: Prediction | None = None  # what g is, where that is known
 
     def __repr__(self) -> str:
         table = f"table {list(self.table.shape)} {kind(self.table)}"

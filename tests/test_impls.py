@@ -292,7 +292,9 @@ found = [getattr(lgd, name) for name in names]
 assert [one.__name__.removeprefix("lgd_kernels.") for one in found] == names
 assert lgd.sample is lgd.sampler.sample and lgd.metrics is sys.modules["lgd_kernels.metrics"]
 assert callable(lgd.omega.files.load) and callable(lgd.integrations.k_diffusion.sample_euler)
-assert "files" in dir(lgd.omega) and "comfyui" in dir(lgd.integrations)
+assert lgd.learn.fit.__name__ == "lgd_kernels.learn.fit" and callable(lgd.learn.logs.Csv)
+assert callable(lgd.omega.plot.draw)
+assert "files" in dir(lgd.omega) and "fit" in dir(lgd.learn) and "comfyui" in dir(lgd.integrations)
 for package in lgd, lgd.omega, lgd.integrations:
     try:
         package.guided_soup

@@ -132,7 +132,14 @@ def test_network_takes_the_times_of_its_schedule(schedule):
         (lambda: OmegaNetwork(FLOW, None, 4).bake(torch.zeros(1), torch.ones(1)), "`conditions` is missing"),
         (lambda: Interval(1.0, 0.8, 0.2), "low = 0.8 and high = 0.2"),
         (lambda: Constant(float("nan")), "omega is nan, expected a finite number"),
+        (lambda: Constant(None), "Constant: omega is a NoneType, expected a number"),
+        (lambda: Constant("1"), "Constant: omega is a str, expected a number"),
+        (lambda: Interval(1.0, None, 0.2), "Interval: low is a NoneType, expected a number"),
+        (lambda: Interval(1.0, 0.2, "1"), "Interval: high is a str, expected a number"),
+        (lambda: ClampLinear(1.0, torch.zeros(2)), "ClampLinear: slope is a Tensor, expected a number"),
         (lambda: OmegaNetwork(FLOW, initial=float("inf")), "initial is inf, expected above 0"),
+        (lambda: OmegaNetwork(FLOW, initial="1"), "initial is '1', expected above 0"),
+        (lambda: TableModule(None), "TableModule: `table` is a NoneType, expected an OmegaTable"),
     ],
 )
 def test_refuses(make, message):
@@ -222,6 +229,8 @@ def test_a_picture_has_t_to_the_right(tmp_path):
     table = lgd.OmegaTable(KNOTS.expand(2, 4, 4), KNOTS, KNOTS)
     figure = table.plot(tmp_path / "table.png")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(TypeError, match="plot: `schedule` is a str, expected one of lgd_kernels.schedules"):
+        table.plot(schedule="flow")
     *panels, _ = figure.axes  # the last is the bar of colours
     assert [panel.get_xlabel() for panel in panels] == ["t", "t"] and panels[0].get_ylabel() == "s"
     for panel in panels:

@@ -327,8 +327,8 @@ def test_refuses_a_fraction_of_an_index():
     [
         (torch.ones(2, 2), r"`alphas_cumprod` has shape \[2, 2\], expected \[N\]"),
         (torch.ones(0), r"`alphas_cumprod` has shape \[0\], expected \[N\]"),
-        (torch.tensor([0.5, 1.5]), r"`alphas_cumprod` must lie in \[0, 1\]"),
-        (torch.tensor([0.5, torch.nan]), r"`alphas_cumprod` must lie in \[0, 1\]"),
+        (torch.tensor([0.5, 1.5]), r"`alphas_cumprod` reaches from 0.5 to 1.5, expected values in \[0, 1\]"),
+        (torch.tensor([0.5, torch.nan]), r"`alphas_cumprod` reaches from nan to nan, expected values in \[0, 1\]"),
         (torch.tensor([0.1, 0.5, 0.9]), "`alphas_cumprod` must decrease"),
     ],
 )

@@ -154,7 +154,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
     "triton_particles": (set(), {"philox", "native", "triton_common"}),
     "cpu": (set(), {"columns", "impls", "levels", "native", "precision"}),
     "cuda": (set(), {"impls", "levels", "native"}),
-    "targets": (set(), set()),
+    "targets": (set(), {"levels"}),
     "kernels": (set(), set()),
     "statistics": (set(), set()),
 }

@@ -1,5 +1,8 @@
 """How omega is learned for a frozen denoiser. The names that users need; docs/learning.md is the guide."""
 
+from typing import TYPE_CHECKING
+
+from lgd_kernels.first_use import lazily
 from lgd_kernels.learn.batches import Settings
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.losses import guided_score_matching_loss, l2_loss, self_consistency_loss
@@ -8,6 +11,13 @@ from lgd_kernels.learn.objective import particle_energy, sample_s, sample_times
 from lgd_kernels.learn.particles import Particles, curve, draw
 from lgd_kernels.learn.reward import black_box_reward_loss, reward_loss, with_reward
 from lgd_kernels.learn.trainer import NotFinite, Trainer
+
+if TYPE_CHECKING:
+    from lgd_kernels.learn import distributed as distributed
+    from lgd_kernels.learn import fit as fit
+    from lgd_kernels.learn import logs as logs
+else:
+    __getattr__, __dir__ = lazily(__name__, "distributed", "fit", "logs")
 
 __all__ = [
     "Frozen",

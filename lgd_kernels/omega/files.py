@@ -107,7 +107,7 @@ def save(
 def load(
     path: str | os.PathLike,
     schedule: Schedule | None = None,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     prediction: Prediction | None = None,
 ) -> nn.Module | OmegaTable:
     """Read what `save` wrote: the same values, bit for bit, and no code but ours runs.

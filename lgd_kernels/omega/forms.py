@@ -52,11 +52,12 @@ class Interval(nn.Module):
 
     def __init__(self, omega: float, low: float, high: float) -> None:
         super().__init__()
+        low, high = (_float("Interval", name, one) for name, one in (("low", low), ("high", high)))
         if not low <= high:
             raise ValueError(f"Interval: low = {low} and high = {high}, expected low <= high, times of the schedule")
         self.omega = _number("Interval", "omega", omega)
-        self.register_buffer("low", torch.tensor(float(low), dtype=torch.float64))  # a time, compared exactly
-        self.register_buffer("high", torch.tensor(float(high), dtype=torch.float64))
+        self.register_buffer("low", torch.tensor(low, dtype=torch.float64))  # a time, compared exactly
+        self.register_buffer("high", torch.tensor(high, dtype=torch.float64))
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
@@ -92,6 +93,13 @@ class ClampLinear(nn.Module):
 
 
 def _number(form: str, name: str, value: float) -> nn.Parameter:
-    if not math.isfinite(value):
-        raise ValueError(f"{form}: {name} is {value}, expected a finite number")
-    return nn.Parameter(torch.tensor(float(value)))
+    number = _float(form, name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{form}: {name} is {number}, expected a finite number")
+    return nn.Parameter(torch.tensor(number))
+
+
+def _float(form: str, name: str, value: float) -> float:
+    if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(f"{form}: {name} is a {type(value).__name__}, expected a number")
+    return float(value)

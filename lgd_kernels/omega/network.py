@@ -72,9 +72,10 @@ class OmegaNetwork(nn.Module):
                 isinstance(size, bool) or not isinstance(size, int) or size < 1
             ):
                 raise ValueError(f"OmegaNetwork: {name} is {size!r}, expected a number of 1 or more")
-        checks.number("OmegaNetwork", "initial", initial, -math.inf, math.inf)
-        if not 0 < initial < math.inf:
-            raise ValueError(f"OmegaNetwork: initial is {initial}, expected above 0: the last weights are scaled by it")
+        if not isinstance(initial, (int, float)) or not 0 < initial < math.inf:
+            raise ValueError(
+                f"OmegaNetwork: initial is {initial!r}, expected above 0: the last weights are scaled by it"
+            )
         self.schedule, self.classes, self.embedding = schedule, classes, embedding
         self.hidden, self.initial = hidden, initial
         self.time = nn.Sequential(nn.Linear(2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))

@@ -25,6 +25,11 @@ def draw(
 ) -> Any:
     """Draw omega for the first few `conditions`, `[C]` or `[C, E]`, in a panel for each: over unit times with a
     schedule, else over times from `ends[0]` to `ends[1]`."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"plot: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules, such as "
+            "lgd_kernels.RectifiedFlow()"
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

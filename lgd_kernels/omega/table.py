@@ -227,6 +227,8 @@ class TableModule(nn.Module):
 
     def __init__(self, table: OmegaTable) -> None:
         super().__init__()
+        if not isinstance(table, OmegaTable):
+            raise TypeError(f"TableModule: `table` is a {type(table).__name__}, expected an OmegaTable")
         self.values = nn.Parameter(table.values.detach().clone())
         self.register_buffer("s_knots", table.s_knots.clone())
         self.register_buffer("t_knots", table.t_knots.clone())
