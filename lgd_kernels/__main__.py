@@ -114,7 +114,8 @@ def command() -> int:
     """The console script: `main`, ending silently if the reader of a pipe has gone (`... info | head -1`)."""
     try:
         status = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed: `... info >&-`
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         try:

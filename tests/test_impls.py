@@ -351,6 +351,13 @@ def test_another_broken_pipe_is_an_error(monkeypatch):
         program.command()
 
 
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    """`python -m lgd_kernels info >&-`: Python has None for it then."""
+    monkeypatch.setattr(program, "main", lambda arguments: 0)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert program.command() == 0
+
+
 @pytest.mark.parametrize("kind", ["float", "bool", "ndarray", "Tensor", "list"])
 def test_an_impl_that_is_no_name(kind):
     x = torch.ones(2, 3)

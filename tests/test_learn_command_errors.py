@@ -66,6 +66,17 @@ def test_settings_are_whole_or_absent(capsys, monkeypatch):
     assert os.listdir("new") == ["trainer.lock"]
 
 
+def test_a_reader_that_leaves_early_is_no_error_of_a_file(monkeypatch):
+    """`... learn | head`: lgd_kernels.__main__ takes it from there."""
+
+    def gone(*arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("lgd_kernels.learn.command_fits.told", gone)
+    with pytest.raises(BrokenPipeError):
+        learn("--omega", "constant")
+
+
 def test_a_full_disk_names_the_folder(capsys, monkeypatch):
     def full(log, row):
         raise OSError(28, "No space left on device")

@@ -148,6 +148,8 @@ def main(arguments: list[str]) -> int:
             settings = _settings(args)
             with checkpoint.locked(args.out, "--out") if rank_and_size()[0] == 0 else nullcontext():
                 return run(args, settings, device)
+    except BrokenPipeError:
+        raise  # `... learn | head`: lgd_kernels.__main__ ends in silence
     except (NotFinite, OSError) as error:
         unnamed = isinstance(error, OSError) and error.filename is None  # a full disk, met in a file that was open
         print(f"learn: {error}" + (f"; --out is {args.out}" if unnamed else ""), file=sys.stderr)
