@@ -5,6 +5,7 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import solvers
+from lgd_kernels.omega.table import TableModule
 
 LARGE = lgd.RectifiedFlow().levels(torch.rand(5000) / 2 + 0.5, torch.rand(5000) / 2)
 ENDS = [torch.linspace(0, 1, 64)] * 2
@@ -75,3 +76,14 @@ def test_tables_levels_and_lookups_move():
     for moved in (table.to("meta").at(None, *torch.zeros(2, 3, device="meta")), LOOKUP.to("meta"), LARGE.to("meta")):
         assert all(tensor.device.type == "meta" for tensor in moved)
     assert all(tensor.device.type == "meta" for tensor in (PLAN.to("meta").ends, table.to("meta").t_knots))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_table_module_in_another_dtype_keeps_its_knots(dtype):
+    """Knots of half precision would round together."""
+    module = TableModule(TABLE).to(dtype)
+    assert module.values.dtype == dtype and torch.equal(module.s_knots.float(), TABLE.s_knots)
+    found = module(torch.arange(10), torch.full((10,), 0.25), torch.full((10,), 0.75))
+    assert torch.equal(found, TABLE.to(dtype)(torch.arange(10), torch.full((10,), 0.25), torch.full((10,), 0.75)))
+    assert module.table().t_knots.dtype in (torch.float32, torch.float64)
+    assert module.to("meta").s_knots.device.type == "meta"

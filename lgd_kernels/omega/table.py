@@ -238,6 +238,16 @@ class TableModule(nn.Module):
         """As the table: omega `[B]`."""
         return OmegaTable(self.values, self.s_knots, self.t_knots)(c, s, t)
 
+    def _apply(self, *arguments, **options) -> TableModule:
+        """`module.half()` and all its like: knots keep float32 or float64, as in `OmegaTable.to`."""
+        knots = {name: getattr(self, name) for name in ("s_knots", "t_knots")}
+        super()._apply(*arguments, **options)
+        for name, kept in knots.items():
+            moved = getattr(self, name)
+            if moved.dtype not in (torch.float32, torch.float64):
+                setattr(self, name, kept.to(moved.device))
+        return self
+
     @torch.no_grad()
     def project(self) -> None:
         """Put values below 0 back to 0."""
