@@ -46,8 +46,8 @@ class StepPlan:
     table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of what was kept before
     start: float | Tensor = 0.0  # a number, or [B]
     ends: Tensor | None = None  # as times: where a step that starts at each of them ends, the s of omega(c, s, t)
-    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that leave both things it remembers
-    prediction: Prediction | None = None  # what g is, where that is known
+    stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that keep its whole history
+    prediction: Prediction | None = None  # what g is, if known
 
     def __repr__(self) -> str:
         table = f"table {list(self.table.shape)} {kind(self.table)}"

@@ -137,8 +137,8 @@ def test_network_takes_the_times_of_its_schedule(schedule):
         (lambda: Interval(1.0, None, 0.2), "Interval: low is a NoneType, expected a number"),
         (lambda: Interval(1.0, 0.2, "1"), "Interval: high is a str, expected a number"),
         (lambda: ClampLinear(1.0, torch.zeros(2)), "ClampLinear: slope is a Tensor, expected a number"),
-        (lambda: OmegaNetwork(FLOW, initial=float("inf")), "initial is inf, expected above 0"),
-        (lambda: OmegaNetwork(FLOW, initial="1"), "initial is '1', expected above 0"),
+        (lambda: OmegaNetwork(FLOW, initial=float("inf")), "`initial` is inf, expected above 0"),
+        (lambda: OmegaNetwork(FLOW, initial="1"), "`initial` is '1', expected above 0"),
         (lambda: TableModule(None), "TableModule: `table` is a NoneType, expected an OmegaTable"),
     ],
 )

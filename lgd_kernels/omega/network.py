@@ -74,7 +74,7 @@ class OmegaNetwork(nn.Module):
                 raise ValueError(f"OmegaNetwork: {name} is {size!r}, expected a number of 1 or more")
         if not isinstance(initial, (int, float)) or not 0 < initial < math.inf:
             raise ValueError(
-                f"OmegaNetwork: initial is {initial!r}, expected above 0: the last weights are scaled by it"
+                f"OmegaNetwork: `initial` is {initial!r}, expected above 0: the last weights are scaled by it"
             )
         self.schedule, self.classes, self.embedding = schedule, classes, embedding
         self.hidden, self.initial = hidden, initial
