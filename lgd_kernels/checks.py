@@ -112,13 +112,13 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
 
 def _alike(value: Levels, like: Tensor) -> bool:
     """The common case, at once: five good tensors. (A loop: a generator takes half as long again.)"""
-    shape, dtype, device, strided = like.shape[:1], getattr(value.gap, "dtype", None), like.device, torch.strided
-    if dtype not in (torch.float32, torch.float64):
+    shape, dtype, device = like.shape[:1], getattr(value.gap, "dtype", None), like.device
+    if dtype not in (torch.float32, torch.float64) or value.gap.layout is not torch.strided:
         return False
     for tensor in value:
         if not isinstance(tensor, Tensor) or tensor.dtype is not dtype or tensor.requires_grad:
             return False
-        if tensor.shape != shape or tensor.device != device or tensor.layout is not strided:
+        if tensor.shape != shape or tensor.device != device:
             return False
     return True
 

@@ -23,14 +23,16 @@ void first_elements(const Columns& read, int64_t sample, S* out) {
 }
 
 // Sums of a part of a sample about the columns' origins. Elements are summed about `shifts`, near the means of the
-// elements before, so that S loses no digits. The sums are then moved to the origins in double, each time that the
-// number of elements has doubled.
+// elements before, so that S loses no digits. The sums are then moved to the origins in double, each time that
+// there are four times as many elements.
 template <class S>
 struct Centring {
   const int columns, sums;
   S origins[kMostTensors], shifts[kMostTensors];
   double held[kMostPairs], about[kMostPairs];  // about the shifts, since the last move; and about the origins
-  int64_t held_count = 0, count = 0;
+  int64_t held_count = 0, count = 0;           // of their elements
+  int64_t next = 0;                            // how many elements there are at the next move; 0: none was read yet
+  static constexpr int64_t kGrowth = 4;
 
   Centring(const Columns& read, int64_t sample) : columns(read.count), sums(columns * (columns + 1)) {
     first_elements(read, sample, origins);
@@ -39,15 +41,20 @@ struct Centring {
     std::fill_n(about, sums, 0.0);
   }
 
+  bool begun() const { return next > 0; }
   // `held` has sums of the first elements about the origins. They give the first shifts; the elements are summed again.
   void begin(int64_t of) {
     choose_shifts(held, of);
     std::fill_n(held, sums, 0.0);
+    next = kGrowth * of;
   }
 
   void add(int64_t more) {
     held_count += more;
-    if (held_count >= count) move();
+    if (count + held_count < next) return;
+    move();
+    choose_shifts(about, count);
+    next = kGrowth * count;
   }
 
   // With e = shift - origin and T the sums of a column, sum (x + e)(y + f) = sum x y + e T_y + f T_x + count e f.
@@ -64,18 +71,18 @@ struct Centring {
     count += held_count;
     held_count = 0;
     std::fill_n(held, sums, 0.0);
-    choose_shifts(about, count);
   }
 
   // The means, rounded to a multiple of a power of two that is at most the spread: deviations of half-precision values
-  // then have few digits, and their products and sums are exact.
+  // then have few digits, and their products and sums are exact; and about a small mean nothing is subtracted.
   void choose_shifts(const double* from, int64_t of) {
+    const double share = 1.0 / of;
     for (int i = 0; i < columns; ++i) {
-      const double mean = from[columns * columns + i] / of;
-      const double variance = from[columns * i + i] / of - mean * mean;
+      const double mean = from[columns * columns + i] * share, variance = from[columns * i + i] * share - mean * mean;
       double shift = origins[i] + mean;
       if (variance > 0x1p-900 && variance < 0x1p+900) {
-        const double step = std::ldexp(1.5, 52 + (std::ilogb(variance) >> 1));
+        const int64_t exponent = int64_t(bits_as<uint64_t>(variance) >> 52) - 1023;
+        const double step = 1.5 * bits_as<double>(uint64_t(1023 + 52 + (exponent >> 1)) << 52);  // ldexp, ilogb
         shift = (shift + step) - step;
       }
       shifts[i] = S(shift);

@@ -160,6 +160,7 @@ __attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64
 // All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums.
 template <unsigned Of, bool Centred, class E>
 void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon, Centring<float>* centring, double* out) {
+  constexpr int64_t kBegin = 256;                 // elements that say where the means lie
   constexpr int64_t kPart = 512 * chains_of(Of);  // 64 float additions for each sum, which is then added in double
   for (int64_t first = 0; first < count; first += kPart) {
     const int64_t part = count - first < kPart ? count - first : kPart;
@@ -167,12 +168,17 @@ void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon, Cent
     if constexpr (!Centred) {
       pair_part<Of, false>(a + first, b + first, part, ahead, nullptr, out);
     } else {
-      if (centring->count == 0) {  // an extra pass over elements that stay in the first-level cache
+      if (!centring->begun()) {  // an extra pass over elements that stay in the first-level cache
         const E* none[2] = {};
-        pair_part<Of, true>(a, b, part, none, centring->shifts, centring->held);
-        centring->begin(part);
+        const int64_t some = part < kBegin ? part : kBegin;
+        pair_part<Of, true>(a, b, some, none, centring->shifts, centring->held);
+        centring->begin(some);
       }
-      pair_part<Of, true>(a + first, b + first, part, ahead, centring->shifts, centring->held);
+      const float* shifts = centring->shifts;
+      if (((Of & kA) && shifts[0] != 0) || ((Of & kB) && shifts[1] != 0) || ((Of & kD) && shifts[2] != 0))
+        pair_part<Of, true>(a + first, b + first, part, ahead, shifts, centring->held);
+      else
+        pair_part<Of, false>(a + first, b + first, part, ahead, nullptr, centring->held);
       centring->add(part);
     }
   }
