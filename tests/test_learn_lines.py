@@ -82,7 +82,7 @@ def test_the_lines_run_in_a_session_of_their_own(capsys):
         learn("--omega", "table", "--items", "2000", "--knots", "4", "--prediction", "flow", model="my_model:flow") == 0
     )
     lines = ["import torch", "torch.manual_seed(0)", *printed(capsys.readouterr().out).splitlines()]
-    lines += ["wrong = sample(model, x, solvers.one_step(schedule, times), c, null, torch.stack(weights))"]
+    lines += ["wrong = sample(model, x, solvers.one_step(schedule, times), c, null, omega)"]
     lines += ["torch.save((c, samples, wrong), 'samples.pt')", ""]
     run = subprocess.run(
         [sys.executable, "-i"], input="\n".join(lines), env=environment(), capture_output=True, text=True, timeout=120

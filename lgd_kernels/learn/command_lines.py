@@ -58,10 +58,9 @@ def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | N
         "schedule, prediction = omega.schedule, omega.prediction",
         f"times = schedule.from_unit(torch.linspace({_start(args, frozen)}, 0, {STEPS + 1}{there}))",
         "plan = solvers.one_step(schedule, times, prediction=prediction)",
-        "weights = [omega(c, s.expand(len(c)), t.expand(len(c))).detach() for t, s in zip(times[:-1], times[1:])]",
         f"x = schedule.signal_noise(times[:1])[1] * torch.randn({shape}{like})",
         "sample = torch.no_grad()(sampler.sample)",
-        "samples = sample(model, x, plan, cond=c, uncond=null, omega=torch.stack(weights))",
+        "samples = sample(model, x, plan, cond=c, uncond=null, omega=omega)",
     ]
 
 
