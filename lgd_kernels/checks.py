@@ -241,12 +241,14 @@ def like_item(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, 
     same_device(op, name, tensor, like_name, like)
 
 
-def count(op: str, name: str, value: int) -> None:
+def count(op: str, name: str, value: int, most: int | None = None) -> None:
     """A number of things, 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int")
     if value < 1:
         raise ValueError(f"{op}: `{name}` is {value}, expected 1 or more")
+    if most is not None and value > most:
+        raise ValueError(f"{op}: `{name}` is {value}, expected at most {most}")
 
 
 def function(op: str, name: str, value) -> None:

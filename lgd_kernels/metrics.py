@@ -21,6 +21,7 @@ from lgd_kernels.ops.energy_mmd.api import energy_mmd
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Kernel, Polynomial, join_kernel, split_kernel
 from lgd_kernels.precision import full_precision
 
+MOST = 10**6  # permutations or subsets: more tell nothing further, and would take days
 ROWS = 8192  # samples whose covariance is added up at a time
 
 
@@ -88,7 +89,7 @@ def mmd_test(
         x, y: `[n, ...]` and `[k, ...]`, as `energy_mmd` takes them.
         kernel: any that `energy_mmd` takes. `Energy(beta)`, with beta = 1 the default, stands for the kernel
             -||x - y||^beta: MMD^2 is then `energy_distance`, twice what `energy_mmd` returns.
-        permutations: how many, 1 or more.
+        permutations: how many, 1 to 10^6.
         seed: of the permutations, which are drawn on the CPU: the same on every device.
         unbiased: means over pairs of different samples.
         progress: True for a bar, or a function of (done, total), numbers of pairs.
@@ -110,7 +111,7 @@ def mmd_test(
     with checks.said_by("mmd_test"):
         checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
     checks.finite("mmd_test", waits=True, x=x, y=y)
-    count("mmd_test", "permutations", permutations)
+    count("mmd_test", "permutations", permutations, MOST)
     report = reports.report("mmd_test", progress)
     n, k = len(x), len(y)
     points = torch.cat([one.reshape(len(one), -1).to(arithmetic_dtype(x, y)) for one in (x, y)])
@@ -204,7 +205,7 @@ def kernel_inception_distance(
 
     Args:
         x, y: features `[n, D]` and `[k, D]`.
-        subsets, subset_size: how many, and of how many samples of x and of y, without replacement.
+        subsets, subset_size: how many, up to 10^6, and of how many samples of x and of y, without replacement.
         seed: of the subsets, which are drawn on the CPU.
         kernel: `Polynomial()` by default.
         progress: True for a bar, or a function of (done, total), numbers of subsets.
@@ -230,7 +231,7 @@ def kernel_inception_distance(
         checks.samples(x, y, False)
         checks.options(1.0, 1.0, True, kernel, True, None)
     checks.finite("kernel_inception_distance", x=x, y=y)
-    count("kernel_inception_distance", "subsets", subsets)
+    count("kernel_inception_distance", "subsets", subsets, MOST)
     count("kernel_inception_distance", "subset_size", subset_size)
     fewest = min(len(x), len(y))
     if not 2 <= subset_size <= fewest:

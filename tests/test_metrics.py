@@ -331,6 +331,12 @@ CASES = {
     "samples": (lambda x: metrics.mmd_test(x, x[:, :2]), ValueError, "`y` has shape"),
     "kernel": (lambda x: metrics.mmd_test(x, x, kernel="energy"), TypeError, "`kernel` is a str"),
     "permutations": (lambda x: metrics.mmd_test(x, x, permutations=0), ValueError, "`permutations` is 0, expected 1"),
+    "too many": (lambda x: metrics.mmd_test(x, x, permutations=2**63), ValueError, "expected at most 1000000"),
+    "endless": (
+        lambda x: metrics.kernel_inception_distance(x, x, subsets=2**63, subset_size=2),
+        ValueError,
+        "`subsets` is 9223372036854775808, expected at most 1000000",
+    ),
     "one sample": (lambda x: metrics.mmd_test(x, x[:1]), ValueError, "`y` holds one sample"),
     "subset": (lambda x: metrics.kernel_inception_distance(x, x), ValueError, "`subset_size` is 1000, expected 2 to 4"),
     "features": (

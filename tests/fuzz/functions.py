@@ -242,7 +242,7 @@ def truths(name: str, arguments: dict) -> tuple[list[Tensor], list[Tensor]] | No
         )
         return [exact], [exact.double()]
     if name == "median_bandwidth":
-        points = torch.cat([one.double().reshape(len(one), -1) for one in arguments.values()])
+        points = torch.cat([one.double().reshape(len(one), -1) for one in arguments.values() if one is not None])
         found = torch.pdist(points).sort().values
         exact = found[(len(found) - 1) // 2].reshape(())
         return [exact], [exact]
