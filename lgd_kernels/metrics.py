@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lgd_kernels import pairs
 from lgd_kernels import progress as reports
-from lgd_kernels.checks import count, dense, tensor
+from lgd_kernels.checks import DATA_DTYPES, count, dense, tensor
 from lgd_kernels.impls import Impl
 from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.energy_mmd import checks
@@ -281,8 +281,8 @@ def _statistics(op: str, name: str, x: Tensor) -> FeatureStatistics:
         came = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise ValueError(f"{op}: `{name}` {came}, expected features [n, ...] of two samples or more")
     dense(op, name, x)
-    if x.is_complex():
-        raise TypeError(f"{op}: `{name}` has dtype {x.dtype}, expected real features")
+    if x.is_complex() or (x.is_floating_point() and x.dtype not in DATA_DTYPES):
+        raise TypeError(f"{op}: `{name}` has dtype {x.dtype}, expected float32, bfloat16, float16, float64 or integers")
     checks.finite(op, **{name: x})
     x = x.reshape(len(x), -1)
     mean = x.mean(0, dtype=torch.float64)
@@ -327,6 +327,11 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
                 f"{list(one.covariance.shape)}, expected [{size}] and [{size}, {size}] like the mean of `x`"
             )
         for part, values in one._asdict().items():
+            if values.device.type == "meta" or values.device != x.mean.device:
+                raise ValueError(
+                    f"frechet_distance: the {part} of `{name}` is on {values.device}, expected the device of `x`, and "
+                    "not meta, where tensors have no values; .to(...) moves it"
+                )
             if not values.isfinite().all():
                 raise ValueError(
                     f"frechet_distance: the {part} of `{name}` holds NaN or infinity, expected numbers; scale down "

@@ -331,6 +331,21 @@ CASES = {
     "samples": (lambda x: metrics.mmd_test(x, x[:, :2]), ValueError, "`y` has shape"),
     "kernel": (lambda x: metrics.mmd_test(x, x, kernel="energy"), TypeError, "`kernel` is a str"),
     "permutations": (lambda x: metrics.mmd_test(x, x, permutations=0), ValueError, "`permutations` is 0, expected 1"),
+    "without values": (
+        lambda x: lgd.median_bandwidth(x.to("meta")),
+        ValueError,
+        "median_bandwidth: `x` is on meta, where tensors have no values",
+    ),
+    "on two devices": (
+        lambda x: metrics.frechet_distance(x, x.to("meta")),
+        ValueError,
+        "frechet_distance: the mean of `y` is on meta, expected the device of `x`",
+    ),
+    "float8": (
+        lambda x: metrics.frechet_distance(x.to(torch.float8_e4m3fn), x),
+        TypeError,
+        "`x` has dtype torch.float8_e4m3fn, expected float32",
+    ),
     "too many": (lambda x: metrics.mmd_test(x, x, permutations=2**63), ValueError, "expected at most 1000000"),
     "endless": (
         lambda x: metrics.kernel_inception_distance(x, x, subsets=2**63, subset_size=2),
@@ -362,3 +377,11 @@ def test_a_median_that_overflows_is_no_bandwidth():
         with pytest.raises(ValueError, match="median_bandwidth: the median of the squares overflows float32; scale"):
             lgd.median_bandwidth(x)
         assert lgd.median_bandwidth(x * 1e-20) == 2.0
+
+
+def test_half_samples_under_autocast_of_another_half(generator):
+    """torch.cat of float16 raises there."""
+    x = torch.randn(30, 4, generator=generator).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lgd.median_bandwidth(x, x + 1)
+    assert found == lgd.median_bandwidth(x, x + 1)

@@ -129,7 +129,7 @@ ARROWS = {  # besides a room's own files: the meaning knows the operator, the op
         {"op", "reference", "curve", "checks", "pieces", "sharded"},
         {"checks", "column_checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
     ),
-    "bandwidth": ({"checks"}, {"pairs", "progress"}),
+    "bandwidth": ({"checks"}, {"levels", "pairs", "progress"}),
     "checks": (set(), {"checks"}),
     "curve": (set(), {"checks", "impls"}),
     "sharded": (

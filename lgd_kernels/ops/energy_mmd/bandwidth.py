@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgd_kernels import pairs
 from lgd_kernels import progress as reports
+from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd import checks
 
 LOW = 15  # bits of a float32 that the second pass tells apart; the 16 above them are the first's
@@ -42,13 +43,12 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
     """
     with checks.said_by("median_bandwidth"):
         checks.samples(x, x if y is None else y, False)
-    points = torch.cat([one.reshape(len(one), -1) for one in ((x,) if y is None else (x, y))])
+    wide = widest(*(one.dtype for one in ((x,) if y is None else (x, y))))
+    points = torch.cat([one.reshape(len(one), -1).to(wide) for one in ((x,) if y is None else (x, y))])
     count = len(points) * (len(points) - 1) // 2
     if not count:
         raise ValueError("median_bandwidth: `x` holds one sample, expected two or more in all")
     checks.finite("median_bandwidth", waits=True, x=x, y=y)
-    if points.dtype.itemsize == 2:
-        points = points.float()
     rank = (count - 1) // 2
     report = reports.report("median_bandwidth", progress)
     first, second = (report and partial(_half, report, turn) for turn in (0, 1))

@@ -77,6 +77,8 @@ def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
 def finite(op: str, waits: bool = False, **tensors: Tensor | None) -> None:
     """No NaN and no infinity, where values can be read; with `waits` on any device, since the caller waits anyway."""
     for name, tensor in tensors.items():
+        if waits and tensor is not None and tensor.device.type == "meta":
+            raise ValueError(f"{op}: `{name}` is on meta, where tensors have no values; expected another device")
         if tensor is not None and (waits or readable(tensor)) and not tensor.isfinite().all():
             raise ValueError(f"{op}: `{name}` holds NaN or infinity, expected numbers")
 
