@@ -95,9 +95,16 @@ class Schedule:
             return time
         if isinstance(time, bool) or not isinstance(time, (numbers.Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{name}: a time is a {type(time).__name__}, expected a tensor [B] or a number")
-        if not other.is_floating_point() and not (math.isfinite(time) and time == int(time)):
+        symbolic = isinstance(time, (torch.SymInt, torch.SymFloat))
+        finite = isinstance(time, numbers.Integral) or math.isfinite(time)  # isfinite raises for 10**400
+        if not other.is_floating_point() and not (finite and time == int(time)):
             raise TypeError(f"{name}: a time is {time}, expected an integer, as the other time has dtype {other.dtype}")
-        return torch.full_like(other if other.is_floating_point() else other.long(), time)
+        like = other if other.is_floating_point() else other.long()
+        if finite and not symbolic:
+            most = (torch.finfo if like.is_floating_point() else torch.iinfo)(like.dtype).max
+            if abs(time) > most:
+                raise ValueError(f"{name}: a time is {time}, expected a number that {like.dtype} holds")
+        return torch.full_like(like, time)
 
     def _counts(self, t: Tensor) -> bool:
         """Whether t counts steps, for schedules whose times are integers."""

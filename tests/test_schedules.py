@@ -383,3 +383,12 @@ def test_edm_refuses_a_rho_whose_powers_overflow():
     with pytest.raises(ValueError, match="EDM: `rho` is 0.01, too small"):
         lgd.EDM(rho=0.01)
     assert lgd.EDM(rho=0.05).from_unit(torch.tensor([1.0])).isfinite().all()
+
+
+@pytest.mark.parametrize("time", [1e300, 10**400, 2**64], ids=["float", "integer", "index"])
+def test_a_number_that_no_time_can_be(time):
+    """torch's own error names neither the schedule nor the argument."""
+    t = torch.tensor([5]) if time == 2**64 else torch.tensor([5.0])
+    schedule = lgd.Discrete.ddpm(20) if time == 2**64 else lgd.EDM()
+    with pytest.raises(ValueError, match=rf"{type(schedule).__name__}.levels: a time is .*, expected a number that"):
+        schedule.levels(t, time)
