@@ -96,7 +96,7 @@ class Schedule:
         if isinstance(time, bool) or not isinstance(time, (numbers.Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{name}: a time is a {type(time).__name__}, expected a tensor [B] or a number")
         symbolic = isinstance(time, (torch.SymInt, torch.SymFloat))
-        finite = isinstance(time, numbers.Integral) or math.isfinite(time)  # isfinite raises for 10**400
+        finite = symbolic or isinstance(time, numbers.Integral) or math.isfinite(time)  # isfinite raises for 10**400
         if not other.is_floating_point() and not (finite and time == int(time)):
             raise TypeError(f"{name}: a time is {time}, expected an integer, as the other time has dtype {other.dtype}")
         like = other if other.is_floating_point() else other.long()
