@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sharding
 import torch
+from conftest import assert_ended
 from mmd import KERNELS, OPTIONS, each_kernel
 
 import lgd_kernels as lgd
@@ -31,7 +32,7 @@ def processes(request, tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(ROOT / "tests" / "sharding.py"), str(folder)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    assert_ended(run)
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 

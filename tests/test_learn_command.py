@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from conftest import assert_ended
 
 import lgd_kernels as lgd
 from lgd_kernels.__main__ import main
@@ -344,7 +345,7 @@ def test_two_processes_learn_what_one_does():
     run = subprocess.run(
         [*launch, *options, "--out", "two"], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert run.returncode == 0, run.stderr
+    assert_ended(run)
     assert run.stdout.count("held-out loss") == 1
     assert learn(out="one") == 0
     one, two = (load(f"{out}/omega.safetensors") for out in ("one", "two"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_ended
 from torch import distributed
 
 import lgd_kernels as lgd
@@ -176,7 +177,7 @@ def test_processes_find_what_one_does(size, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*launch, __file__, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True,
                          timeout=200)  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    assert_ended(run)
     processes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     for name, group in CASES.items():
         omega = OMEGA.clone().requires_grad_()

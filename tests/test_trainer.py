@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_ended
 from learning import EVERY, Omega, data, denoiser, environment, rows, same, state, trainer
 
 from lgd_kernels import learn
@@ -286,7 +287,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(ROOT / "tests" / "learning.py"), str(tmp_path), "10"]
     run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    assert_ended(run)
     first, second = (torch.load(tmp_path / f"omega{rank}.pt") for rank in (0, 1))
     for name, weight in alone.omega.state_dict().items():
         assert torch.equal(first[name], second[name])
