@@ -19,7 +19,7 @@ SANITIZED_CALLS = 10000
 .PHONY: demo test slow fuzz sanitize bench peers gpu aot aot-matrix docs lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
-	$(RUN) -m lgd_kernels demo digits $(ARGS)
+	$(RUN) -m examples.digits $(ARGS)
 
 test: install            # every test; a missing extension is a failure here, not a skip
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)

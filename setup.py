@@ -17,7 +17,7 @@ from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError, CompileError, ExecError
 from setuptools.modified import newer_group
 
-builds = SimpleNamespace(**runpy.run_path("lgd_kernels/builds.py"))  # importing the package would import torch
+builds = SimpleNamespace(**runpy.run_path("lgd_kernels/runtime/builds.py"))  # importing the package would import torch
 HEADERS = sorted(glob("csrc/*/*.h") + glob("csrc/*/*.cuh") + glob("python/*.h") + glob("python/cuda/*.h"))
 NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 # Machine code for Ampere to Blackwell, and PTX that later GPUs compile for themselves.

@@ -15,7 +15,7 @@ import torch
 from benchmarks import environment, markdown, report
 from benchmarks.measure import FAILURES, measure
 from benchmarks.workload import COMPARED, find, kinds, rooms
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 
 PEERS_SECONDS = 3.0  # of a row's rounds, so that the whole table beside all others takes less than ten minutes
 

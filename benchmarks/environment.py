@@ -15,7 +15,7 @@ import torch
 
 import lgd_kernels
 from benchmarks import timing
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 
 PEERS = ("diffusers", "geomloss", "pykeops")
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,7 @@ import torch
 import lgd_kernels as lgd
 from benchmarks.workload import Workload, with_noise
 from lgd_kernels import testing
+from lgd_kernels.runtime.levels import step_coefficients
 
 TO_OMEGA = ("omega",)
 BETA, LAM = 1.75, 1.0
@@ -15,7 +16,7 @@ BETA, LAM = 1.75, 1.0
 
 def guided(x, cond, uncond, omega, levels, target, prediction, churn, noise):
     """x_s [B, m, D] and targets [B, k, D] as one expression, in float32; omega [B, K] gives x_s [B K, m, D]."""
-    a, b, v = (one.view(-1, 1, 1, 1) for one in lgd.levels.step_coefficients(levels, prediction, churn))
+    a, b, v = (one.view(-1, 1, 1, 1) for one in step_coefficients(levels, prediction, churn))
     wide = torch.promote_types(x.dtype, torch.float32)
     x, cond, uncond, noise = (None if one is None else one.to(wide)[:, None] for one in (x, cond, uncond, noise))
     x_s = a * x + b * (cond + omega.view(x.shape[0], -1, 1, 1) * (cond - uncond))

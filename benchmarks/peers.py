@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.workload import Workload, complete, drawn, public, reference
-from lgd_kernels import impls
-from lgd_kernels.levels import step_coefficients
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import step_coefficients
 
 
 class Variant(NamedTuple):

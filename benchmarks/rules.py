@@ -12,8 +12,9 @@ import torch
 import lgd_kernels as lgd
 from benchmarks import providers
 from benchmarks.workload import Provider, Workload
-from lgd_kernels import rules, testing
-from lgd_kernels.levels import step_coefficients
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
+from lgd_kernels.runtime.levels import step_coefficients
 
 LATENTS, BATCH, LARGE = (1, 4, 64, 64), (64, 4, 64, 64), (1024, 4, 64, 64)
 OMEGA, PHI = 4.0, 0.7

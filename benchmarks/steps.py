@@ -8,8 +8,9 @@ import torch
 import lgd_kernels as lgd
 from benchmarks import providers
 from benchmarks.workload import Provider, Workload
-from lgd_kernels import solvers, testing
+from lgd_kernels import testing
 from lgd_kernels.integrations.diffusers_plans import VPSigma
+from lgd_kernels.sampling import solvers
 
 OMEGA, INDEX = 4.0, 10  # step 10 of a run of 20 (providers.STEPS)
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4 * 2.0**-7}  # diffusers rounds each operation to the dtype of the data

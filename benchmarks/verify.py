@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.peers import Variant
 from benchmarks.workload import Kind, Workload, complete, drawn, reference
 from lgd_kernels import testing
-from lgd_kernels.levels import OmegaLookup
+from lgd_kernels.runtime.levels import OmegaLookup
 
 
 def with_leaves(arguments: dict, wanted: tuple[str, ...]) -> tuple[dict, list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lgd_kernels
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 
 COMPARED = ("steps", "energies", "rules")  # files with workloads that other libraries have too, beside the rooms' own
 SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory

@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lgd_kernels"
 INSIDE = {"api", "kernels", "bandwidth", "targets", "curve"}  # of a room: what its users see
 BESIDE = (
-    "schedules levels churn philox rules rule_state solvers step_plan sampler log_prob metrics impls "
+    "sampling.schedules runtime.levels sampling.churn runtime.philox guidance.rules guidance.stateful "
+    "sampling.solvers sampling.step_plan sampling.sampler sampling.log_prob "
+    "metrics.distance metrics.permutation metrics.kid metrics.frechet metrics.bandwidth runtime.impls "
     "omega.table omega.network omega.forms omega.files "
     "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward "
-    "learn.fit learn.trainer learn.batches learn.logs learn.distributed progress "
+    "learn.fit learn.trainer learn.batches learn.logs learn.distributed runtime.progress "
     "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion integrations.comfyui"
 ).split()
 
@@ -27,6 +29,7 @@ def on_files(files, config):
 
     readme = (ROOT / "README.md").read_text()
     page("index.md", re.sub(r"\]\(docs/", "](", readme))
+    page("api/guidance.md", _members("guidance", ["lgd_kernels.guidance.api"]))
     for room in sorted(path.parent for path in PACKAGE.glob("ops/*/api.py")):
         modules = sorted(path.stem for path in room.glob("*.py") if path.stem in INSIDE)
         page(f"api/{room.name}.md", _members(room.name, [f"lgd_kernels.ops.{room.name}.{one}" for one in modules]))

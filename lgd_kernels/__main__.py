@@ -1,4 +1,4 @@
-"""`python -m lgd_kernels info`, `demo digits`, `demo mixture`, `learn`; also the console script `lgd_kernels`."""
+"""`python -m lgd_kernels info` and `learn`; also the console script `lgd_kernels`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import warnings
 from pathlib import Path
 
 USAGE = """usage: python -m lgd_kernels info            what was built, what runs here, and why the rest does not
-       python -m lgd_kernels demo digits     learn guidance weights on handwritten digits (--help for options)
-       python -m lgd_kernels demo mixture    the same where all is known: a mixture of Gaussians in the plane
        python -m lgd_kernels learn           learn omega for a model and data of your own (--help for options)
        python -m lgd_kernels --version"""
 
@@ -21,7 +19,7 @@ def info() -> int:
     import torch
 
     import lgd_kernels
-    from lgd_kernels import impls
+    from lgd_kernels.runtime import impls
 
     print(f"lgd_kernels {lgd_kernels.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("  " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy")))
@@ -60,7 +58,7 @@ def _described(extension) -> str:
 
 def _print_build(name: str, extension) -> None:
     """Print from where an extension was loaded (if not from here), whether it is stale, and setup.py's note."""
-    from lgd_kernels import builds
+    from lgd_kernels.runtime import builds
 
     if extension:
         path = Path(extension.__file__)
@@ -84,14 +82,6 @@ def main(arguments: list[str]) -> int:
             return 0
         case ["info"]:
             return info()
-        case ["demo", "digits", *options]:
-            from lgd_kernels.demo import digits
-
-            return digits.main(options)
-        case ["demo", "mixture", *options]:
-            from lgd_kernels.demo import mixture
-
-            return mixture.main(options)
         case ["learn", *options]:
             from lgd_kernels.learn import command
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels.levels import Levels, OmegaLookup
 from lgd_kernels.omega.table import OmegaTable
-from lgd_kernels.schedules import RectifiedFlow
+from lgd_kernels.runtime.levels import Levels, OmegaLookup
+from lgd_kernels.sampling.schedules import RectifiedFlow
 
 # 1, odd, prime, larger than a kernel's block and than a chunk, not a multiple of a vector, no trailing dimension
 SHAPES = ((1, 1), (1,), (7,), (3, 5), (2, 3, 7, 11), (5, 127), (2, 1031), (2, 8209), (3, 4, 16, 16))

@@ -1,4 +1,4 @@
-// The digest of csrc/ and python/ that lgd_kernels/builds.py reads from an extension's bytes.
+// The digest of csrc/ and python/ that lgd_kernels/runtime/builds.py reads from an extension's bytes.
 #pragma once
 
 #if __has_include("source_digest.h")

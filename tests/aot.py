@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from lgd_kernels.columns import triangle
+from lgd_kernels.runtime.columns import triangle
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1] / "lgd_kernels"
@@ -75,7 +75,7 @@ class Compiled(NamedTuple):
 
 def triton_kernels() -> list[str]:
     """Every kernel of every room that offers Triton: the functions of its triton.py whose names end in _kernel."""
-    from lgd_kernels import impls
+    from lgd_kernels.runtime import impls
 
     rooms = (room for room in impls.rooms() if "triton" in impls._implementations(room))
     modules = (importlib.import_module(f"lgd_kernels.ops.{room}.triton") for room in rooms)
@@ -179,7 +179,7 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     """One specialisation."""
     from triton.runtime import JITFunction, driver
 
-    from lgd_kernels import triton_common
+    from lgd_kernels.runtime import triton_common
 
     built, run = [], JITFunction.run
 
@@ -219,7 +219,7 @@ def memory(sass: str) -> tuple[int, int]:
 
 def cuda_kernels() -> list[Compiled]:
     """Every kernel and target in lgd_kernels._C_cuda; [] where that was not built."""
-    from lgd_kernels import impls
+    from lgd_kernels.runtime import impls
 
     module = impls.cuda_extension()
     if module is None:

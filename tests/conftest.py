@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lgd_kernels import impls, testing
+from lgd_kernels import testing
+from lgd_kernels.runtime import impls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

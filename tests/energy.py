@@ -9,8 +9,8 @@ from torch import Tensor
 import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.learn.objective import particle_energy
-from lgd_kernels.levels import Levels, OmegaLookup, widest
 from lgd_kernels.ops.guided_step import reference as step
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, widest
 
 
 def interpreted(target) -> bool:

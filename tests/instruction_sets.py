@@ -7,7 +7,8 @@ import sys
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import _C, rules, testing
+from lgd_kernels import _C, testing
+from lgd_kernels.guidance import rules
 
 
 def tensors(value):

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import log_prob, metrics, rules, sampler, solvers
+from lgd_kernels import metrics
+from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.stateful import Feedback
 from lgd_kernels.learn import fit, losses, marginal, objective, particles, reward
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.rule_state import Feedback
+from lgd_kernels.sampling import log_prob, sampler, solvers
 
 BAD = {
     "str": "x", "None": None, "list": [1], "float": 1.5, "bool": True, "int": 2, "tensor": torch.ones(2), "dict": {},

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import log_prob, metrics, rules, sampler, solvers
+from lgd_kernels import metrics
+from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.stateful import Feedback
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.rule_state import Feedback
+from lgd_kernels.sampling import log_prob, sampler, solvers
 
 X, C, U = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
 W, INDEX, SEEDS = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 0]), torch.arange(3)

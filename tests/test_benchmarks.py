@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import __main__, environment, gpu, measure, report, timing, workload
-from lgd_kernels import impls, testing
+from lgd_kernels import testing
+from lgd_kernels.runtime import impls
 
 SHAPE = (4, 3, 16, 16)
 

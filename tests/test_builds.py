@@ -1,4 +1,4 @@
-"""How the extensions are built (setup.py), why one was not, and which build a checkout loads (lgd_kernels/builds.py).
+"""How setup.py builds the extensions, why a build failed, and which build a checkout loads (runtime/builds.py).
 
 Compilers here are scripts that write empty files or fail: what they are asked to do is what is tested.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lgd_kernels import builds, impls
+from lgd_kernels.runtime import builds, impls
 
 pytest.importorskip("pybind11")
 pytest.importorskip("setuptools", minversion="77")
@@ -43,7 +43,7 @@ def script(path, text):
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with one source of each kind."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "lgd_kernels/builds.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "lgd_kernels/runtime/builds.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("csrc/one/one_cpu.cpp", "csrc/one/one_cuda.cu", "python/bindings.cpp", "lgd_kernels/__init__.py"):
@@ -240,7 +240,7 @@ def in_checkout(checkout, built, *arguments):
 
 SAYS = """
 import json, torch, lgd_kernels as lgd
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 lgd.guided_score(torch.ones(1, 2), torch.ones(1, 2), 1.0)
 lgd.philox_normal((2, 2), seed=1)
 file = getattr(impls.extension(), "__file__", None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels.levels import step_coefficients
+from lgd_kernels.runtime.levels import step_coefficients
 
 SCHEDULES = {
     "rectified flow": lgd.RectifiedFlow(),

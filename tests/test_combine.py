@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.philox import STREAM_STEP
+from lgd_kernels.runtime.philox import STREAM_STEP
 
 
 def combine(target, tensors, coefficients, **options):
@@ -86,7 +86,7 @@ def test_a_guided_step_is_a_combine(target, generator):
     x, c, u = (testing.sample((3, 40), torch.float32, generator) for _ in range(3))
     levels, omega = testing.step_levels(3), torch.tensor([0.5, 1.0, 2.0])
     step = lgd.guided_step(x, c, u, omega, levels, churn=1.0, seed=3)
-    from lgd_kernels.levels import step_coefficients
+    from lgd_kernels.runtime.levels import step_coefficients
 
     a, b, v = step_coefficients(levels, "x0", 1.0)
     found = combine(target, (x, c, u), torch.stack((a, b, b * omega), 1), columns=(0, 1, (1, 2)), noise_scale=v, seed=3)

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.columns import flat, formed
+from lgd_kernels.runtime.columns import flat, formed
 
 
 def test_hand_worked(target):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers
+from lgd_kernels.sampling import solvers
 
 SCHEDULE = lgd.RectifiedFlow()
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import log_prob, metrics, rules, sampler, solvers
+from lgd_kernels import metrics
+from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.stateful import Feedback, Momentum
 from lgd_kernels.learn import fit, losses, marginal, objective, particles, reward
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.rule_state import Feedback, Momentum
+from lgd_kernels.sampling import log_prob, sampler, solvers
 
 PACKAGE = Path(lgd.__file__).parent
 MAKERS = {

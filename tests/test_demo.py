@@ -10,10 +10,10 @@ import re
 import pytest
 import torch
 
-from lgd_kernels.demo import digits, guidance, measures
-from lgd_kernels.demo.data import Labelled, load_digits, replace_labels
-from lgd_kernels.demo.report import text_table
-from lgd_kernels.schedules import RectifiedFlow
+from examples import digits, guidance, measures
+from examples.data import Labelled, load_digits, replace_labels
+from examples.report import text_table
+from lgd_kernels.sampling.schedules import RectifiedFlow
 
 for module in ("sklearn", "matplotlib"):
     pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")

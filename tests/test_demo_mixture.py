@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 
+from examples import measures, mixture, mixture_claims, mixture_study
+from examples.plane import CLASSES, NULL, Mixture, mislabelled_shares, pinwheel, undoing
 from lgd_kernels.__main__ import main
-from lgd_kernels.demo import measures, mixture, mixture_claims, mixture_study
-from lgd_kernels.demo.plane import CLASSES, NULL, Mixture, mislabelled_shares, pinwheel, undoing
 from lgd_kernels.learn import Frozen
-from lgd_kernels.progress import silent
-from lgd_kernels.schedules import RectifiedFlow
+from lgd_kernels.runtime.progress import silent
+from lgd_kernels.sampling.schedules import RectifiedFlow
 
 for module in ("sklearn", "matplotlib"):
     pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")

@@ -9,9 +9,9 @@ for module in ("sklearn", "matplotlib"):
     pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")
 pytest.importorskip("safetensors")
 
+from examples import fitting, patches, timing  # noqa: E402
+from examples.unet import UNet  # noqa: E402
 from lgd_kernels.__main__ import main  # noqa: E402
-from lgd_kernels.demo import fitting, patches, timing  # noqa: E402
-from lgd_kernels.demo.unet import UNet  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_the_command_learns_on_the_crops(tmp_path, capsys, monkeypatch):
     folder = str(tmp_path / "patches")
     assert patches.main(["train", "--folder", folder, "--steps", "2"]) == 0
     out = str(tmp_path / "omega")
-    model = ["--model", f"lgd_kernels.demo.patches:load({folder})", "--prediction", "flow"]
+    model = ["--model", f"examples.patches:load({folder})", "--prediction", "flow"]
     options = ["--cache", "32", "--batch", "16", "--m", "2", "--steps", "2", "--held-out", "0.05", "--out", out]
     assert main(["learn", "--data", f"{folder}/train.npz", *model, *options]) == 0
     files = [f"{out}/{name}.safetensors" for name in ("omega", "interval")]

@@ -13,7 +13,7 @@ from conftest import TARGETS, Target
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.levels import step_coefficients
+from lgd_kernels.runtime.levels import step_coefficients
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import rules
+from lgd_kernels.guidance import rules
 
 diffusers = pytest.importorskip("diffusers")
 guiders = pytest.importorskip("diffusers.guiders")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, testing
-from lgd_kernels.rule_state import Momentum
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.stateful import Momentum
 
 diffusers = pytest.importorskip("diffusers")
 guiders = pytest.importorskip("diffusers.guiders")

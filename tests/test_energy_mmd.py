@@ -7,8 +7,9 @@ import torch
 from mmd import KERNELS, OPTIONS, definition, each_kernel, terms, terms_of_slope
 
 import lgd_kernels as lgd
-from lgd_kernels import impls, testing
+from lgd_kernels import testing
 from lgd_kernels.ops.energy_mmd import reference
+from lgd_kernels.runtime import impls
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -9,9 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from benchmarks import timing
-from lgd_kernels import impls
 from lgd_kernels.ops.energy_mmd import reference
 from lgd_kernels.ops.energy_mmd.kernels import KINDS
+from lgd_kernels.runtime import impls
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -12,8 +12,8 @@ from conftest import assert_ended
 from mmd import KERNELS, OPTIONS, each_kernel
 
 import lgd_kernels as lgd
-from lgd_kernels import progress
 from lgd_kernels.ops.energy_mmd import pieces, sharded
+from lgd_kernels.runtime import progress
 
 ROOT = Path(__file__).parents[1]
 each_case = pytest.mark.parametrize("name", sharding.CASES)

@@ -9,7 +9,7 @@ import lgd_kernels as lgd
 from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
 from lgd_kernels.learn.objective import sample_times
 from lgd_kernels.learn.pooled import joined
-from lgd_kernels.levels import OmegaLookup, omega_at
+from lgd_kernels.runtime.levels import OmegaLookup, omega_at
 
 FLOW = lgd.RectifiedFlow()
 KNOTS = torch.linspace(0, 1, 5)

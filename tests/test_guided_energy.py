@@ -11,8 +11,9 @@ from conftest import Target, dtypes_of
 from energy import defined, dtypes, guided_energy, interpreted, loss_and_slope, problem, truth
 
 import lgd_kernels as lgd
-from lgd_kernels import impls, testing
-from lgd_kernels.levels import PREDICTIONS
+from lgd_kernels import testing
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import PREDICTIONS, omega_at
 
 TO_DATA = lgd.RectifiedFlow().levels(torch.ones(1), torch.zeros(1))  # x_s is the guided prediction
 BETWEEN = lgd.RectifiedFlow().levels(torch.tensor([0.5]), torch.tensor([0.25]))  # A = B = 1/2
@@ -238,7 +239,7 @@ def test_agrees_with_float64_however_the_scalars_come(target, churn, generator):
             args = [testing.promoted(value) for value in (x, cond, uncond, omega, exact, y)]
             promoted = {name: testing.promoted(value) for name, value in options.items()}
             expected = defined(*args, prediction=prediction, **promoted)
-            at = omega if isinstance(omega, torch.Tensor) else lgd.levels.omega_at(omega, x)
+            at = omega if isinstance(omega, torch.Tensor) else omega_at(omega, x)
             terms = truth(x, cond, uncond, at.expand(5), exact, y, prediction=prediction, **options)[2]
             testing.assert_sum(found, expected, terms)
 

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
+from lgd_kernels.runtime.levels import omega_at, table_gradient
 
 REFERENCE = Target("reference", "cpu")
 EXPECTED = {"beta": 2.0, "lam": 0.0}
@@ -136,13 +137,13 @@ def test_gradient_of_every_omega(target, kind, generator):
     """In its dtype; a table's is that of [B], summed over cells."""
     args, _ = problem(generator, 3, 4, 300)
     omega = testing.moved(testing.omegas(3, generator)[kind], target.device)
-    at = (omega if kind == "half" else lgd.levels.omega_at(omega, omega.t)).detach().float().requires_grad_()
+    at = (omega if kind == "half" else omega_at(omega, omega.t)).detach().float().requires_grad_()
     expected = torch.autograd.grad(guided_energy(target, *args[:3], at, *args[4:]).sum(), at)[0]
     leaf = (omega if kind == "half" else omega.values).detach().requires_grad_()
     omega = leaf if kind == "half" else omega._replace(values=leaf)
     found = torch.autograd.grad(guided_energy(target, *args[:3], omega, *args[4:]).sum(), leaf)[0]
     if kind == "table":
-        expected = lgd.levels.table_gradient(omega, expected)
+        expected = table_gradient(omega, expected)
     assert found.dtype == leaf.dtype
     torch.testing.assert_close(found.float(), expected, rtol=1e-3 if kind == "half" else 1e-5, atol=1e-5)
 

@@ -10,8 +10,10 @@ from energy import dtypes, guided_energy, interpreted, loss_and_slope, problem, 
 
 import lgd_kernels as lgd
 from benchmarks import timing
-from lgd_kernels import impls, testing
+from lgd_kernels import testing
 from lgd_kernels.ops.guided_energy import op
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import step_coefficients
 
 
 def close(generator, spread, renoise, m=4, k=4, row=3072, batch=2):
@@ -72,7 +74,7 @@ def test_is_unbiased_over_many_draws(target, beta, lam, unbiased):
     n, row, m, k = 6 if interpreted(target) else 10_000, 3, 3, 2
     levels = lgd.RectifiedFlow().levels(torch.full((n,), 0.8), torch.full((n,), 0.4))
     x, cond, x0 = torch.full((n, m, row), 0.3), torch.full((n, m, row), 1.1), torch.full((n, row), -0.5)
-    a, b, v = (one[0].item() for one in lgd.levels.step_coefficients(testing.promoted(levels), "x0", 1.0))
+    a, b, v = (one[0].item() for one in step_coefficients(testing.promoted(levels), "x0", 1.0))
     apart = (0.3 * a + b * (1.1 + 0.5 * 0.2) - 0.6 * -0.5) * math.sqrt(row)
     share = 1 if unbiased else (m - 1) / m
     known = power_of_distance(row, apart, v**2 + 0.4**2, beta)

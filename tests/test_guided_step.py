@@ -9,8 +9,8 @@ from conftest import address, dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.levels import PREDICTIONS, step_coefficients
 from lgd_kernels.ops.guided_step import reference
+from lgd_kernels.runtime.levels import PREDICTIONS, step_coefficients
 
 SCHEDULES = {
     "rectified flow": lgd.RectifiedFlow(),

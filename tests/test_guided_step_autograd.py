@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.levels import step_coefficients
+from lgd_kernels.runtime.levels import step_coefficients
 
 
 @pytest.mark.parametrize("kind", ["per sample", "half", "table"])

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, solvers, testing
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
 from lgd_kernels.learn import Frozen, draw, marginal_loss
-from lgd_kernels.log_prob import step_with_log_prob
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.sampler import sample
+from lgd_kernels.sampling import solvers
+from lgd_kernels.sampling.log_prob import step_with_log_prob
+from lgd_kernels.sampling.sampler import sample
 
 FLOW = lgd.RectifiedFlow()
 C, U, X = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0)).unbind(0)

@@ -14,8 +14,9 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import __main__ as program
-from lgd_kernels import builds, impls, testing
+from lgd_kernels import testing
 from lgd_kernels.ops.guided_score import op
+from lgd_kernels.runtime import builds, impls
 
 ROOT = Path(__file__).parents[1]
 ONE = torch.ones(1, 2)
@@ -271,7 +272,7 @@ def loaded():
     return [name for name in heavy if name in sys.modules]
 before = loaded()
 import torch
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 lgd.guided_score(torch.ones(1, 2), torch.ones(1, 2), 1.0)
 print(json.dumps([before, loaded(), impls.extension_error()]))
 """

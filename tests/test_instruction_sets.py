@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.extension

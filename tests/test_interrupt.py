@@ -101,7 +101,7 @@ def test_memory_follows_the_data_of_a_few_long_samples():
 def test_a_term_without_weight_is_not_waited_for():
     """Nor one with an infinite coefficient: what the binding is given is not checked before."""
     script = """
-        from lgd_kernels import impls
+        from lgd_kernels.runtime import impls
         x, y = torch.randn(1, 70, 2).double(), torch.randn(1, 150, 2).double()
         loss, d_x, d_y = torch.zeros(1).double(), torch.empty_like(x), torch.empty_like(y)
         for factor in (1e200, 1e-200, float("inf"), float("nan"), 0.0):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import impls
-from lgd_kernels.levels import Levels
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import Levels
 
 LIMIT = 2**31
 ROW = 65_537  # prime: nothing is a multiple of a block

@@ -11,14 +11,14 @@ from learning import environment
 from test_learn_command import learn, place  # noqa: F401
 
 import lgd_kernels as lgd
-from lgd_kernels import sampler, solvers
 from lgd_kernels.learn import Frozen, Trainer, readings
-from lgd_kernels.levels import PREDICTIONS
 from lgd_kernels.metrics import energy_distance
 from lgd_kernels.omega.files import load, save
 from lgd_kernels.omega.forms import Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import TableModule
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.sampling import sampler, solvers
 
 FLOW = lgd.RectifiedFlow()
 
@@ -175,7 +175,9 @@ def test_prediction_and_schedule_travel_with_omega(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"save: omega: {unknown}")):
         save(path, form, FLOW)
     knots = table.s_knots
-    with pytest.raises(TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels.schedules"):
+    with pytest.raises(
+        TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels.sampling.schedules"
+    ):
         lgd.OmegaTable(table.values, knots, table.t_knots, schedule="flow")
     lgd.OmegaTable(table.values, knots, table.t_knots).save(path, FLOW, "v")
     assert (load(path).schedule, load(path).prediction) == (FLOW, "v")

@@ -7,7 +7,7 @@ from torch import nn
 import lgd_kernels as lgd
 from lgd_kernels import learn
 from lgd_kernels.learn import Frozen, Particles, draw, particle_energy, sample_times
-from lgd_kernels.levels import PREDICTIONS, per_sample
+from lgd_kernels.runtime.levels import PREDICTIONS, per_sample
 
 SCHEDULE = lgd.VPCosine()
 

@@ -14,7 +14,7 @@ import lgd_kernels as lgd
 from lgd_kernels import learn
 from lgd_kernels.learn import Frozen, draw, marginal_loss
 from lgd_kernels.learn.distributed import process_group
-from lgd_kernels.levels import PREDICTIONS, per_sample
+from lgd_kernels.runtime.levels import PREDICTIONS, per_sample
 
 ROOT = Path(__file__).parents[1]
 SCHEDULE = lgd.VPCosine()

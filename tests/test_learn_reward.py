@@ -6,7 +6,7 @@ import torch
 import lgd_kernels as lgd
 from lgd_kernels import learn
 from lgd_kernels.learn import Frozen, black_box_reward_loss, draw, reward_loss, with_reward
-from lgd_kernels.levels import PREDICTIONS, per_sample
+from lgd_kernels.runtime.levels import PREDICTIONS, per_sample
 
 SCHEDULE = lgd.VPCosine()
 

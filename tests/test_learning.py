@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import one_hot
 
 import lgd_kernels as lgd
+from examples import guidance, timing
+from examples.measures import energy_distance
 from lgd_kernels import learn
-from lgd_kernels.demo import guidance, timing
-from lgd_kernels.demo.measures import energy_distance
 from lgd_kernels.learn import Frozen, Settings, particle_energy, sample_s, sample_times
 
 # x1 = (0, 0), x2 = (3, 4); y1 = (0, 0), y2 = (3, 0): distances 0, 3, 5, 4, and 5 between the particles

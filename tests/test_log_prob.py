@@ -6,8 +6,8 @@ from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.levels import step_coefficients
-from lgd_kernels.log_prob import step_with_log_prob
+from lgd_kernels.runtime.levels import step_coefficients
+from lgd_kernels.sampling.log_prob import step_with_log_prob
 
 OMEGA = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 
@@ -117,7 +117,7 @@ def test_passes(generator, monkeypatch):
         passes.append(options.get("written", 1))
         return lgd.combine(*arguments, **options)
 
-    monkeypatch.setattr("lgd_kernels.log_prob.combine", counted)
+    monkeypatch.setattr("lgd_kernels.sampling.log_prob.combine", counted)
     x, c, u, levels = problem(generator, torch.float32)
     omega = OMEGA.clone().requires_grad_()
     for call, expected in (

@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgd_kernels as lgd
-from lgd_kernels import metrics, pairs
+from lgd_kernels import metrics
+from lgd_kernels.runtime import blocks
 
 
 def draws(generator, *counts, D=3, dtype=torch.float64):
@@ -42,7 +43,7 @@ def test_energy_distance_is_scipys_squared(generator):
     ],
 )
 def test_progress_moves_and_changes_no_result(call, steps, generator, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     both, heard = draws(generator, 50, 43), []
     found, expected = tensors(call(*both, progress=lambda *at: heard.append(at))), tensors(call(*both))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if call is metrics.energy_distance else 0)
@@ -67,7 +68,7 @@ def test_energy_distance_by_hand_and_its_gradient():
 @each_kernel
 def test_each_permutation_is_the_mmd_of_its_split(kernel, D, unbiased, generator, monkeypatch):
     """Several blocks, sets of different sizes; in float64 against the formula, in float32 within its rounding."""
-    monkeypatch.setattr(pairs, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     x, y = draws(generator, 21, 34, D=D)
     y = y * 1.5 + 0.3
     matrix = whole(kernel, torch.cat((x, y))) * (-1 if isinstance(kernel, lgd.Energy) else 1)
@@ -131,7 +132,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("D", [2, 40])
 def test_the_matrix_is_not_stored(D, generator, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
     x, y = draws(generator, 300, 340, D=D, dtype=torch.float32)
     with Largest() as largest:
         metrics.mmd_test(x, y, permutations=30)
@@ -142,12 +143,12 @@ def test_the_matrix_is_not_stored(D, generator, monkeypatch):
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-5])
 def test_close_pairs_get_differences(spread, generator, monkeypatch):
     """Clusters, which no centring removes: few close pairs, and, in one cluster, nearly all."""
-    monkeypatch.setattr(pairs, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     for clusters in (1, 10):
         centres = 10 * torch.randn(clusters, 300, generator=generator)
         points = centres.repeat(40 // clusters, 1) + spread * torch.randn(40, 300, generator=generator)
         truth = (points.double()[:, None] - points.double()).square().sum(-1)
-        for rows, columns, block in pairs.upper_blocks(points):
+        for rows, columns, block in blocks.upper_blocks(points):
             torch.testing.assert_close(block.double(), truth[rows, columns], rtol=1e-4, atol=0)
 
 
@@ -219,7 +220,7 @@ def test_statistics_in_blocks_of_rows(generator, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("D", [1, 3, 40])
 def test_median_bandwidth_is_the_median(D, dtype, generator, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 32)
+    monkeypatch.setattr(blocks, "BLOCK", 32)
     x, y = (one.to(dtype) for one in draws(generator, 70, 33, D=D))
     for given in ((x, y), (x,), (x[:2],), (x[:1], y[:3]), (x.repeat(2, 1), y)):
         points = torch.cat(given).double()

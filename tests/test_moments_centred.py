@@ -6,7 +6,7 @@ from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.columns import flat, formed
+from lgd_kernels.runtime.columns import flat, formed
 
 GUIDED = (0, 1, (0, 1))  # c, u and c - u
 

@@ -11,8 +11,8 @@ from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.levels import OmegaLookup, omega_at, table_gradient
 from lgd_kernels.ops.guided_score import reference
+from lgd_kernels.runtime.levels import OmegaLookup, omega_at, table_gradient
 
 # [[omega(0, .6), omega(0, 1)], [omega(.4, .6), omega(.4, 1)]]: every corner is a step, s < t.
 PLAIN = lgd.OmegaTable(torch.tensor([[[1.0, 2.0], [3.0, 5.0]]]), torch.tensor([0.0, 0.4]), torch.tensor([0.6, 1.0]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers
+from lgd_kernels.sampling import solvers
 
 PLAIN = lgd.OmegaTable(torch.tensor([[[1.0, 2.0], [3.0, 5.0]]]), torch.tensor([0.0, 0.4]), torch.tensor([0.6, 1.0]))
 VALUES, KNOTS = torch.ones(1, 2, 2), torch.tensor([0.0, 0.5])

@@ -8,14 +8,14 @@ import torch
 from conftest import address
 
 import lgd_kernels as lgd
-from lgd_kernels import impls
-from lgd_kernels.philox import STREAM_STEP, STREAM_TARGETS, STREAM_USER, box_muller, normal, philox
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.philox import STREAM_STEP, STREAM_TARGETS, STREAM_USER, box_muller, normal, philox
 
 if impls.triton_interpreted() or torch.cuda.is_available():
     import triton
     import triton.language as tl
 
-    from lgd_kernels import triton_common
+    from lgd_kernels.runtime import triton_common
 
     @triton.jit
     def words_kernel(words, counters, N: tl.constexpr):

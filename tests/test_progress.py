@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import progress
+from lgd_kernels.runtime import progress
 
 
 class Bar:

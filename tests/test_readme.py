@@ -36,7 +36,7 @@ def test_they_run_without_a_compiler_too():
 import sys
 sys.modules |= {"lgd_kernels._C": None, "lgd_kernels._C_cuda": None}
 import pytest
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 assert impls.extension_error()
 sys.exit(pytest.main(["-q", "-p", "no:xdist", f"{sys.argv[1]}::test_python_snippets_run_one_after_the_other"]))
 """

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers
 from lgd_kernels.omega.table import TableModule
+from lgd_kernels.sampling import solvers
 
 LARGE = lgd.RectifiedFlow().levels(torch.rand(5000) / 2 + 0.5, torch.rand(5000) / 2)
 ENDS = [torch.linspace(0, 1, 64)] * 2

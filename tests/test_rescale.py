@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, testing
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
 
 
 def spread(tensor):

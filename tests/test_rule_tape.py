@@ -8,8 +8,9 @@ import torch
 from test_rules import OMEGA, RULES, pair
 
 import lgd_kernels as lgd
-from lgd_kernels import rule_passes, rules, testing
-from lgd_kernels.rules import Guidance
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules, run
+from lgd_kernels.guidance.rules import Guidance
 
 READ = ("cc", "cu", "cd", "uu", "ud", "dd", "c", "u", "d")
 SIZES = [(1, 3), (5, 7), (64, 1000), (2, 40001), (3, 300000)]  # the last do not stay in the cache
@@ -36,7 +37,7 @@ def test_in_one_call_as_in_three(shape, generator, monkeypatch):
     torch.set_num_threads(1)
     assert all(torch.equal(call(), one) for call, one in zip(calls, found, strict=True))
     torch.set_num_threads(threads)
-    monkeypatch.setattr("lgd_kernels.rule_passes._in_one_call", lambda *_: None)
+    monkeypatch.setattr("lgd_kernels.guidance.run._in_one_call", lambda *_: None)
     for call, one in zip(calls, found, strict=True):
         torch.testing.assert_close(one, call(), rtol=2e-6, atol=1e-5)
 
@@ -68,7 +69,7 @@ def test_every_rule_is_noted(name, generator, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("went over tensors")
 
-    monkeypatch.setattr("lgd_kernels.rule_passes.combine", refuse)
+    monkeypatch.setattr("lgd_kernels.guidance.run.combine", refuse)
     c, u = pair(generator)
     lgd.guided_score(c, u, OMEGA, rule=RULES[name][0])
     if name == "cfg_zero_star":
@@ -128,7 +129,7 @@ def test_what_a_rule_noted_is_kept_and_what_it_is_given_is_not(generator, monkey
 
     first = every()
     assert all(torch.equal(one, other) for one, other in zip(every(), first, strict=True))
-    monkeypatch.setattr("lgd_kernels.rule_passes._known", lambda _: None)
+    monkeypatch.setattr("lgd_kernels.guidance.run._known", lambda _: None)
     assert all(torch.equal(one, other) for one, other in zip(every(), first, strict=True))
     monkeypatch.undo()
     scale = 2.0
@@ -142,7 +143,7 @@ def test_omega_and_churn_may_be_one_number(generator):
     t = torch.tensor([0.5, 0.9])
     levels, one = lgd.RectifiedFlow().levels(t, t - 0.3), 0.5
     for omegas in ((2.0, one), (one, 2.0)):
-        rule_passes._NOTES.clear()
+        run._NOTES.clear()
         for omega in omegas:
             found = lgd.guided_step(x, c, u, omega, levels, rule=rules.apg, churn=one, seed=3)
             exact = lgd.guided_step(x, c, u, omega, levels, rule=rules.apg, churn=one, seed=3, impl="reference")

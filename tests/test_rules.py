@@ -8,10 +8,11 @@ import torch
 from conftest import address, dtypes_of
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, testing
-from lgd_kernels.levels import step_coefficients, x0_coefficients
-from lgd_kernels.rule_state import Feedback, Momentum
-from lgd_kernels.rules import Guidance
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.rules import Guidance
+from lgd_kernels.guidance.stateful import Feedback, Momentum
+from lgd_kernels.runtime.levels import step_coefficients, x0_coefficients
 
 SHAPE = 3, 4, 5, 6
 OMEGA = torch.tensor([0.5, 2.0, 6.5], dtype=torch.float64)

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, solvers, testing
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
 from lgd_kernels.omega.forms import Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import TableModule
-from lgd_kernels.sampler import sample
+from lgd_kernels.sampling import solvers
+from lgd_kernels.sampling.sampler import sample
 
 OMEGA = torch.tensor([0.5, 1.5, 3.0])
 TIMES = torch.linspace(0.95, 0, 9, dtype=torch.float64)

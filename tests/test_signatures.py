@@ -6,10 +6,12 @@ import typing
 import pytest
 
 import lgd_kernels as lgd
-from lgd_kernels import impls, learn, log_prob, metrics, sampler, solvers
+from lgd_kernels import learn, metrics
+from lgd_kernels.guidance.stateful import Feedback
 from lgd_kernels.integrations import k_diffusion
-from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.rule_state import Feedback
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.sampling import log_prob, sampler, solvers
 
 CHOICES = {
     "impl": impls.NAMES,

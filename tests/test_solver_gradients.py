@@ -11,10 +11,11 @@ import torch
 from test_rules import RULES, SHAPE, assert_exact, column
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers, testing
-from lgd_kernels.philox import STREAM_STEP
-from lgd_kernels.rule_state import Momentum
-from lgd_kernels.sampler import sample, seed_of
+from lgd_kernels import testing
+from lgd_kernels.guidance.stateful import Momentum
+from lgd_kernels.runtime.philox import STREAM_STEP
+from lgd_kernels.sampling import solvers
+from lgd_kernels.sampling.sampler import sample, seed_of
 
 TIMES = torch.linspace(0.95, 0, 11, dtype=torch.float64)
 SIGMAS = lgd.EDM().from_unit(TIMES)

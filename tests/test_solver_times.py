@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import sampler, solvers, testing
+from lgd_kernels import testing
+from lgd_kernels.guidance.stateful import Feedback
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.log_prob import step_with_log_prob
-from lgd_kernels.rule_state import Feedback
+from lgd_kernels.sampling import sampler, solvers
+from lgd_kernels.sampling.log_prob import step_with_log_prob
 
 FLOW, EDM = lgd.RectifiedFlow(), lgd.EDM()
 TABLE = lgd.Discrete.ddpm(dtype=torch.float64)

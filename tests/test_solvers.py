@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers, testing
+from lgd_kernels import testing
+from lgd_kernels.sampling import solvers
 
 SHAPE = BATCH, *_ = 3, 4, 8, 8
 NAMES = {"x0": "sample", "eps": "epsilon", "v": "v_prediction"}

@@ -8,8 +8,10 @@ import torch
 from conftest import dtypes_of
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, solvers, testing
-from lgd_kernels.levels import Levels
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
+from lgd_kernels.runtime.levels import Levels
+from lgd_kernels.sampling import solvers
 
 BATCH, OMEGA = 3, torch.tensor([0.5, 1.5, 3.0])
 

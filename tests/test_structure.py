@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lgd_kernels as lgd
-from lgd_kernels import impls
+from lgd_kernels.runtime import impls
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lgd_kernels"
@@ -83,14 +83,15 @@ def included(path):
 def test_this_file_sees_the_tree():
     """A path that moved would leave every rule below with nothing to break."""
     assert len(ROOMS) >= 2 and len(MEANS) > 20 and len(COMPUTES) > 10 and len(BINDS) > 4
-    assert "lgd_kernels.levels" in imports(PACKAGE / "ops" / "guided_score" / "api.py")
-    assert "lgd_kernels.ops" in imports(PACKAGE / "impls.py") - imports(PACKAGE / "impls.py", lazily=False)
+    assert "lgd_kernels.runtime.levels" in imports(PACKAGE / "ops" / "guided_score" / "op.py")
+    table = PACKAGE / "omega" / "table.py"
+    assert imports(table) - imports(table, lazily=False)
 
 
 @each_room
 def test_a_room_is_complete(room):
     """One op name on every floor: whoever looks for a piece knows where it is."""
-    pieces = [PACKAGE / "ops" / room / name for name in ("__init__.py", "api.py", "op.py", "reference.py")]
+    pieces = [PACKAGE / "ops" / room / name for name in ("__init__.py", "op.py", "reference.py")]
     pieces += [ROOT / "csrc" / room / f"{room}.h", ROOT / "python" / f"{room}.cpp", ROOT / "tests" / f"test_{room}.py"]
     pieces += [ROOT / "benchmarks" / f"{room}.py"]
     assert [in_tree(path) for path in pieces if not path.is_file()] == []
@@ -98,7 +99,9 @@ def test_a_room_is_complete(room):
 
 @each_room
 def test_a_room_is_public(room):
-    assert room in lgd.__all__ and getattr(lgd, room).__module__ == f"lgd_kernels.ops.{room}.api"
+    """In its own api.py, or, if it takes a rule, in guidance/api.py."""
+    homes = {f"lgd_kernels.ops.{room}.api", "lgd_kernels.guidance.api"}
+    assert room in lgd.__all__ and getattr(lgd, room).__module__ in homes
 
 
 @each_room
@@ -123,87 +126,94 @@ def test_no_room_without_a_name():
     assert {path.stem for path in (ROOT / "python" / "cuda").glob("*.cpp")} == {"bindings", *cuda}
 
 
-ARROWS = {  # besides a room's own files: the meaning knows the operator, the operator the launchers, never upwards
-    "__init__": (set(), set()),
-    "api": (
-        {"op", "reference", "curve", "checks", "pieces", "sharded"},
-        {"checks", "column_checks", "columns", "impls", "levels", "progress", "rule_passes", "rules"},
-    ),
-    "bandwidth": ({"checks"}, {"levels", "pairs", "progress"}),
-    "checks": (set(), {"checks"}),
-    "curve": (set(), {"checks", "impls"}),
-    "sharded": (
-        {"checks", "pieces", "reference"},
-        {"impls", "progress"},
-    ),  # several calls of the operator, in several processes
-    "pieces": (
-        {"checks", "op", "reference"},
-        {"levels", "progress"},
-    ),  # several calls of the operator for one of the user's
-    "op": ({"reference"}, {"arguments", "columns", "impls", "levels", "philox"}),
-    "reference": (set(), {"columns", "levels", "philox"}),
-    "triton": (
-        {"triton_backward", "triton_finish", "triton_particles", "triton_points", "triton_tiles", "triton_values"},
-        {"columns", "levels", "philox", "native", "triton_columns", "triton_common"},
-    ),
-    "triton_backward": ({"triton_particles"}, {"native", "triton_common"}),
-    "triton_finish": (set(), {"triton_common"}),
-    "triton_points": ({"triton_values"}, {"triton_common"}),
-    "triton_tiles": ({"triton_values"}, {"triton_common"}),
-    "triton_values": (set(), set()),
-    "triton_particles": (set(), {"philox", "native", "triton_common"}),
-    "cpu": (set(), {"columns", "impls", "levels", "native", "precision"}),
-    "cuda": (set(), {"impls", "levels", "native"}),
-    "targets": (set(), {"levels"}),
-    "kernels": (set(), set()),
-    "statistics": (set(), set()),
+GROUPS = {  # each may import itself and these: no arrow runs upward
+    "runtime": set(),
+    "ops": {"runtime"},
+    "guidance": {"runtime", "ops"},
+    "sampling": {"runtime", "ops", "guidance"},
+    "omega": {"runtime", "sampling"},
+    "metrics": {"runtime", "ops"},
+    "testing": {"runtime", "sampling", "omega"},
+    "learn": {"runtime", "ops", "guidance", "sampling", "omega", "metrics"},
+    "integrations": {"runtime", "ops", "guidance", "sampling", "omega", "__init__"},
+    "__main__": {"runtime", "learn", "__init__"},
 }
-ABOVE = {"lgd_kernels.rule_passes"}  # a floor above the rooms; an api that is given a rule asks for it, there and then
-WORDS = {"targets", "statistics", "kernels"}  # what all files of a room may talk of, where it has them
+
+
+def group_of(name):
+    """The group of a module: lgd_kernels.ops.moments.api is in ops; lgd_kernels itself is __init__."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+@pytest.mark.parametrize("path", [path for path in MEANS if path != PACKAGE / "__init__.py"], ids=name_of)
+def test_import_arrows(path):
+    group = group_of(name_of(path))
+    reached = {group_of(name) for name in ours(imports(path))} - {group}
+    assert reached <= GROUPS[group], f"{name_of(path)} imports {sorted(reached - GROUPS[group])}"
+
+
+def test_every_group_is_listed():
+    """Nothing lies loose at the top of the package."""
+    assert {group_of(name) for name in MODULES} == {*GROUPS, "__init__"}
+
+
+def test_no_import_circles():
+    """Not even between functions that import when they are called. A package's own file counts as what it imports."""
+    arrows = {name: (imports(path) & MODULES.keys()) - {name} for name, path in MODULES.items()}
+    arrows.pop("lgd_kernels.omega.files")  # which table, network and forms reach from their methods
+    arrows = {name: reached - {"lgd_kernels.omega.files"} for name, reached in arrows.items()}
+    while leaves := {name for name, reached in arrows.items() if not reached}:
+        arrows = {name: reached - leaves for name, reached in arrows.items() if name not in leaves}
+    while sources := arrows.keys() - set().union(*arrows.values()):
+        arrows = {name: reached for name, reached in arrows.items() if name not in sources}
+    assert arrows == {}
 
 
 @pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)
-def test_import_arrows(path):
-    """No room imports another, so that one can be read, changed and removed alone."""
+def test_an_op_knows_no_other(path):
+    """So one op can be read, changed and removed alone."""
     if path.parent.name == "ops":
         assert imports(path) == set()
         return
-    inside, beside = ARROWS[path.stem]
-    room = f"lgd_kernels.ops.{path.parent.name}"
-    inside = inside | (WORDS - {path.stem})
-    assert ours(imports(path)) <= {f"{room}.{name}" for name in inside} | {f"lgd_kernels.{name}" for name in beside}
+    own = f"lgd_kernels.ops.{path.parent.name}"
+    assert [name for name in imports(path) if name.startswith("lgd_kernels.ops") and not name.startswith(own)] == []
 
 
-def test_what_rooms_share_knows_no_room():
-    reached, todo = set(), {f"lgd_kernels.{name}" for _, beside in ARROWS.values() for name in beside} - ABOVE
-    while todo:
-        name = todo.pop()
-        reached.add(name)
-        todo |= (imports(MODULES[name], lazily=False) & MODULES.keys()) - reached
-    assert [name for name in reached if name.startswith("lgd_kernels.ops")] == []
+INSIDE = {  # which files of an op may import which others of it; op.py imports launchers lazily, by name
+    "reference": set(),
+    "triton": {
+        "triton_backward",
+        "triton_finish",
+        "triton_particles",
+        "triton_points",
+        "triton_tiles",
+        "triton_values",
+    },
+    "triton_backward": {"triton_particles"},
+    "triton_finish": set(),
+    "triton_particles": set(),
+    "triton_points": {"triton_values"},
+    "triton_tiles": {"triton_values"},
+    "triton_values": set(),
+    "cpu": set(),
+    "cuda": set(),
+    "op": {"reference"},
+}
+WORDS = {"targets", "statistics", "kernels"}  # structs that every file of an op may use
+
+
+@pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)
+def test_arrows_inside_an_op(path):
+    own = f"lgd_kernels.ops.{path.parent.name}."
+    reached = {name.removeprefix(own) for name in imports(path) if name.startswith(own)} - WORDS
+    assert path.stem not in INSIDE or reached <= INSIDE[path.stem]
 
 
 @pytest.mark.parametrize("path", files(".py", under=PACKAGE / "omega"), ids=name_of)
 def test_omega_knows_no_op(path):
-    """Rooms and samplers take an omega, however it was learned."""
-    allowed = {f"lgd_kernels.{name}" for name in ("checks", "files_atomic", "first_use", "levels", "schedules")}
-    assert {name for name in ours(imports(path)) if not name.startswith("lgd_kernels.omega")} <= allowed | {
-        "lgd_kernels"
-    }
-
-
-@pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)
-def test_rooms_look_up_only_when_asked(path):
-    """And nothing else of the package hides an arrow to a room inside a function."""
-    assert imports(path, lazily=False) & ABOVE == set()
-
-
-def test_arrows_to_rooms_are_at_the_top():
-    for name in ("rule_passes", "rule_state", "solvers", "step_rows", "sampler", "log_prob"):
-        path = PACKAGE / f"{name}.py"
-        assert {
-            one for one in imports(path) - imports(path, lazily=False) if one.startswith("lgd_kernels.ops")
-        } == set()
+    """Ops and samplers take an omega, however it was learned. Of sampling it reads schedules alone."""
+    reached = {name for name in ours(imports(path)) if group_of(name) == "sampling"}
+    assert reached <= {"lgd_kernels.sampling.schedules"}
 
 
 @pytest.mark.parametrize("path", MEANS, ids=name_of)
@@ -211,18 +221,16 @@ def test_triton_and_the_extension_are_imported_lazily(path):
     """`import lgd_kernels` works where they do not, and costs nothing where they do."""
     if path.stem.startswith("triton"):
         return
-    heavy = re.compile(r"triton(\..*)?|lgd_kernels\.(_C|triton_common|ops\.\w+\.(triton|cpu|cuda))")
+    heavy = re.compile(r"triton(\..*)?|lgd_kernels\.(_C|runtime\.triton_common|ops\.\w+\.(triton|cpu|cuda))")
     assert [name for name in imports(path, lazily=False) if heavy.fullmatch(name)] == []
 
 
 @pytest.mark.parametrize("path", MEANS, ids=name_of)
 def test_only_torch_and_numpy_are_imported_by_all(path):
-    """The rest is optional (`demo`) or imported where it is used."""
+    """The rest is optional, or imported where it is used."""
     allowed = {"lgd_kernels", "torch", "numpy", *sys.stdlib_module_names}
     if path.stem.startswith("triton"):
         allowed.add("triton")
-    if path.is_relative_to(PACKAGE / "demo"):
-        allowed |= {"sklearn", "matplotlib"}
     if path.parent == PACKAGE / "integrations":
         allowed.add(path.stem.split("_")[0])  # its namesake: diffusers.py and diffusers_scheduler.py, diffusers
     assert {name.split(".")[0] for name in imports(path, lazily=False)} <= allowed
@@ -292,7 +300,7 @@ def test_every_source_is_built():
 @each_room
 def test_a_workload_file_only_declares(room):
     """How it is verified and timed is the same for all."""
-    beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.testing", "__future__"}
+    beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.runtime.levels", "lgd_kernels.testing"}
     imported = imports(ROOT / "benchmarks" / f"{room}.py")
     assert "benchmarks.workload" in imported
     assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
@@ -301,7 +309,13 @@ def test_a_workload_file_only_declares(room):
 def test_workloads_of_rules_only_declare():
     """Likewise, beside rooms and other libraries."""
     imported = imports(ROOT / "benchmarks" / "rules.py")
-    beside = {"benchmarks", "benchmarks.workload", "lgd_kernels", "lgd_kernels.levels", "lgd_kernels.rules"}
+    beside = {
+        "benchmarks",
+        "benchmarks.workload",
+        "lgd_kernels",
+        "lgd_kernels.runtime.levels",
+        "lgd_kernels.guidance.rules",
+    }
     beside |= {"lgd_kernels.testing"}
     assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
 
@@ -332,9 +346,6 @@ def test_public_names_have_an_example(name):
 
 @pytest.mark.parametrize("path", [path for path in MEANS if ">>> " in path.read_text()], ids=name_of)
 def test_examples_run(path):
-    if path.is_relative_to(PACKAGE / "demo"):
-        pytest.importorskip("matplotlib")
-        pytest.importorskip("sklearn")
     if path.name.startswith("diffusers"):
         pytest.importorskip("diffusers")
     module = importlib.import_module(name_of(path))

@@ -7,7 +7,9 @@ import torch
 from conftest import address
 
 import lgd_kernels as lgd
-from lgd_kernels import log_prob, rules, solvers, testing
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
+from lgd_kernels.sampling import log_prob, solvers
 
 LEVELS = testing.step_levels(3)
 

@@ -6,7 +6,8 @@ from conftest import dtypes_of
 from test_solvers import discrete, each_prediction, made, run
 
 import lgd_kernels as lgd
-from lgd_kernels import solvers, testing
+from lgd_kernels import testing
+from lgd_kernels.sampling import solvers
 
 
 @pytest.fixture(autouse=True)

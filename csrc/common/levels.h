@@ -1,4 +1,4 @@
-// What follows from a sample's time and condition, as in lgd_kernels/levels.py: its omega and the coefficients of its
+// What follows from a sample's time and condition, as in lgd_kernels/runtime/levels.py: its omega and the coefficients of its
 // step. S is the arithmetic type: double on the CPU.
 #pragma once
 #include <cmath>

@@ -1,4 +1,4 @@
-// The noise contract (see lgd_kernels/philox.py): Philox4x32-10 and Box-Muller, one counter to four normals.
+// The noise contract (see lgd_kernels/runtime/philox.py): Philox4x32-10 and Box-Muller, one counter to four normals.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A rule written down: arithmetic on one sample's numbers, in double. lgd_kernels/tape.py writes it.
+// A rule written down: arithmetic on one sample's numbers, in double. lgd_kernels/guidance/program.py writes it.
 #pragma once
 #include <cmath>
 
@@ -6,7 +6,7 @@
 
 namespace lgd {
 
-enum class Op : int {  // in the order of lgd_kernels/tape.py
+enum class Op : int {  // in the order of lgd_kernels/guidance/program.py
   constant,
   number,
   add,
@@ -37,7 +37,7 @@ struct Instruction {
   int a, b, c;  // places of values; of a constant or a number, where it is among those
 };
 
-// Moments of c, u, D, in the order of `Pair` in lgd_kernels/rules.py: nine products, row by row, and three sums; then
+// Moments of c, u, D, in the order of `Pair` in lgd_kernels/guidance/rules.py: nine products, row by row, and three sums; then
 // nine products of deviations from the means.
 constexpr int kPlain = 12, kGiven = 21;
 constexpr int kMostValues = 256;

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lgd_kernels.first_use import lazily
+from lgd_kernels.runtime.first_use import lazily
 
 if TYPE_CHECKING:
     from lgd_kernels.integrations import comfyui as comfyui

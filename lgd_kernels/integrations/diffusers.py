@@ -18,12 +18,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 import lgd_kernels as lgd
-from lgd_kernels import rules
-from lgd_kernels.checks import readable
-from lgd_kernels.impls import Impl
+from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.rules import Rule
 from lgd_kernels.integrations.diffusers_plans import times_of
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
-from lgd_kernels.rules import Rule
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.shown import readable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
@@ -92,7 +92,9 @@ class LearnedGuidance(BaseGuidance):
                 "omega(c, s, t); a saved guider has numbers only: from_pretrained(folder, omega=...)"
             )
         if isinstance(rule, str) and not callable(getattr(rules, rule, None)):
-            raise ValueError(f"LearnedGuidance: `rule` is {rule!r}, expected a rule, or its name in lgd_kernels.rules")
+            raise ValueError(
+                f"LearnedGuidance: `rule` is {rule!r}, expected a rule, or its name in lgd_kernels.guidance.rules"
+            )
         if rule is not None and not isinstance(rule, str) and not callable(rule):
             raise TypeError(f"LearnedGuidance: `rule` is a {type(rule).__name__}, expected a rule, or a name of one")
         if interval is not None:

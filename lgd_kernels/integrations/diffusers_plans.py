@@ -11,11 +11,12 @@ import diffusers
 import torch
 from torch import Tensor
 
-from lgd_kernels import solvers
-from lgd_kernels.checks import DIFFUSERS_PREDICTIONS, brief
-from lgd_kernels.churn import churn_from_eta
-from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule
-from lgd_kernels.step_plan import StepPlan
+from lgd_kernels.runtime.checks import DIFFUSERS_PREDICTIONS
+from lgd_kernels.runtime.shown import brief
+from lgd_kernels.sampling import solvers
+from lgd_kernels.sampling.churn import churn_from_eta
+from lgd_kernels.sampling.schedules import EDM, Discrete, RectifiedFlow, Schedule
+from lgd_kernels.sampling.step_plan import StepPlan
 
 DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"

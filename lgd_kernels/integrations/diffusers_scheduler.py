@@ -11,11 +11,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from lgd_kernels.checks import readable
-from lgd_kernels.impls import Impl
+from lgd_kernels.guidance.rules import Rule
 from lgd_kernels.integrations import diffusers_plans as plans
-from lgd_kernels.levels import OmegaLookup, arithmetic_dtype
-from lgd_kernels.rules import Rule
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import OmegaLookup, arithmetic_dtype
+from lgd_kernels.runtime.shown import readable
 
 
 class FusedScheduler(SchedulerMixin, ConfigMixin):

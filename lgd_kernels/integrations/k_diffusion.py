@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import lgd_kernels as lgd
-from lgd_kernels import plan_checks, solvers
-from lgd_kernels.impls import Impl
-from lgd_kernels.rules import Rule
-from lgd_kernels.sampler import seed_of
-from lgd_kernels.schedules import EDM
-from lgd_kernels.step_plan import StepPlan
+from lgd_kernels.guidance.rules import Rule
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.sampling import plan_checks, solvers
+from lgd_kernels.sampling.sampler import seed_of
+from lgd_kernels.sampling.schedules import EDM
+from lgd_kernels.sampling.step_plan import StepPlan
 
 CHURNED: ContextVar[Tensor | None] = ContextVar("CHURNED", default=None)  # sigma_hat of the current run
 NEAR = 1e-3  # relative: float16 rounds by 5e-4; neighbours of a run are further apart, or the nearest of them is taken

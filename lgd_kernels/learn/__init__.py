@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from lgd_kernels.first_use import lazily
 from lgd_kernels.learn.batches import Settings
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.losses import guided_score_matching_loss, l2_loss, self_consistency_loss
@@ -11,6 +10,7 @@ from lgd_kernels.learn.objective import particle_energy, sample_s, sample_times
 from lgd_kernels.learn.particles import Particles, curve, draw
 from lgd_kernels.learn.reward import black_box_reward_loss, reward_loss, with_reward
 from lgd_kernels.learn.trainer import NotFinite, Trainer
+from lgd_kernels.runtime.first_use import lazily
 
 if TYPE_CHECKING:
     from lgd_kernels.learn import distributed as distributed

@@ -14,7 +14,7 @@ from lgd_kernels.learn.distributed import part_of
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.objective import check_times, sample_times
 from lgd_kernels.learn.particles import Particles, draw
-from lgd_kernels.levels import Levels
+from lgd_kernels.runtime.levels import Levels
 
 EXPECTED = {  # of every setting: its type, a test, and the test in words
     "batch": (int, lambda n: n >= 1, "an integer, 1 or more"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lgd_kernels import files_atomic
+from lgd_kernels.runtime import files_atomic
 
 LOCK = "trainer.lock"
 HELD: ContextVar[tuple[Path, ...]] = ContextVar("HELD", default=())  # folders that this thread has locked

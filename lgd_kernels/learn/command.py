@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import files_atomic, impls
 from lgd_kernels.learn import checkpoint, command_fits, command_lines, readings, sources
 from lgd_kernels.learn.batches import Batches, Settings
 from lgd_kernels.learn.data import Data, items_of, size_of
@@ -26,11 +25,12 @@ from lgd_kernels.learn.losses import self_consistency_loss
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.learn.reward import Loss, black_box_reward_loss, reward_loss, with_reward
 from lgd_kernels.learn.trainer import NotFinite, Trainer
-from lgd_kernels.levels import PREDICTIONS
 from lgd_kernels.omega.files import described
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.progress import bars
-from lgd_kernels.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
+from lgd_kernels.runtime import files_atomic, impls
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.runtime.progress import bars
+from lgd_kernels.sampling.schedules import EDM, Discrete, RectifiedFlow, Schedule, VPCosine, VPLinear
 
 SCHEDULES = {
     "flow": RectifiedFlow,

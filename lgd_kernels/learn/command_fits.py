@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import files_atomic
 from lgd_kernels.learn.batches import Batches
 from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
 from lgd_kernels.learn.frozen import Frozen
@@ -19,8 +18,9 @@ from lgd_kernels.learn.trainer import NotFinite
 from lgd_kernels.omega import plot
 from lgd_kernels.omega.files import save as save_omega
 from lgd_kernels.omega.table import OmegaTable
-from lgd_kernels.progress import Track
-from lgd_kernels.schedules import Schedule
+from lgd_kernels.runtime import files_atomic
+from lgd_kernels.runtime.progress import Track
+from lgd_kernels.sampling.schedules import Schedule
 
 SMOOTH = (3.0, 10.0, 30.0, 100.0)
 EDGES = 21  # what the ends of an interval may be, in even steps of unit time

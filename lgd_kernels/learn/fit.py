@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
 from lgd_kernels.learn.pooled import POINTS, Curves, Problem, alone, count, joined, only, summed
-from lgd_kernels.levels import OmegaLookup, omega_at, table_cells
 from lgd_kernels.omega.forms import Constant, Interval
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.levels import OmegaLookup, omega_at, table_cells
 
 FOLDS = 5  # one item in so many is held out to choose `smooth`
 SLACK = 0.03  # how stiff neighbours are, where three in a row are 1: what has no items is level in the end

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import checks
-from lgd_kernels.levels import Prediction
-from lgd_kernels.schedules import Schedule
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.levels import Prediction
+from lgd_kernels.sampling.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, ...], t [N], condition [N, ...]) -> prediction [N, ...]
 
@@ -47,7 +47,9 @@ class Frozen:
         if isinstance(denoiser, nn.Module) and any(module.training for module in denoiser.modules()):
             raise ValueError("Frozen: `denoiser` is in training mode, expected evaluation mode; denoiser.eval()")
         if not isinstance(schedule, Schedule):
-            raise TypeError(f"Frozen: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules")
+            raise TypeError(
+                f"Frozen: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.sampling.schedules"
+            )
         checks.prediction_name("Frozen", prediction)
         if null is None or isinstance(null, bool) or not (isinstance(null, (int, Tensor)) or callable(null)):
             raise TypeError(

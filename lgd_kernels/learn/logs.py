@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from lgd_kernels import files_atomic
+from lgd_kernels.runtime import files_atomic
 
 Row = dict[str, float]  # "step" is an int, the rest figures
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels.impls import Impl
 from lgd_kernels.learn.particles import Particles
-from lgd_kernels.levels import Levels, OmegaLookup
 from lgd_kernels.ops.guided_energy.api import guided_energy
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import Levels, OmegaLookup
 
 
 def self_consistency_loss(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from lgd_kernels import checks
-from lgd_kernels.impls import Impl
+from lgd_kernels.guidance.api import guided_step
 from lgd_kernels.learn.particles import Particles
-from lgd_kernels.levels import Levels, OmegaLookup, arithmetic_dtype, per_sample
 from lgd_kernels.ops.energy_mmd.api import energy_mmd
-from lgd_kernels.ops.guided_step.api import guided_step
-from lgd_kernels.philox import STREAM_STEP, STREAM_TARGETS, normal, philox_normal
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, arithmetic_dtype, per_sample
+from lgd_kernels.runtime.philox import STREAM_STEP, STREAM_TARGETS, normal, philox_normal
 
 OP = "marginal_loss"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
 from lgd_kernels.ops.guided_energy.reference import powered, squared_distances
+from lgd_kernels.runtime import checks
 
 
 def particle_energy(

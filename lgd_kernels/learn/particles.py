@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
-from lgd_kernels.impls import Impl
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.levels import Levels, Prediction, per_sample
 from lgd_kernels.ops.guided_energy.api import guided_energy_curve
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.ops.guided_energy.targets import Renoise
-from lgd_kernels.philox import STREAM_PARTICLES, philox_normal
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import Levels, Prediction, per_sample
+from lgd_kernels.runtime.philox import STREAM_PARTICLES, philox_normal
 
 
 class Particles(NamedTuple):

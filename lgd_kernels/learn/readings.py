@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.levels import Levels, per_sample, x0_coefficients
-from lgd_kernels.philox import philox_normal
+from lgd_kernels.runtime.levels import Levels, per_sample, x0_coefficients
+from lgd_kernels.runtime.philox import philox_normal
 
 UNIT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 LEAST, LARGE = 0.1, 0.3  # biases: below LEAST it is chance

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
-from lgd_kernels.impls import Impl
+from lgd_kernels.guidance.api import guided_step
 from lgd_kernels.learn.losses import self_consistency_loss, to_data
 from lgd_kernels.learn.particles import Particles
-from lgd_kernels.levels import Levels, OmegaLookup, omega_at
-from lgd_kernels.ops.guided_step.api import guided_step
-from lgd_kernels.philox import STREAM_REWARD, philox_normal
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, omega_at
+from lgd_kernels.runtime.philox import STREAM_REWARD, philox_normal
 
 Reward = Callable[[Tensor, Tensor], Tensor]  # (x0 [N, ...], c [N, ...]) -> [N]
 Loss = Callable[[Particles, Tensor], Tensor]  # (particles, omega [B]) -> [B]

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import checks
 from lgd_kernels.learn import checkpoint, distributed
 from lgd_kernels.learn.batches import Batches, Settings
 from lgd_kernels.learn.data import Data, size_of
@@ -26,7 +25,8 @@ from lgd_kernels.learn.reward import Loss
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import OmegaTable, TableModule, know
-from lgd_kernels.progress import Track, silent
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.progress import Track, silent
 
 
 class NotFinite(ArithmeticError):
@@ -128,7 +128,7 @@ class Trainer:
 
         Args:
             steps: how many; those before a resume count.
-            track: shows progress: `lgd_kernels.progress.bars("omega")`.
+            track: shows progress: `lgd_kernels.runtime.progress.bars("omega")`.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"Trainer.train: `steps` is {steps!r}, expected an integer, 0 or more")

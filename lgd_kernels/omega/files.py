@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import files_atomic, schedules
-from lgd_kernels.checks import prediction_name
-from lgd_kernels.levels import Prediction
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
 from lgd_kernels.omega.table import OmegaTable, TableModule, know
-from lgd_kernels.schedules import Schedule
+from lgd_kernels.runtime import files_atomic
+from lgd_kernels.runtime.checks import prediction_name
+from lgd_kernels.runtime.levels import Prediction
+from lgd_kernels.sampling import schedules
+from lgd_kernels.sampling.schedules import Schedule
 
 FORMAT, VERSION = "lgd_kernels.omega", 1
 FIRST = {"format", "version", "kind", "settings", "schedule"}  # the header of files without a digest
@@ -172,7 +173,7 @@ def _found(
 
 
 def described(schedule: Schedule) -> dict:
-    """A schedule of `lgd_kernels.schedules` as JSON can hold it, exactly; equal if and only if the schedules are.
+    """A schedule of `sampling.schedules` as JSON can hold it, exactly; equal if and only if the schedules are.
 
     >>> import lgd_kernels as lgd
     >>> described(lgd.EDM())

@@ -36,7 +36,7 @@ class Interval(nn.Module):
     """One weight on a limited interval of t: `omega` for low < t <= high, 0 outside.
 
     low and high are **times of the schedule**, as s and t are: `schedule.from_unit(torch.tensor(0.8))` is the time for
-    80 % noise. It is the t that a step starts from that counts, as in `lgd_kernels.rules.interval`; t = high is inside.
+    80 % noise. It is the t that a step starts from that counts, as in `rules.interval`; t = high is inside.
 
     Args:
         omega: the weight, learned as `Interval.omega`. Below 0 it counts as 0.

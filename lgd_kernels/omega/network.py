@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels import checks
-from lgd_kernels.levels import OmegaLookup, omega_at
 from lgd_kernels.omega.floor import above_zero
 from lgd_kernels.omega.table import OmegaTable, in_order
-from lgd_kernels.schedules import Schedule
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.levels import OmegaLookup, omega_at
+from lgd_kernels.sampling.schedules import Schedule
 
 LOG_SNR_LIMIT = 10.0
 

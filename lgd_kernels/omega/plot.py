@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgd_kernels.schedules import Schedule
+from lgd_kernels.sampling.schedules import Schedule
 
 SHOWN = 6  # conditions in a picture
 POINTS = 41  # in each direction
@@ -27,7 +27,7 @@ def draw(
     schedule, else over times from `ends[0]` to `ends[1]`."""
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(
-            f"plot: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules, such as "
+            f"plot: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.sampling.schedules, such as "
             "lgd_kernels.RectifiedFlow()"
         )
     try:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.checks import DATA_DTYPES, dense, prediction_name, readable, smallest
-from lgd_kernels.levels import OmegaLookup, Prediction, kind, omega_at, span
-from lgd_kernels.schedules import Schedule
+from lgd_kernels.runtime.checks import DATA_DTYPES, dense, prediction_name, smallest
+from lgd_kernels.runtime.levels import OmegaLookup, Prediction, omega_at
+from lgd_kernels.runtime.shown import kind, readable, span
+from lgd_kernels.sampling.schedules import Schedule
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -68,7 +69,7 @@ class OmegaTable:
                 raise ValueError(f"OmegaTable: `{name}` must increase strictly{finite}, got {knots.tolist()}")
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(
-                f"OmegaTable: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.schedules, such "
+                f"OmegaTable: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels, such "
                 "as lgd_kernels.RectifiedFlow()"
             )
         if prediction is not None:

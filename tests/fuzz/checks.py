@@ -13,7 +13,7 @@ from torch import Tensor
 from fuzz import functions
 from fuzz.inputs import Call, Spec, Target, build
 from fuzz.known import KNOWN
-from lgd_kernels.levels import OmegaLookup
+from lgd_kernels.runtime.levels import OmegaLookup
 
 
 class Fault(NamedTuple):

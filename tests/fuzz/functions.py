@@ -9,9 +9,10 @@ from torch import Tensor
 
 import lgd_kernels as lgd
 from fuzz.inputs import SCHEDULES
-from lgd_kernels import metrics, solvers, testing
-from lgd_kernels.log_prob import step_with_log_prob
+from lgd_kernels import metrics, testing
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Polynomial
+from lgd_kernels.sampling import solvers
+from lgd_kernels.sampling.log_prob import step_with_log_prob
 
 FLOATS = 8 * 2.0**-24
 
@@ -234,7 +235,7 @@ COMPARED = {
 def truths(name: str, arguments: dict) -> tuple[list[Tensor], list[Tensor]] | None:
     """(the reference on these arguments, the reference in float64); None if there is no reference."""
     if name == "philox_normal":
-        from lgd_kernels.philox import normal
+        from lgd_kernels.runtime.philox import normal
 
         known = {"stream": 0, "first_sample": 0} | arguments
         exact = normal(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import lgd_kernels as lgd
-from lgd_kernels import rules, testing
-from lgd_kernels.levels import Levels
+from lgd_kernels import testing
+from lgd_kernels.guidance import rules
+from lgd_kernels.runtime.levels import Levels
 
 LAYOUTS = (*testing.LAYOUTS, "transposed", "one element", "odd steps")
 SOUND = ("requires_grad", "parameter", "subclass", "negated", "zeros", "inference")  # valid wherever plain tensors are
@@ -254,7 +255,7 @@ class Number(Spec):
 
 @dataclass(frozen=True, repr=False)
 class Rule(Spec):
-    """A rule of lgd_kernels.rules, with its parameters."""
+    """A rule of lgd_kernels.guidance.rules, with its parameters."""
 
     name: str
     rescaled: bool = False

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks, column_checks
-from lgd_kernels.columns import Column, flat, triangle
-from lgd_kernels.impls import Impl
-from lgd_kernels.levels import widest
 from lgd_kernels.ops.combine import op
+from lgd_kernels.runtime import checks, column_checks
+from lgd_kernels.runtime.columns import Column, flat, triangle
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import widest
 
 
 class Combined(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lgd_kernels import impls
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
 def forward(outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.arguments import requires_grad, split_seed
-from lgd_kernels.columns import triangle
-from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.combine import reference
-from lgd_kernels.philox import STREAM_STEP, philox_normal
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import requires_grad, split_seed
+from lgd_kernels.runtime.columns import triangle
+from lgd_kernels.runtime.levels import arithmetic_dtype
+from lgd_kernels.runtime.philox import STREAM_STEP, philox_normal
 
 IMPLEMENTATIONS = {
     "triton": impls.FLOATS,

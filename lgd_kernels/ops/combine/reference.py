@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lgd_kernels.columns import formed, triangle
-from lgd_kernels.levels import arithmetic_dtype, per_sample, sum_samples
-from lgd_kernels.philox import STREAM_STEP, normal
+from lgd_kernels.runtime.columns import formed, triangle
+from lgd_kernels.runtime.levels import arithmetic_dtype, per_sample, sum_samples
+from lgd_kernels.runtime.philox import STREAM_STEP, normal
 
 
 def combine(

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lgd_kernels.columns import triangle
-from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
-from lgd_kernels.philox import STREAM_STEP
-from lgd_kernels.triton_columns import form_columns, load_tensors, source_arguments, sources
-from lgd_kernels.triton_common import (
+from lgd_kernels.runtime.columns import triangle
+from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.runtime.philox import STREAM_STEP
+from lgd_kernels.runtime.triton_columns import form_columns, load_tensors, source_arguments, sources
+from lgd_kernels.runtime.triton_common import (
     NOISE_NONE,
     column_blocks,
     on_device,

@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from lgd_kernels import checks
-from lgd_kernels.impls import Impl
 from lgd_kernels.ops.dynamic_threshold import op
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.impls import Impl
 
 
 def dynamic_threshold(

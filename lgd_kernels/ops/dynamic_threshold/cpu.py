@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lgd_kernels import impls
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
 def forward(out, order, x0, rank, weight, max_value):

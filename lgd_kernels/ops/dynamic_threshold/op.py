@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.arguments import requires_grad
-from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.dynamic_threshold import reference
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import requires_grad
+from lgd_kernels.runtime.levels import arithmetic_dtype
 
 IMPLEMENTATIONS = {
     "triton": impls.FLOATS,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels.levels import arithmetic_dtype, per_sample, sum_samples
+from lgd_kernels.runtime.levels import arithmetic_dtype, per_sample, sum_samples
 
 
 def dynamic_threshold(x0: Tensor, quantile: float = 0.995, max_value: float = math.inf) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.native import sizes, with_contiguous_rows
-from lgd_kernels.triton_common import (
+from lgd_kernels.runtime.memory import sizes, with_contiguous_rows
+from lgd_kernels.runtime.triton_common import (
     COMPILE,
     column_blocks,
     load_tile,

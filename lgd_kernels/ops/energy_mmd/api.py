@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, distributed
 
-from lgd_kernels import impls
-from lgd_kernels import progress as reports
-from lgd_kernels.impls import Impl
 from lgd_kernels.ops.energy_mmd import checks, op, pieces, sharded
 from lgd_kernels.ops.energy_mmd.kernels import Energy, Kernel, split_kernel
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime import progress as reports
+from lgd_kernels.runtime.impls import Impl
 
 
 def energy_mmd(

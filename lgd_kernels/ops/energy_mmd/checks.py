@@ -10,8 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lgd_kernels.checks import DATA_DTYPES, dense, flag, power, readable, smallest
 from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomial, RationalQuadratic
+from lgd_kernels.runtime.checks import DATA_DTYPES, dense, flag, power, smallest
+from lgd_kernels.runtime.shown import readable
 
 OP = "energy_mmd"
 Precision = Literal["direct", "product"]

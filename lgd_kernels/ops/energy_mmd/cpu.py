@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd.kernels import CODES, KINDS, factor
-from lgd_kernels.precision import full_precision
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import widest
+from lgd_kernels.runtime.precision import full_precision
 
 SMALL = 64  # dimensions up to which differences are quicker than products
 # Rows and columns of a block of products, 3.5 MiB: of 1024 and D = 2048, whose rows lie 4 and 8 KiB apart, torch's

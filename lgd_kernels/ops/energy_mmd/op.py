@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.arguments import requires_grad
-from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd import reference
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import requires_grad
+from lgd_kernels.runtime.levels import widest
 
 IMPLEMENTATIONS = {"triton": impls.FLOATS, "cpu": impls.ALL_FLOATS, "reference": impls.ALL_FLOATS}
 

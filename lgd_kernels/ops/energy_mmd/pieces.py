@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels.levels import widest
 from lgd_kernels.ops.energy_mmd import op
 from lgd_kernels.ops.energy_mmd.checks import LEAST_SHARE
 from lgd_kernels.ops.energy_mmd.reference import scaled
-from lgd_kernels.progress import Report
+from lgd_kernels.runtime.levels import widest
+from lgd_kernels.runtime.progress import Report
 
 ALONE = 2.0**60  # of lam: beside it the term between two sets is no longer seen
 ROWS, WORK = 960, 2**31  # of a piece between two reports: rows, or a multiple, as far as pairs times D + 8 stay below

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels.levels import arithmetic_dtype
 from lgd_kernels.ops.energy_mmd.kernels import Kernel, factor, join_kernel
+from lgd_kernels.runtime.levels import arithmetic_dtype
 
 LARGEST = 2**24  # elements of a block of differences
 

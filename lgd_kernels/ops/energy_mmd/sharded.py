@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from lgd_kernels import impls
 from lgd_kernels.ops.energy_mmd import checks, pieces, reference
 from lgd_kernels.ops.energy_mmd.pieces import Form, Piece, Side
-from lgd_kernels.progress import Report
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.progress import Report
 
 OP = checks.OP
 

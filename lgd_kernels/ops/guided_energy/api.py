@@ -7,12 +7,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks
-from lgd_kernels.impls import Impl
-from lgd_kernels.levels import Levels, OmegaLookup, Prediction
 from lgd_kernels.ops.guided_energy import op
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
+from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.impls import Impl
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, Prediction
 
 
 def guided_energy(

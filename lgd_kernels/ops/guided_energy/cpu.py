@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lgd_kernels import impls
-from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import with_contiguous_rows, with_particle_rows
 from lgd_kernels.ops.guided_energy.targets import KINDS
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.runtime.memory import with_contiguous_rows, with_particle_rows
 
 
 def forward(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lgd_kernels import impls, native
-from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import with_contiguous_rows, with_particle_rows
 from lgd_kernels.ops.guided_energy.targets import KINDS
+from lgd_kernels.runtime import impls, memory
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.runtime.memory import with_contiguous_rows, with_particle_rows
 
 
 def forward(
@@ -16,11 +16,11 @@ def forward(
 ):  # fmt: skip
     extension = impls.cuda_extension()
     batch, m = x.shape[:2]
-    chunks = extension.guided_energy_chunks(batch, native.sizes(x)[1] // m)
+    chunks = extension.guided_energy_chunks(batch, memory.sizes(x)[1] // m)
     parts = statistics.new_empty((batch, chunks, statistics.shape[1]), dtype=torch.float32)
     x, cond, uncond, noise = (with_particle_rows(tensor) for tensor in (x, cond, uncond, noise))
     target = with_particle_rows(target) if kind == "tensor" else with_contiguous_rows(target)
-    with native.current_stream(loss) as stream:
+    with memory.current_stream(loss) as stream:
         extension.guided_energy(
             loss, slope, statistics, parts, x, cond, uncond, noise, omega, omega_value, table, levels,
             PREDICTIONS.index(prediction), churn, churn_value, seed, seed_value, first_sample, target,
@@ -35,7 +35,7 @@ def backward(
     m = x.shape[1]
     x, cond, uncond, noise = (with_particle_rows(tensor) for tensor in (x, cond, uncond, noise))
     target = with_particle_rows(target) if kind == "tensor" else with_contiguous_rows(target)
-    with native.current_stream(x) as stream:
+    with memory.current_stream(x) as stream:
         impls.cuda_extension().guided_energy_backward(
             d_x, d_cond, d_uncond, d_noise, d_target, to_targets.contiguous(), to_particles.contiguous(), x, cond,
             uncond, noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), churn, churn_value, seed,

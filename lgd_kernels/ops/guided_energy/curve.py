@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels import checks, impls
 from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
+from lgd_kernels.runtime import checks, impls
 
 POINTS = 257  # where a minimum is looked for first
 ROUNDS = 5  # of zooming in around the best, by 16 each time

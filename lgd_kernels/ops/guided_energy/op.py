@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.arguments import (
+from lgd_kernels.ops.guided_energy import reference
+from lgd_kernels.ops.guided_energy.statistics import Statistics, energy, pair_weights
+from lgd_kernels.ops.guided_energy.targets import Expected, Renoise, join_target, split_target
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import (
     contiguous,
     join_omega,
     requires_grad,
@@ -18,10 +21,7 @@ from lgd_kernels.arguments import (
     split_seed,
     to_omega,
 )
-from lgd_kernels.levels import Levels, OmegaLookup, omega_at, widest
-from lgd_kernels.ops.guided_energy import reference
-from lgd_kernels.ops.guided_energy.statistics import Statistics, energy, pair_weights
-from lgd_kernels.ops.guided_energy.targets import Expected, Renoise, join_target, split_target
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, omega_at, widest
 
 IMPLEMENTATIONS = {
     "cuda": impls.FLOATS,

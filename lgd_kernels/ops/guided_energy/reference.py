@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels.levels import (
+from lgd_kernels.ops.guided_energy.statistics import Statistics
+from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
+from lgd_kernels.runtime.levels import (
     Levels,
     OmegaLookup,
     arithmetic_dtype,
@@ -15,9 +17,7 @@ from lgd_kernels.levels import (
     per_sample,
     step_coefficients,
 )
-from lgd_kernels.ops.guided_energy.statistics import Statistics
-from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
-from lgd_kernels.philox import STREAM_STEP, STREAM_TARGETS, normal
+from lgd_kernels.runtime.philox import STREAM_STEP, STREAM_TARGETS, normal
 
 
 def guided_energy(

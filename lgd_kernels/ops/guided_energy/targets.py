@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lgd_kernels.levels import kind, shown
+from lgd_kernels.runtime.shown import brief, kind
 
 KINDS = ("tensor", "renoise", "expected")  # the position is the code that the kernels receive
 
@@ -28,7 +28,7 @@ class Renoise(NamedTuple):
     seed: int | Tensor
 
     def __repr__(self) -> str:
-        return f"Renoise(x0 {list(self.x0.shape)} {kind(self.x0)}, particles={self.particles}, seed={shown(self.seed)})"
+        return f"Renoise(x0 {list(self.x0.shape)} {kind(self.x0)}, particles={self.particles}, seed={brief(self.seed)})"
 
 
 class Expected(NamedTuple):

@@ -24,7 +24,7 @@ from lgd_kernels.ops.guided_energy.triton_particles import (
     scalars_of,
     shape_of,
 )
-from lgd_kernels.triton_common import (
+from lgd_kernels.runtime.triton_common import (
     NOISE_TENSOR,
     column_blocks,
     lane_totals,

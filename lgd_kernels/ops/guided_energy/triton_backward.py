@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgd_kernels.native import particle_rows
 from lgd_kernels.ops.guided_energy.triton_particles import (
     GROUP,
     aim,
@@ -23,7 +22,8 @@ from lgd_kernels.ops.guided_energy.triton_particles import (
     scalars_of,
     shape_of,
 )
-from lgd_kernels.triton_common import NOISE_TENSOR, column_blocks, on_device, rounded_stores
+from lgd_kernels.runtime.memory import particle_rows
+from lgd_kernels.runtime.triton_common import NOISE_TENSOR, column_blocks, on_device, rounded_stores
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from lgd_kernels.triton_common import power_of
+from lgd_kernels.runtime.triton_common import power_of
 
 
 @triton.jit

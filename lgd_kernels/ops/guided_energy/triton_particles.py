@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgd_kernels.native import particle_rows, sizes, with_contiguous_rows
-from lgd_kernels.philox import STREAM_STEP, STREAM_TARGETS
-from lgd_kernels.triton_common import (
+from lgd_kernels.runtime.memory import particle_rows, sizes, with_contiguous_rows
+from lgd_kernels.runtime.philox import STREAM_STEP, STREAM_TARGETS
+from lgd_kernels.runtime.triton_common import (
     NOISE_NONE,
     NOISE_SEED,
     NOISE_SEEDS,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.arguments import contiguous, empty_sums, join_omega, requires_grad, split_omega, to_omega
-from lgd_kernels.levels import OmegaLookup, widest
 from lgd_kernels.ops.guided_score import reference
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import contiguous, empty_sums, join_omega, requires_grad, split_omega, to_omega
+from lgd_kernels.runtime.levels import OmegaLookup, widest
 
 IMPLEMENTATIONS = {
     "cuda": impls.FLOATS,

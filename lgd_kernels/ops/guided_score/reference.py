@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels.levels import OmegaLookup, arithmetic_dtype, omega_at, per_sample, sum_samples
+from lgd_kernels.runtime.levels import OmegaLookup, arithmetic_dtype, omega_at, per_sample, sum_samples
 
 
 def guided_score(cond: Tensor, uncond: Tensor, omega: float | Tensor | OmegaLookup) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
-from lgd_kernels.triton_common import (
+from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.runtime.triton_common import (
     column_blocks,
     load_tile,
     omega_arguments,

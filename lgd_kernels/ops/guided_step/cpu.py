@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lgd_kernels import impls
-from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
 def forward(x_s, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, *rest):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lgd_kernels import impls, native
-from lgd_kernels.levels import PREDICTIONS
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.runtime import impls, memory
+from lgd_kernels.runtime.levels import PREDICTIONS
+from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
 def forward(x_s, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, *rest):
     x, cond, uncond, noise = (with_contiguous_rows(tensor) for tensor in (x, cond, uncond, noise))
-    with native.current_stream(x_s) as stream:
+    with memory.current_stream(x_s) as stream:
         impls.cuda_extension().guided_step(
             x_s, x, cond, uncond, noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), *rest,
             stream,
@@ -21,8 +21,8 @@ def backward(
     *churn,
 ):  # fmt: skip
     upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in (upstream, cond, uncond))
-    blocks = native.cuda_column_blocks(upstream)
-    with native.current_stream(upstream) as stream, native.partial_sums(d_omega, blocks) as parts:
+    blocks = memory.cuda_column_blocks(upstream)
+    with memory.current_stream(upstream) as stream, memory.partial_sums(d_omega, blocks) as parts:
         impls.cuda_extension().guided_step_backward(
             d_x, d_cond, d_uncond, d_noise, parts, upstream, cond, uncond, omega, omega_value, table, levels,
             PREDICTIONS.index(prediction), *churn, stream,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels import impls
-from lgd_kernels.arguments import (
+from lgd_kernels.ops.guided_step import reference
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import (
     contiguous,
     empty_sums,
     join_omega,
@@ -19,8 +20,7 @@ from lgd_kernels.arguments import (
     split_seed,
     to_omega,
 )
-from lgd_kernels.levels import Levels, OmegaLookup, widest
-from lgd_kernels.ops.guided_step import reference
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, widest
 
 IMPLEMENTATIONS = {
     "cuda": impls.FLOATS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lgd_kernels.levels import (
+from lgd_kernels.runtime.levels import (
     Levels,
     OmegaLookup,
     arithmetic_dtype,
@@ -13,7 +13,7 @@ from lgd_kernels.levels import (
     step_coefficients,
     sum_samples,
 )
-from lgd_kernels.philox import STREAM_STEP, normal
+from lgd_kernels.runtime.philox import STREAM_STEP, normal
 
 
 def guided_step(

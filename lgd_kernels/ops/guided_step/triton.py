@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
-from lgd_kernels.philox import STREAM_STEP
-from lgd_kernels.triton_common import (
+from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.runtime.philox import STREAM_STEP
+from lgd_kernels.runtime.triton_common import (
     NOISE_NONE,
     NOISE_TENSOR,
     column_blocks,

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lgd_kernels import checks, column_checks
-from lgd_kernels.columns import Column, every_pair, flat
-from lgd_kernels.impls import Impl
 from lgd_kernels.ops.moments import op
+from lgd_kernels.runtime import checks, column_checks
+from lgd_kernels.runtime.columns import Column, every_pair, flat
+from lgd_kernels.runtime.impls import Impl
 
 
 class Moments(NamedTuple):

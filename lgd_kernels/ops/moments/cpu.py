@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lgd_kernels import impls
-from lgd_kernels.columns import every_pair, same_as
-from lgd_kernels.native import with_contiguous_rows
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.columns import every_pair, same_as
+from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
 def forward(found, tensors, columns, pairs, source, gathered):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lgd_kernels.columns import formed
-from lgd_kernels.levels import arithmetic_dtype, per_sample, sum_samples
+from lgd_kernels.runtime.columns import formed
+from lgd_kernels.runtime.levels import arithmetic_dtype, per_sample, sum_samples
 
 
 def moments(

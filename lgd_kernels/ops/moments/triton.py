@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lgd_kernels.columns import formed, same_as
-from lgd_kernels.levels import arithmetic_dtype
-from lgd_kernels.native import partial_sums, sizes, with_contiguous_rows
-from lgd_kernels.triton_columns import form_columns, load_tensors, source_arguments, sources
-from lgd_kernels.triton_common import column_blocks, on_device, tile, tiling
+from lgd_kernels.runtime.columns import formed, same_as
+from lgd_kernels.runtime.levels import arithmetic_dtype
+from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.runtime.triton_columns import form_columns, load_tensors, source_arguments, sources
+from lgd_kernels.runtime.triton_common import column_blocks, on_device, tile, tiling
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""The main job on real data, `python -m examples.digits`, and where all is known, `python -m examples.mixture`."""

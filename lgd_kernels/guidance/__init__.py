@@ -1,0 +1,1 @@
+"""Guidance rules, and the functions that run them."""

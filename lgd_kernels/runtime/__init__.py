@@ -1,0 +1,1 @@
+"""Shared parts of every op: argument structs, dispatch, checks, noise, levels, memory layout."""

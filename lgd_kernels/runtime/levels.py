@@ -1,0 +1,232 @@
+"""What a step needs to know of a sample, and the scalars that follow from it.
+
+The specification in plain PyTorch of everything per sample: the omega that a table holds at (c, s, t), and the
+coefficients of a step. `csrc/common/levels.h` and `triton_common.py` compute the same numbers inside the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.runtime.shown import brief, kind
+
+Prediction = Literal["x0", "eps", "v", "flow"]
+PREDICTIONS = get_args(Prediction)  # the position is the code that the kernels receive
+_TIMES = (torch.float32, torch.float64)
+_VALUES = (*_TIMES, torch.bfloat16, torch.float16)
+
+
+class Levels(NamedTuple):
+    """Noise levels of a step from t to s (nearer the data), each `[B]`: `x_t = signal_t x0 + noise_t z`.
+
+    `gap = signal_s noise_t - signal_t noise_s` is what a step is made of. Formed from rounded levels it cancels
+    (4e-5 off in float32 over 1000 steps), so the schedule gives it, in closed form: see `Schedule.levels`.
+
+    >>> import torch, lgd_kernels as lgd
+    >>> levels = lgd.RectifiedFlow().levels(t=torch.tensor([0.75]), s=torch.tensor([0.25]))
+    >>> levels.signal_s * levels.noise_t - levels.signal_t * levels.noise_s, levels.gap
+    (tensor([0.5000]), tensor([0.5000]))
+    """
+
+    signal_t: Tensor
+    noise_t: Tensor
+    signal_s: Tensor
+    noise_s: Tensor
+    gap: Tensor
+
+    def __repr__(self) -> str:
+        return f"Levels({', '.join(f'{name}={brief(value)}' for name, value in zip(self._fields, self, strict=True))})"
+
+    def to(self, *args, **options) -> Levels:
+        """All five on another device or in another dtype (float32 or float64); arguments as in `torch.Tensor.to`."""
+        return Levels(*(tensor.to(*args, **options) for tensor in self))
+
+
+class OmegaLookup(NamedTuple):
+    """Where in a table each sample finds its omega; made by `OmegaTable.at`, read inside the kernels."""
+
+    values: Tensor  # [C, S, T]
+    s_knots: Tensor  # [S], increasing
+    t_knots: Tensor  # [T], increasing
+    c: Tensor  # [B] int64
+    s: Tensor  # [B]
+    t: Tensor  # [B]
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{name}={brief(getattr(self, name))}" for name in ("c", "s", "t"))
+        return f"OmegaLookup({where}, values {list(self.values.shape)} {kind(self.values)})"
+
+    def to(self, device: torch.device | str) -> OmegaLookup:
+        """Table, c, s and t on another device."""
+        return OmegaLookup(*(tensor.to(device) for tensor in self))
+
+
+def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
+    """Whether kernels may read a lookup: shapes and dtypes are those of `OmegaTable.at` for the batch of `like`. (One
+    expression, since short calls pay for it.)"""
+    values, s_knots, t_knots, c, s, t = lookup
+    for tensor in lookup:
+        if not isinstance(tensor, Tensor) or tensor.device != like.device or tensor.layout is not torch.strided:
+            return False
+    shape = values.shape
+    return (
+        len(shape) == 3 and 0 not in shape and s_knots.shape == shape[1:2] and t_knots.shape == shape[2:]
+        and c.shape == s.shape == t.shape == like.shape[:1] and c.dtype is torch.int64 and values.dtype in _VALUES
+        and s_knots.dtype is t_knots.dtype and s_knots.dtype in _TIMES and s.dtype is t.dtype and s.dtype in _TIMES
+    )  # fmt: skip
+
+
+def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
+    """What is wrong with a lookup, for an error message."""
+    values, batch = lookup.values, list(like.shape[:1])
+    for name, tensor in zip(lookup._fields, lookup, strict=True):
+        if not isinstance(tensor, Tensor):
+            return f"`omega.{name}` is a {type(tensor).__name__}, expected a tensor"
+        if tensor.layout is not torch.strided:
+            return f"`omega.{name}` has layout {tensor.layout}, expected a dense tensor; .to_dense() makes one"
+        if name in ("c", "s", "t") and list(tensor.shape) != batch:
+            shape = list(tensor.shape)
+            return (
+                f"`omega` was looked up for `{name}` of shape {shape}, expected [B] = {batch}, one for each sample of "
+                f"`{like_name}`"
+            )
+    if values.ndim != 3 or not values.numel():
+        return f"`omega.values` has shape {list(values.shape)}, expected [C, S, T], none of them 0"
+    for name, size in (("s_knots", values.shape[1]), ("t_knots", values.shape[2])):
+        if (found := list(getattr(lookup, name).shape)) != [size]:
+            return f"`omega.{name}` has shape {found}, expected [{size}] for values of shape {list(values.shape)}"
+    dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in zip(lookup._fields, lookup, strict=True))
+    return (
+        f"`omega` has dtypes {dtypes}, expected floats for values, int64 for c, and float32 or float64 for the others: "
+        "one for both knots, one for s and t"
+    )
+
+
+class StepCoefficients(NamedTuple):
+    """A step as a linear map, each `[B]`: `x_s = x * x_t + guided * g + noise * z`, g the guided prediction."""
+
+    x: Tensor
+    guided: Tensor
+    noise: Tensor
+
+
+def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) -> StepCoefficients:
+    """Coefficients of one churn-DDIM step (arXiv 2510.00815, Eq. 2, 8 and 23).
+
+        q = gap / (signal_s noise_t)        r = 1 - q        h = 1 - churn^2 q
+        x_s = (noise_s / noise_t) h x_t + signal_s q (1 + churn^2 r) x0 + noise_s sqrt(churn^2 q (2 - churn^2 q)) z
+
+    with x0 written in terms of x_t and the prediction. s = t is the identity. NaN where the step is not defined:
+    gap < 0 (s after t), churn outside [0, 1], "eps" where signal_t = 0.
+    """
+    signal_t, noise_t, signal_s, noise_s, gap = levels
+    zero, one = torch.zeros_like(gap), torch.ones_like(gap)
+    churn = churn.to(gap.dtype) if isinstance(churn, Tensor) else one * churn
+    stays = gap == 0  # 0/0 at s = t = 0 and at s = t = 1
+    q = torch.where(stays, zero, gap / torch.where(stays, one, signal_s * noise_t))
+    ratio = torch.where(noise_t == 0, one, noise_s / torch.where(noise_t == 0, one, noise_t))
+    churned = churn * churn * q  # churn^2 q
+    to_x = ratio * (1 - churned)
+    to_x0 = signal_s * (q + churned * (1 - q))
+    noise = noise_s * torch.sqrt(churned * (2 - churned))
+
+    x0_of_x, x0_of_g = x0_coefficients(levels, prediction)
+    defined = (gap >= 0) & (churn >= 0) & (churn <= 1)
+    if prediction == "eps":
+        defined = defined & (signal_t != 0)
+    nan = torch.full_like(gap, torch.nan)
+    coefficients = (to_x + to_x0 * x0_of_x, to_x0 * x0_of_g, noise)
+    return StepCoefficients(*(torch.where(defined, value, nan) for value in coefficients))
+
+
+def x0_coefficients(levels: Levels, prediction: str) -> tuple[Tensor, Tensor]:
+    """`x0 = first * x_t + second * p`, p the prediction, each `[B]`."""
+    signal, noise = levels.signal_t, levels.noise_t
+    if prediction == "x0":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "eps":
+        return 1 / signal, -noise / signal
+    if prediction == "v":
+        square = signal * signal + noise * noise
+        return signal / square, -noise / torch.sqrt(square)
+    return 1 / (signal + noise), -noise / (signal + noise)  # flow: the prediction is z - x0
+
+
+def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
+    """omega as a tensor in the dtype and on the device of `like`: `[B]`, or 0-dim where it is one number."""
+    if isinstance(omega, OmegaLookup):
+        cells, weights, known = table_cells(omega, like.dtype)
+        corners = omega.values.reshape(-1)[cells].to(weights.dtype)  # [B, 4]
+        found = (corners * weights).sum(-1)
+        return torch.where(known, found, torch.full_like(found, torch.nan)).to(like.dtype)
+    if isinstance(omega, Tensor):
+        return omega.to(like.dtype)
+    return torch.ones((), dtype=like.dtype, device=like.device) * omega  # under compilation not a constant
+
+
+def table_cells(lookup: OmegaLookup, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The four cells around each sample's (s, t): flat indices `[B, 4]`, weights `[B, 4]` in at least the precision of
+    `dtype`, and whether c is in range `[B]`.
+
+    Bilinear between knots and clamped outside. A corner with s >= t holds no step; it takes the value of the last
+    row before the diagonal in its column, or, in a column without such a row, that of the first column with one.
+    """
+    values, s_knots, t_knots, c, s, t = lookup
+    rows, row_weights = _bracket(s_knots, s, dtype)  # [B, 2] each
+    columns, column_weights = _bracket(t_knots, t, dtype)
+    first_column = (t_knots <= s_knots[0]).sum().clamp(max=t_knots.numel() - 1)
+    last_row = ((s_knots[:, None] < t_knots[None, :]).sum(0) - 1).clamp(min=0)  # [T]
+    columns = columns.clamp(min=first_column)[:, None, :]  # [B, 1, 2]
+    rows = torch.minimum(rows[:, :, None], last_row[columns])  # [B, 2, 2]
+    known = (c >= 0) & (c < values.shape[0])
+    item = torch.where(known, c, torch.zeros_like(c))[:, None, None]
+    cells = (item * values.shape[1] + rows) * values.shape[2] + columns
+    weights = row_weights[:, :, None] * column_weights[:, None, :]
+    return cells.flatten(1), weights.flatten(1), known
+
+
+def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
+    """Gradient to `lookup.values`: each sample's gradient spread over its four cells, summed in a fixed order."""
+    cells, weights, known = table_cells(lookup, grad_omega.dtype)
+    spread = grad_omega[:, None].to(weights.dtype) * weights
+    spread = torch.where(known[:, None], spread, torch.zeros_like(spread)).flatten()
+    total = torch.zeros(lookup.values.numel(), dtype=weights.dtype, device=weights.device)
+    if total.device.type == "cpu":
+        total = total.index_add(0, cells.flatten(), spread)  # one after the other
+    else:
+        total = total.index_put((cells.flatten(),), spread, accumulate=True)  # sorted first, so no float atomics
+    return total.view(lookup.values.shape).to(lookup.values.dtype)
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where a tensor is."""
+    return widest(*(tensor.dtype for tensor in tensors if tensor is not None))
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """float32, or float64 where a dtype is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """`[B]` (or 0-dim) shaped to multiply `[B, ...]`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def sum_samples(tensor: Tensor) -> Tensor:
+    """`[B, ...]` to `[B]`."""
+    return tensor.sum(tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
+
+
+def _bracket(knots: Tensor, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The two knots around each point, and their weights: `[B, 2]` each."""
+    dtype = torch.promote_types(torch.promote_types(knots.dtype, at.dtype), dtype)
+    knots, at = knots.to(dtype), at.to(dtype)
+    left = ((knots <= at[:, None]).sum(-1) - 1).clamp(0, max(knots.numel() - 2, 0))
+    right = (left + 1).clamp(max=knots.numel() - 1)
+    width = torch.where(right > left, knots[right] - knots[left], torch.ones_like(at))
+    weight = ((at - knots[left]) / width).clamp(0, 1)
+    return torch.stack((left, right), -1), torch.stack((1 - weight, weight), -1)

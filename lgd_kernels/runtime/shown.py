@@ -1,0 +1,40 @@
+"""How reprs and error messages show tensors: by their values, if reading them does not wait for a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.runtime import impls
+
+
+def readable(tensor: Tensor) -> bool:
+    """Its values can be looked at for nothing: on the CPU, outside compilation and transforms, and not empty."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not impls.transforms_active()
+        and tensor.numel() > 0
+    )
+
+
+def brief(value) -> str:
+    """A value as an error message shows it."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    if not readable(value):
+        return f"a tensor of shape {list(value.shape)}"
+    shown = ", ".join(f"{one:g}" for one in value.flatten()[:4].tolist())
+    return f"[{shown}{', ...' if value.numel() > 4 else ''}]"
+
+
+def span(values: Tensor) -> str:
+    """The first and the last value of `[N]`, for a repr, if reading them does not wait; else the shape."""
+    if values.ndim != 1 or not readable(values):
+        return str(list(values.shape))
+    return f"{values[0]:g} to {values[-1]:g}"
+
+
+def kind(tensor: Tensor) -> str:
+    """Dtype and device, for a repr."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

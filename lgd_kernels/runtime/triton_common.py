@@ -1,0 +1,395 @@
+"""Device functions that the Triton kernels share: the noise contract, omega in a table, the coefficients of a step.
+
+The same formulas as `csrc/common/{philox,levels}.h`, whose comments they share; `philox.py` and `levels.py` specify
+them. Also how a launcher cuts a tensor `[B, ...]` into tiles.
+
+What follows a `return` inside an `if` is compiled too, even where the condition is a constexpr. The place of an absent
+tensor is held by one of another dtype, so what reads it stands in the other branch, never after the `if`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgd_kernels.runtime.memory import sizes
+
+TILE = 1024  # elements of a program: 8 for each of 128 threads
+
+COMPILE = {"num_warps": 4, "enable_fp_fusion": True}  # fusion said aloud: its default differs between versions
+
+# Where a number comes from (constexpr of the kernels).
+VALUE, PER_SAMPLE, TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NOISE_NONE, NOISE_TENSOR, NOISE_SEED, NOISE_SEEDS = (tl.constexpr(code) for code in range(4))
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint32 tensors of one shape."""
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _uniform(word):
+    """(word + 1/2) 2^-32, kept below 1."""
+    u = word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    return tl.minimum(u, 0.99999994)
+
+
+@triton.jit
+def _log(u):
+    """ln u for 0 < u < 1: u = 2^e (1 + f), ln(1 + f) = f + f^2 P(f). Not libdevice's: the interpreter has none."""
+    bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3  # sqrt(1/2)
+    e = (bits >> 23).to(tl.float32)
+    f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    p = f * 0.0873475968837738 - 0.14307497441768646
+    p = p * f + 0.14917992055416107
+    p = p * f - 0.1657051295042038
+    p = p * f + 0.19962070882320404
+    p = p * f - 0.25001755356788635
+    p = p * f + 0.33333951234817505
+    p = p * f - 0.49999991059303284
+    return e * 0.6931471805599453 + (f + f * f * p)
+
+
+@triton.jit
+def _turn(u):
+    """(cos, sin) of u turns; the nearest quarter turn is taken off exactly, so the angle keeps every bit of u."""
+    quarter = (u * 4.0 + 0.5).to(tl.int32)
+    f = u - quarter.to(tl.float32) * 0.25
+    square = f * f
+    c = square * 59.2459602355957 - 85.44374084472656
+    c = c * square + 64.93932342529297
+    c = c * square - 19.739208221435547
+    c = c * square + 1.0
+    s = square * -75.39356231689453 + 81.59235382080078
+    s = s * square - 41.3416633605957
+    s = (s * square + 6.2831854820251465) * f
+    odd = (quarter & 1) != 0
+    along, across = tl.where(odd, s, c), tl.where(odd, c, s)
+    return tl.where(((quarter + 1) & 2) != 0, -along, along), tl.where((quarter & 2) != 0, -across, across)
+
+
+@triton.jit
+def _box_muller(word0, word1):
+    r = tl.sqrt(-2.0 * _log(_uniform(word0)))
+    cosine, sine = _turn(_uniform(word1))
+    return r * cosine, r * sine
+
+
+@triton.jit
+def philox_quads(key_low, key_high, sample, stream, quads, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Normals [ROWS, 4 COLUMNS] of quads of elements (int64); they and key and sample (uint32) are or broadcast to
+    [ROWS, COLUMNS]."""
+    nothing = tl.zeros((ROWS, COLUMNS), tl.uint32)
+    w0, w1, w2, w3 = philox(
+        nothing + quads.to(tl.uint32),
+        nothing + (quads >> 32).to(tl.uint32),
+        nothing + sample,
+        nothing + stream,
+        nothing + key_low,
+        nothing + key_high,
+    )
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (ROWS, 4 * COLUMNS))  # lanes side by side: [.., 2, 2]
+
+
+@triton.jit
+def philox_tile(key_low, key_high, sample, stream, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Normals [ROWS, BLOCK] of elements first to first + BLOCK (multiples of 4); key and sample are [ROWS] uint32."""
+    quads = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
+    return philox_quads(key_low[:, None], key_high[:, None], sample[:, None], stream, quads[None, :], ROWS, BLOCK // 4)
+
+
+@triton.jit
+def sample_keys(seed, seed_stride, seed_low, seed_high, first_sample, rows, mask, NOISE: tl.constexpr):
+    """Key (low, high) and sample index of each row, uint32. A seed of its own for each sample has the index 0."""
+    if NOISE == NOISE_SEED:
+        nothing = tl.zeros_like(rows).to(tl.uint32)
+        return nothing + seed_low.to(tl.uint32), nothing + seed_high.to(tl.uint32), (first_sample + rows).to(tl.uint32)
+    else:
+        key = tl.load(seed + rows * seed_stride, mask=mask, other=0)
+        sample = tl.where(seed_stride == 0, first_sample + rows, 0)
+        return key.to(tl.uint32), (key >> 32).to(tl.uint32), sample.to(tl.uint32)
+
+
+@triton.jit
+def per_sample(data, stride, value, rows, mask, SOURCE: tl.constexpr):
+    """A number for each row, float32."""
+    if SOURCE == PER_SAMPLE:
+        return tl.load(data + rows * stride, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros_like(rows).to(tl.float32) + value
+
+
+@triton.jit
+def _bracket(knots, count, at):
+    """The knot at or left of each point, and the weight of its right neighbour."""
+    index = tl.arange(0, knots.shape[0])
+    left = tl.sum(((knots[None, :] <= at[:, None]) & (index < count)[None, :]).to(tl.int32), 1) - 1
+    left = tl.maximum(tl.minimum(left, count - 2), 0)
+    low = tl.sum(tl.where(index[None, :] == left[:, None], knots[None, :], 0.0), 1)
+    high = tl.sum(tl.where(index[None, :] == left[:, None] + 1, knots[None, :], 0.0), 1)
+    weight = tl.minimum(tl.maximum(tl.where(count > 1, (at - low) / (high - low), 0.0), 0.0), 1.0)
+    return left, tl.where(at == at, weight, float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _corner(values, s_knots, t_knots, rows_count, columns_count, item, row, column, mask):
+    """A corner with s >= t takes the last row before the diagonal; a column without one, the first that has one."""
+    s_index, t_index = tl.arange(0, s_knots.shape[0]), tl.arange(0, t_knots.shape[0])
+    first_s = tl.sum(tl.where(s_index == 0, s_knots, 0.0), 0)
+    first_column = tl.sum(((t_knots <= first_s) & (t_index < columns_count)).to(tl.int32), 0)
+    column = tl.maximum(tl.minimum(column, columns_count - 1), tl.minimum(first_column, columns_count - 1))
+    t = tl.sum(tl.where(t_index[None, :] == column[:, None], t_knots[None, :], 0.0), 1)
+    before = (s_knots[None, :] < t[:, None]) & (s_index < rows_count)[None, :]
+    row = tl.minimum(row, tl.maximum(tl.sum(before.to(tl.int32), 1) - 1, 0))
+    return tl.load(values + (item * rows_count + row) * columns_count + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _table_omega(
+    values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count, rows, mask,
+    KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
+):  # fmt: skip
+    """Bilinear, clamped outside, NaN for a condition outside the table."""
+    s_index, t_index = tl.arange(0, KNOTS_S), tl.arange(0, KNOTS_T)
+    s_all = tl.load(s_knots + s_index, mask=s_index < rows_count, other=0.0)
+    t_all = tl.load(t_knots + t_index, mask=t_index < columns_count, other=0.0)
+    item = tl.load(c + rows, mask=mask, other=0)
+    known = (item >= 0) & (item < conditions)
+    item = tl.where(known, item, 0)
+    row, dw = _bracket(s_all, rows_count, tl.load(s + rows, mask=mask, other=0.0))
+    column, dv = _bracket(t_all, columns_count, tl.load(t + rows, mask=mask, other=0.0))
+    w00 = _corner(values, s_all, t_all, rows_count, columns_count, item, row, column, mask)
+    w01 = _corner(values, s_all, t_all, rows_count, columns_count, item, row, column + 1, mask)
+    w10 = _corner(values, s_all, t_all, rows_count, columns_count, item, row + 1, column, mask)
+    w11 = _corner(values, s_all, t_all, rows_count, columns_count, item, row + 1, column + 1, mask)
+    found = (1 - dw) * ((1 - dv) * w00 + dv * w01) + dw * ((1 - dv) * w10 + dv * w11)
+    return tl.where(known, found, float("nan"))
+
+
+@triton.jit
+def omega_at(
+    omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count,
+    rows, mask, OMEGA: tl.constexpr, KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
+):  # fmt: skip
+    """omega for each row."""
+    if OMEGA == TABLE:
+        return _table_omega(values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count, rows, mask,
+                            KNOTS_S, KNOTS_T)  # fmt: skip
+    else:
+        return per_sample(omega, omega_stride, omega_value, rows, mask, OMEGA)
+
+
+@triton.jit
+def _divide(a, b):
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b  # `/` alone is 2 ulp off in float32
+
+
+@triton.jit
+def _root(a):
+    return tl.sqrt_rn(a) if a.dtype == tl.float32 else tl.sqrt(a)
+
+
+@triton.jit
+def step_coefficients(
+    signal_t, noise_t, signal_s, noise_s, gap, stride, churn, rows, mask, PREDICTION: tl.constexpr,
+    WIDE: tl.constexpr = False,
+):  # fmt: skip
+    """x_s = x * x_t + guided * g + noise * z for each row, in the dtype of the levels, then float32; or all float64."""
+    a, n = (
+        tl.load(signal_t + rows * stride, mask=mask, other=1.0),
+        tl.load(noise_t + rows * stride, mask=mask, other=1.0),
+    )
+    to_signal = tl.load(signal_s + rows * stride, mask=mask, other=1.0)
+    to_noise = tl.load(noise_s + rows * stride, mask=mask, other=1.0)
+    d = tl.load(gap + rows * stride, mask=mask, other=0.0)
+    if WIDE:
+        a, n, d = a.to(tl.float64), n.to(tl.float64), d.to(tl.float64)
+        to_signal, to_noise = to_signal.to(tl.float64), to_noise.to(tl.float64)
+    churn = churn.to(d.dtype)
+    defined = (d >= 0) & (churn >= 0) & (churn <= 1)
+    stays = d == 0  # 0/0 at s = t = 0 and at s = t = 1
+    q = tl.where(stays, 0.0, _divide(d, tl.where(stays, 1.0, to_signal * n).to(d.dtype))).to(d.dtype)
+    data = n == 0
+    ratio = tl.where(data, 1.0, _divide(to_noise, tl.where(data, 1.0, n).to(d.dtype))).to(d.dtype)
+    churned = churn * churn * q
+    to_x = ratio * (1 - churned)
+    to_x0 = to_signal * (q + churned * (1 - q))
+    noise = to_noise * _root(churned * (2 - churned))
+    if PREDICTION == "x0":
+        x, guided = to_x, to_x0
+    elif PREDICTION == "eps":
+        defined = defined & (a != 0)
+        x, guided = to_x + _divide(to_x0, a), _divide(-to_x0 * n, a)
+    elif PREDICTION == "v":
+        square = a * a + n * n
+        x, guided = to_x + _divide(to_x0 * a, square), _divide(-to_x0 * n, _root(square))
+    else:
+        x, guided = to_x + _divide(to_x0, a + n), _divide(-to_x0 * n, a + n)
+    nan = float("nan")
+    x, guided, noise = tl.where(defined, x, nan), tl.where(defined, guided, nan), tl.where(defined, noise, nan)
+    if WIDE:
+        return x, guided, noise
+    else:
+        return x.to(tl.float32), guided.to(tl.float32), noise.to(tl.float32)
+
+
+@triton.jit
+def column_blocks(row, BLOCK: tl.constexpr):
+    """Of a sample. In 64 bits, because row + BLOCK may pass 2^31; and by a cast, because a row of 1 is a constexpr."""
+    return tl.cdiv(tl.cast(row, tl.int64), BLOCK)
+
+
+@triton.jit
+def tile(batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's samples [ROWS] (int64), which of them exist, the first element (int64) and the columns [BLOCK]."""
+    blocks = column_blocks(row, BLOCK).to(tl.int32)
+    program = tl.program_id(0)
+    rows = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = (program % blocks).to(tl.int64) * BLOCK
+    return rows, rows < batch, first, tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_tile(data, stride, rows, first, columns, mask):
+    return tl.load(data + rows[:, None] * stride + first + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(data, stride, rows, first, columns, mask, value):
+    tl.store(data + rows[:, None] * stride + first + columns[None, :], value.to(data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _joined(tensors, COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of 2 COUNT tensors [LANES, WIDTH], each of the first COUNT beside its fellow of the others."""
+    pairs = ()
+    for i in tl.static_range(COUNT):
+        pairs += (tl.reshape(tl.join(tensors[i], tensors[i + COUNT]), (LANES, 2 * WIDTH)),)
+    return pairs
+
+
+@triton.jit
+def lane_totals(sums, COUNT: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.constexpr):
+    """[2^LEVELS]: COUNT sums over lanes, then zeros. Stacked first, a matter of names, so that threads meet once."""
+    for _ in tl.static_range((1 << LEVELS) - COUNT):
+        sums += (tl.zeros((LANES,), tl.float32),)
+    for level in tl.static_range(LEVELS):
+        sums = _joined(sums, 1 << (LEVELS - 1 - level), LANES, 1 << level)
+    return tl.sum(sums[0], 0)
+
+
+@triton.jit
+def power_of(a, exponent):
+    """a^exponent for finite a > 0 in float64, to 1e-13: 2^(exponent log2 a), by series (no libdevice)."""
+    bits = a.to(tl.int64, bitcast=True) - 0x3FE6A09E667F3BCD  # sqrt(1/2)
+    f = ((bits & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD).to(tl.float64, bitcast=True)  # a = 2^e f
+    inverse = (1.0 / (f + 1).to(tl.float32)).to(tl.float64)  # a float64 division is a call, for which registers spill
+    s = (f - 1) * inverse
+    s += (f - 1 - s * (f + 1)) * inverse
+    series = tl.zeros_like(f)
+    for i in tl.static_range(15, 0, -2):
+        series = series * s * s + 1.0 / i
+    at = exponent * ((bits >> 52).to(tl.float64) + s * series * 2.8853900817779268)  # 2 / ln 2
+    n = tl.floor(at + 0.5)
+    r = (at - n) * 0.6931471805599453
+    series = tl.zeros_like(r) + 1.0
+    for i in tl.static_range(12, 0, -1):
+        series = 1.0 + series * r * (1.0 / i)
+    return series * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+def tiling(like: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
+    """(grid, column blocks, {ROWS, BLOCK}): tiles of TILE elements, of several samples where these are short."""
+    batch, row = sizes(like)
+    block = min(TILE, max(4, triton.next_power_of_2(row)))
+    rows = TILE // block
+    blocks = triton.cdiv(row, block)
+    return (triton.cdiv(batch, rows) * blocks,), blocks, {"ROWS": rows, "BLOCK": block, **COMPILE}
+
+
+def level_arguments(levels: list[Tensor]) -> tuple[Tensor | int, ...]:
+    """The five tensors and their stride, one for all (0 where all are expanded)."""
+    stride = levels[0].stride(0)
+    if all(tensor.stride(0) == stride for tensor in levels):
+        return *levels, stride
+    return *(tensor.contiguous() for tensor in levels), 1
+
+
+def number_arguments(tensor: Tensor | None, value: float, like: Tensor) -> tuple[Tensor, int, float]:
+    """(tensor, stride, value); an absent tensor points at `like` and is never read."""
+    return (like, 0, value) if tensor is None else (tensor, tensor.stride(0), 0.0)
+
+
+def omega_arguments(omega: Tensor | None, value: float, table: list[Tensor], like: Tensor) -> dict:
+    """The kernels' parameters for omega, by name."""
+    values, s_knots, t_knots, c, s, t = table or [like] * 6
+    conditions, knot_rows, knot_columns = values.shape if table else (1, 1, 1)
+    data, stride, value = number_arguments(omega, value, like)
+    return {
+        "omega": data, "omega_stride": stride, "omega_value": value,
+        "values": values, "s_knots": s_knots, "t_knots": t_knots, "c": c, "s": s, "t": t,
+        "conditions": conditions, "knot_rows": knot_rows, "knot_columns": knot_columns,
+        "OMEGA": TABLE if table else VALUE if omega is None else PER_SAMPLE,
+        "KNOTS_S": triton.next_power_of_2(knot_rows), "KNOTS_T": triton.next_power_of_2(knot_columns),
+    }  # fmt: skip
+
+
+def seed_arguments(
+    seed: Tensor | None, value: int | None, first_sample: int, noise: Tensor | None, like: Tensor
+) -> dict:
+    """The kernels' parameters for noise: given, drawn from one seed or from one for each sample, or none."""
+    own = seed is not None and seed.ndim == 1
+    if own and seed.stride(0) == 0:  # expanded: still one for each sample, which the kernels tell by the stride
+        seed = seed.contiguous()
+    source = (
+        NOISE_TENSOR if noise is not None else NOISE_SEEDS if seed is not None
+        else NOISE_NONE if value is None else NOISE_SEED
+    )  # fmt: skip
+    return {
+        "seed": like if seed is None else seed, "seed_stride": seed.stride(0) if own else 0,
+        "seed_low": _signed(value or 0), "seed_high": _signed((value or 0) >> 32),
+        "first_sample": 0 if own else _signed(first_sample), "NOISE": source,
+    }  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    """32 bits as Triton's int32, whatever the value, so that a seed never changes a kernel's signature."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def on_device(tensor: Tensor):
+    """Launch where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def rounded_stores(*outputs: Tensor | None):
+    """The tensors to write to: these, but for Triton's interpreter, which truncates float32 to bfloat16. There the
+    kernel writes float32 and torch rounds."""
+    wide = [out.float() if _truncates(out) else out for out in outputs]
+    yield wide
+    for out, stored in zip(outputs, wide, strict=True):
+        if stored is not out:
+            out.copy_(stored)
+
+
+def _truncates(out: Tensor | None) -> bool:
+    return out is not None and not out.is_cuda and out.dtype == torch.bfloat16
