@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from lgd_kernels.guidance.api import guided_score, guided_step
-from lgd_kernels.metrics.bandwidth import median_bandwidth
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.ops.dynamic_threshold.api import dynamic_threshold
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from lgd_kernels import metrics as metrics
     from lgd_kernels import omega as omega
     from lgd_kernels.guidance import rules as rules
+    from lgd_kernels.metrics.bandwidth import median_bandwidth as median_bandwidth
     from lgd_kernels.sampling import log_prob as log_prob
     from lgd_kernels.sampling import sampler as sampler
     from lgd_kernels.sampling import solvers as solvers
@@ -34,6 +34,7 @@ else:  # if a type checker saw a __getattr__, it would accept every name
         __name__,
         *("integrations", "learn", "metrics", "omega"),
         log_prob="sampling.log_prob",
+        median_bandwidth="metrics.bandwidth",
         rules="guidance.rules",
         sample="sampling.sampler",
         sampler="sampling.sampler",

@@ -10,7 +10,6 @@ import torch
 
 from examples import measures, mixture, mixture_claims, mixture_study
 from examples.plane import CLASSES, NULL, Mixture, mislabelled_shares, pinwheel, undoing
-from lgd_kernels.__main__ import main
 from lgd_kernels.learn import Frozen
 from lgd_kernels.runtime.progress import silent
 from lgd_kernels.sampling.schedules import RectifiedFlow
@@ -194,7 +193,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("mixture")
     printed, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-        assert main(["demo", "mixture", "--quick", "--seeds", "2", "--out", str(out)]) == 0
+        assert mixture.main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
     assert errors.getvalue() == ""
     return out, printed.getvalue()
 

@@ -176,7 +176,7 @@ def test_prediction_and_schedule_travel_with_omega(tmp_path):
         save(path, form, FLOW)
     knots = table.s_knots
     with pytest.raises(
-        TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels.sampling.schedules"
+        TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels"
     ):
         lgd.OmegaTable(table.values, knots, table.t_knots, schedule="flow")
     lgd.OmegaTable(table.values, knots, table.t_knots).save(path, FLOW, "v")

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgd_kernels as lgd
 from lgd_kernels import metrics
+from lgd_kernels.metrics import frechet, permutation
 from lgd_kernels.runtime import blocks
 
 
@@ -72,7 +73,7 @@ def test_each_permutation_is_the_mmd_of_its_split(kernel, D, unbiased, generator
     x, y = draws(generator, 21, 34, D=D)
     y = y * 1.5 + 0.3
     matrix = whole(kernel, torch.cat((x, y))) * (-1 if isinstance(kernel, lgd.Energy) else 1)
-    called_x = metrics._splits(21, 55, 30, 7)
+    called_x = permutation._splits(21, 55, 30, 7)
     assert called_x.sum(0).eq(21).all() and called_x[:21, 0].all() and len({*map(tuple, called_x.t().tolist())}) == 31
     expected = []
     for w in called_x.t():
@@ -209,7 +210,7 @@ def test_frechet_distance_is_the_formula(n, generator):
 
 
 def test_statistics_in_blocks_of_rows(generator, monkeypatch):
-    monkeypatch.setattr(metrics, "ROWS", 7)
+    monkeypatch.setattr(frechet, "ROWS", 7)
     (x,) = draws(generator, 40)
     found = metrics.feature_statistics(x.bfloat16().view(40, 3, 1) + 100)
     x = (x.bfloat16() + 100).double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from lgd_kernels.runtime.impls import Impl
 from lgd_kernels.runtime.levels import OmegaLookup
 from lgd_kernels.sampling.step_plan import StepPlan
 
-if TYPE_CHECKING:
-    from lgd_kernels.omega.table import OmegaTable
-
 
 def sample(
     denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -26,7 +22,7 @@ def sample(
     plan: StepPlan,
     cond: Tensor,
     uncond: Tensor | None = None,
-    omega: float | Tensor | OmegaLookup | OmegaTable | Callable[[Tensor | None, Tensor, Tensor], Tensor] = 0.0,
+    omega: float | Tensor | OmegaLookup | Callable[[Tensor | None, Tensor, Tensor], Tensor] = 0.0,
     *,
     condition: Tensor | None = None,
     rule: Rule | None = None,
