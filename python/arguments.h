@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "../csrc/common/levels.h"
 #include "../csrc/common/philox.h"
@@ -19,7 +20,7 @@ using Address = uintptr_t;
 
 // Made once, when the module is loaded, and never freed: names to ask for, and torch's dtypes in the order of DType.
 struct Python {
-  PyObject *data_ptr, *dtype, *stride, *shape, *numel;
+  PyObject *data_ptr, *dtype, *stride, *shape, *numel, *contiguous;
   PyObject* dtypes[4];
 
   static const Python& instance() {
@@ -33,7 +34,8 @@ struct Python {
         dtype(PyUnicode_InternFromString("dtype")),
         stride(PyUnicode_InternFromString("stride")),
         shape(PyUnicode_InternFromString("shape")),
-        numel(PyUnicode_InternFromString("numel")) {
+        numel(PyUnicode_InternFromString("numel")),
+        contiguous(PyUnicode_InternFromString("contiguous")) {
     const auto torch = pybind11::module_::import("torch");
     const char* names[] = {"float32", "bfloat16", "float16", "float64"};
     for (int i = 0; i < 4; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
@@ -151,6 +153,96 @@ inline Omega omega(Tensor tensor, double value, Tensors table) {
 inline StepScalars step_scalars(Tensor omega_, double omega_value, Tensors table, Tensors levels_, int prediction,
                                 Tensor churn, double churn_value) {
   return {omega(omega_, omega_value, table), levels(levels_), Prediction(prediction), per_sample(churn, churn_value)};
+}
+
+// A NamedTuple of lgd_kernels/, with the fields of a struct of csrc/ in their order.
+class Fields {
+ public:
+  explicit Fields(pybind11::handle tuple) : tuple_(tuple.ptr()) {
+    if (!PyTuple_Check(tuple_)) throw pybind11::type_error("expected a struct of arguments, a NamedTuple");
+  }
+  Tensor operator[](int place) const {
+    PyObject* found = PyTuple_GetItem(tuple_, place);  // borrowed
+    if (!found) throw pybind11::error_already_set();
+    return found;
+  }
+  Fields fields(int place) const { return Fields((*this)[place]); }
+  int64_t integer(int place) const { return (*this)[place].cast<int64_t>(); }
+  double real(int place) const { return (*this)[place].cast<double>(); }
+  bool flag(int place) const { return (*this)[place].cast<bool>(); }
+
+ private:
+  PyObject* tuple_;
+};
+
+// Reads the tensors of one call, and keeps the copies of those that a kernel cannot walk until the call ends.
+class Call {
+ public:
+  // Rows of [B, ...]: the samples may lie anywhere, the elements of a sample next to each other.
+  Rows rows(Tensor tensor) {
+    if (tensor.is_none()) return {nullptr, DType::f32, 0};
+    const auto strides = get(tensor, Python::instance().stride, true);
+    const Py_ssize_t dimensions = PyTuple_GET_SIZE(strides.ptr());
+    if (dimensions > 1) {
+      const auto shape = get(tensor, Python::instance().shape, false);
+      int64_t expected = 1;
+      for (Py_ssize_t d = dimensions - 1; d > 0; --d) {
+        const int64_t count = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d));
+        if (count != 1 && PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), d)) != expected)
+          return lgd::rows(copied(tensor));
+        expected *= count;
+      }
+    }
+    return {address(tensor), dtype(tensor), PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), 0))};
+  }
+
+  // The tensor, or a copy whose elements lie one after the other.
+  Tensor contiguous(Tensor tensor) { return tensor.is_none() ? tensor : copied(tensor); }
+
+ private:
+  static pybind11::object get(Tensor tensor, PyObject* name, bool method) {
+    PyObject* found = method ? PyObject_CallMethodNoArgs(tensor.ptr(), name) : PyObject_GetAttr(tensor.ptr(), name);
+    if (!found) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+  }
+  Tensor copied(Tensor tensor) {
+    copies_.push_back(get(tensor, Python::instance().contiguous, true));
+    return copies_.back();
+  }
+
+  std::vector<pybind11::object> copies_;
+};
+
+// A Number.
+inline PerSample per_sample(const Fields& number) { return per_sample(number[0], number.real(1)); }
+
+// A Seed of arguments.py; whether anything is drawn is `draws`.
+inline Seed seed(const Fields& from) {
+  const Tensor value = from[1];
+  return seed(from[0], value.is_none() ? std::nullopt : std::optional<int64_t>(value.cast<int64_t>()), from.integer(2));
+}
+inline bool draws(const Fields& seed) { return !seed[0].is_none() || !seed[1].is_none(); }
+
+inline Omega omega(const Fields& from, Call& call) {
+  const Tensors table = from[2];
+  const Py_ssize_t count = PySequence_Size(table.ptr());
+  if (count == 0) return {per_sample(from), {}};
+  pybind11::tuple contiguous(count);
+  for (Py_ssize_t i = 0; i < count; ++i)
+    contiguous[i] = pybind11::reinterpret_borrow<pybind11::object>(call.contiguous(item(table, int(i))));
+  return omega(from[0], from.real(1), contiguous);
+}
+
+inline Prediction prediction(Tensor name) {
+  const char* names[] = {"x0", "eps", "v", "flow"};
+  for (int code = 0; code < 4; ++code)
+    if (PyUnicode_Check(name.ptr()) && PyUnicode_CompareWithASCIIString(name.ptr(), names[code]) == 0)
+      return Prediction(code);
+  throw pybind11::value_error("unknown prediction");
+}
+
+inline StepScalars step_scalars(const Fields& from, Call& call) {
+  return {omega(from.fields(0), call), levels(from[1]), prediction(from[2]), per_sample(from.fields(3))};
 }
 
 }  // namespace lgd

@@ -2,21 +2,11 @@
 #include <pybind11/pybind11.h>
 
 #include "arguments.h"
+#include "binding.h"
 #include "sources.h"
 #include "stop.h"
 
 namespace lgd {
-void bind_combine(pybind11::module_& module);
-void bind_dynamic_threshold(pybind11::module_& module);
-void bind_energy_mmd(pybind11::module_& module);
-void bind_guided_energy(pybind11::module_& module);
-void bind_guided_score(pybind11::module_& module);
-void bind_guided_step(pybind11::module_& module);
-void bind_moments(pybind11::module_& module);
-void bind_omega_table(pybind11::module_& module);
-void bind_philox(pybind11::module_& module);
-void bind_rules(pybind11::module_& module);
-
 namespace {
 // Which of its clones the row loops run as (LGD_CLONES in csrc/common/scalar.h).
 const char* instruction_set() {
@@ -48,16 +38,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("source_digest") = lgd::source_digest;
   const auto threading = pybind11::module_::import("threading");
   lgd::main_thread = threading.attr("main_thread")().attr("ident").cast<unsigned long>();
-  lgd::bind_combine(module);
-  lgd::bind_dynamic_threshold(module);
-  lgd::bind_energy_mmd(module);
-  lgd::bind_guided_energy(module);
-  lgd::bind_guided_score(module);
-  lgd::bind_guided_step(module);
-  lgd::bind_moments(module);
-  lgd::bind_omega_table(module);
-  lgd::bind_philox(module);
-  lgd::bind_rules(module);
+  lgd::Binding::bind_all(module);
   module.def("instruction_set", &lgd::instruction_set);
   module.def("smallest", &lgd::smallest);
 #if defined(__GNUC__) && !defined(__clang__)

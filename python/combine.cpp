@@ -1,5 +1,6 @@
 #include "../csrc/combine/combine.h"
 
+#include "binding.h"
 #include "columns.h"
 #include "parallel.h"
 
@@ -32,7 +33,7 @@ PerOutput per_output(Tensor tensor) {
 
 }  // namespace
 
-void bind_combine(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("combine", [](Tensor outputs, Tensors tensors, Tensor coefficients, Tensor constant, Tensor noise_scale,
                            py::handle columns, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample,
                            Tensor source, double low, double high, Tensor found, int threads) {
@@ -61,6 +62,6 @@ void bind_combine(py::module_& module) {
     py::gil_scoped_release release;
     wide ? run<double>(op, batch, row, threads, sums) : run<float>(op, batch, row, threads, sums);
   });
-}
+});
 
 }  // namespace lgd

@@ -1,6 +1,7 @@
 #include "../csrc/dynamic_threshold/dynamic_threshold.h"
 
 #include "arguments.h"
+#include "binding.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -71,7 +72,7 @@ void run(const DynamicThreshold& op, int64_t batch, int64_t row, int threads, S*
 
 }  // namespace
 
-void bind_dynamic_threshold(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("dynamic_threshold",
              [](Tensor out, Tensor order, Tensor x0, int64_t rank, double weight, double most, int threads) {
                const DynamicThreshold op{rows(out), rows(x0), rank, weight, most};
@@ -81,6 +82,6 @@ void bind_dynamic_threshold(py::module_& module) {
                wide(op.x0) ? run<double>(op, batch, row, threads, static_cast<double*>(found))
                            : run<float>(op, batch, row, threads, static_cast<float*>(found));
              });
-}
+});
 
 }  // namespace lgd

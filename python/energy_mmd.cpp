@@ -7,6 +7,7 @@
 
 #include "aligned.h"
 #include "arguments.h"
+#include "binding.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -341,7 +342,7 @@ double run_block(const Block& op, const MmdKernel& kernel, int threads) {
 
 }  // namespace
 
-void bind_energy_mmd(py::module_& module) {
+const Binding binding([](py::module_& module) {
   // x, y, weights and gradients are contiguous, of one dtype: float32 or float64
   module.def("energy_mmd", [](Tensor loss, Tensor d_x, Tensor d_y, Tensor x, Tensor y, Tensor x_weights,
                               Tensor y_weights, int kind, const std::vector<double>& parameters, double lam,
@@ -377,6 +378,6 @@ void bind_energy_mmd(py::module_& module) {
     py::gil_scoped_release release;
     return is_wide ? run_block<double>(op, kernel, threads) : run_block<float>(op, kernel, threads);
   });
-}
+});
 
 }  // namespace lgd

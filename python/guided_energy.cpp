@@ -2,6 +2,7 @@
 
 #include "../csrc/guided_energy/energy_curve.h"
 #include "../csrc/guided_energy/guided_energy.h"
+#include "binding.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -53,7 +54,7 @@ void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, in
 
 }  // namespace
 
-void bind_guided_energy(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("guided_energy", [](Tensor loss, Tensor slope, Tensor statistics, Tensor x, Tensor cond, Tensor uncond,
                                  Tensor noise, Tensor omega_, double omega_value, Tensors table, Tensors levels_,
                                  int prediction, Tensor churn, double churn_value, Tensor seed_,
@@ -102,6 +103,6 @@ void bind_guided_energy(py::module_& module) {
                      std::min(kCurveShifts, sizes.row - first), out.at<double>(item, first));
     });
   });
-}
+});
 
 }  // namespace lgd

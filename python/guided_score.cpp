@@ -1,6 +1,6 @@
-#include "../csrc/guided_score/guided_score.h"
+#include "guided_score.h"
 
-#include "arguments.h"
+#include "binding.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -23,24 +23,24 @@ void run(const GuidedScoreBackward& op, int64_t batch, int64_t row, int threads,
 
 }  // namespace
 
-void bind_guided_score(py::module_& module) {
-  module.def("guided_score", [](Tensor guided, Tensor cond, Tensor uncond, Tensor omega_, double omega_value,
-                                Tensors table, int threads) {
-    const GuidedScore op{rows(guided), rows(cond), rows(uncond), omega(omega_, omega_value, table)};
+const Binding binding([](py::module_& module) {
+  module.def("guided_score", [](Tensor guided, Tensor arguments, int threads) {
+    Call call;
+    const auto op = guided_score_of(guided, Fields(arguments), call);
     const auto [batch, row] = Sizes(guided);
     py::gil_scoped_release release;
     wide(op.cond, op.uncond) ? run<double>(op, batch, row, threads) : run<float>(op, batch, row, threads);
   });
-  module.def("guided_score_backward", [](Tensor d_cond, Tensor d_uncond, Tensor d_omega, Tensor d_guided, Tensor cond,
-                                         Tensor uncond, Tensor omega_, double omega_value, Tensors table, int threads) {
-    const GuidedScoreBackward op{rows(d_cond), rows(d_uncond), rows(d_guided),
-                                 rows(cond),   rows(uncond),   omega(omega_, omega_value, table)};
-    const Rows sums = rows(d_omega);
-    const auto [batch, row] = Sizes(d_guided);
+  module.def("guided_score_backward", [](Tensor outputs, Tensor arguments, int threads) {
+    Call call;
+    const Fields to(outputs), from(arguments);
+    const auto op = guided_score_backward_of(to, from, call);
+    const Rows sums = rows(to[2]);
+    const auto [batch, row] = Sizes(from[0]);
     py::gil_scoped_release release;
     wide(sums, op.d_guided, op.cond, op.uncond, op.d_cond, op.d_uncond) ? run<double>(op, batch, row, threads, sums)
                                                                         : run<float>(op, batch, row, threads, sums);
   });
-}
+});
 
 }  // namespace lgd

@@ -1,6 +1,7 @@
 #include "guided_step.h"
 
 #include "../csrc/guided_step/guided_step.h"
+#include "binding.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -23,31 +24,26 @@ void run(const GuidedStepBackward& op, int64_t batch, int64_t row, int threads, 
 
 }  // namespace
 
-void bind_guided_step(py::module_& module) {
-  module.def("guided_step",
-             [](Tensor x_s, Tensor x, Tensor cond, Tensor uncond, Tensor noise, Tensor omega_, double omega_value,
-                Tensors table, Tensors levels_, int prediction, Tensor churn, double churn_value, Tensor seed_,
-                std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
-               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
-               const auto op = guided_step_of(x_s, x, cond, uncond, noise, scalars, seed_, seed_value, first_sample);
-               const auto [batch, row] = Sizes(x_s);
-               py::gil_scoped_release release;
-               wide(op.x_s, op.cond, op.uncond, op.noise) ? run<double>(op, batch, row, threads)
-                                                          : run<float>(op, batch, row, threads);
-             });
-  module.def("guided_step_backward",
-             [](Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise, Tensor d_omega, Tensor d_x_s, Tensor cond,
-                Tensor uncond, Tensor omega_, double omega_value, Tensors table, Tensors levels_, int prediction,
-                Tensor churn, double churn_value, int threads) {
-               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
-               const auto op = guided_step_backward_of(d_x, d_cond, d_uncond, d_noise, d_x_s, cond, uncond, scalars);
-               const Rows sums = rows(d_omega);
-               const auto [batch, row] = Sizes(d_x_s);
-               py::gil_scoped_release release;
-               wide(sums, op.d_x_s, op.cond, op.uncond, op.d_x, op.d_cond, op.d_uncond, op.d_noise)
-                   ? run<double>(op, batch, row, threads, sums)
-                   : run<float>(op, batch, row, threads, sums);
-             });
-}
+const Binding binding([](py::module_& module) {
+  module.def("guided_step", [](Tensor x_s, Tensor arguments, int threads) {
+    Call call;
+    const auto op = guided_step_of(x_s, Fields(arguments), call);
+    const auto [batch, row] = Sizes(x_s);
+    py::gil_scoped_release release;
+    wide(op.x_s, op.cond, op.uncond, op.noise) ? run<double>(op, batch, row, threads)
+                                               : run<float>(op, batch, row, threads);
+  });
+  module.def("guided_step_backward", [](Tensor outputs, Tensor arguments, int threads) {
+    Call call;
+    const Fields to(outputs), from(arguments);
+    const auto op = guided_step_backward_of(to, from, call);
+    const Rows sums = rows(to[4]);
+    const auto [batch, row] = Sizes(from[0]);
+    py::gil_scoped_release release;
+    wide(sums, op.d_x_s, op.cond, op.uncond, op.d_x, op.d_cond, op.d_uncond, op.d_noise)
+        ? run<double>(op, batch, row, threads, sums)
+        : run<float>(op, batch, row, threads, sums);
+  });
+});
 
 }  // namespace lgd

@@ -1,6 +1,7 @@
 #include "../csrc/moments/moments.h"
 
 #include "../csrc/moments/centring.h"
+#include "binding.h"
 #include "columns.h"
 #include "parallel.h"
 
@@ -32,7 +33,7 @@ void run(const Moments& op, int64_t batch, int64_t row, int threads, void* found
 
 }  // namespace
 
-void bind_moments(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("moments", [](Tensor found, Tensors tensors, py::handle columns, py::handle pairs, py::handle same_as,
                            Tensor source, int gathered, bool centred, int threads) {
     Moments op{};
@@ -45,6 +46,6 @@ void bind_moments(py::module_& module) {
     py::gil_scoped_release release;
     op.read.any(DType::f64) ? run<double>(op, batch, row, threads, out) : run<float>(op, batch, row, threads, out);
   });
-}
+});
 
 }  // namespace lgd

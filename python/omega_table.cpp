@@ -1,4 +1,5 @@
 #include "arguments.h"
+#include "binding.h"
 
 namespace py = pybind11;
 
@@ -15,17 +16,18 @@ void spread(const OmegaTable& table, const S* gradient, int64_t batch, S* total)
 
 }  // namespace
 
-void bind_omega_table(py::module_& module) {
+const Binding binding([](py::module_& module) {
   // Adds the gradient of each sample's omega [B] to the cells it was looked up from, one sample after the other. Both
   // tensors are contiguous and of one dtype, float32 or float64.
-  module.def("spread_over_table", [](Tensor total, Tensor gradient, Tensors table) {
-    const OmegaTable cells = omega(py::none(), 0, table).table;
+  module.def("spread_over_table", [](Tensor total, Tensor gradient, Tensor looked_up) {
+    Call call;
+    const OmegaTable cells = omega(Fields(looked_up), call).table;
     const Rows to = rows(total), from = rows(gradient);
     const int64_t batch = size(gradient, 0);
     py::gil_scoped_release release;
     wide(from) ? spread(cells, from.at<double>(0, 0), batch, to.at<double>(0, 0))
                : spread(cells, from.at<float>(0, 0), batch, to.at<float>(0, 0));
   });
-}
+});
 
 }  // namespace lgd

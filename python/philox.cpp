@@ -1,12 +1,13 @@
 #include "../csrc/common/philox_cpu.h"
 #include "arguments.h"
+#include "binding.h"
 #include "parallel.h"
 
 namespace py = pybind11;
 
 namespace lgd {
 
-void bind_philox(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("philox_words", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
     philox(words, key[0], key[1]);
@@ -25,6 +26,6 @@ void bind_philox(py::module_& module) {
     };
     for_chunks(sizes.batch, sizes.row, threads, work, kSerialDrawn);
   });
-}
+});
 
 }  // namespace lgd

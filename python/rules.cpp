@@ -4,6 +4,7 @@
 #include "../csrc/combine/combine.h"
 #include "../csrc/common/tape.h"
 #include "../csrc/moments/centring.h"
+#include "binding.h"
 #include "columns.h"
 #include "parallel.h"
 
@@ -118,7 +119,7 @@ void fill_tape(Tape& tape, py::handle code, py::handle constants, Tensors number
 
 }  // namespace
 
-void bind_rules(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("guided_by_rule",
              [](Tensor out, Tensors tensors, int predictions, py::handle moment_columns, unsigned wanted,
                 py::handle code, py::handle constants, Tensors numbers, py::handle columns, py::handle factors,
@@ -147,6 +148,6 @@ void bind_rules(py::module_& module) {
                op.combine.read.any(DType::f64) ? run<double>(op, sizes.batch, sizes.row, bytes, threads)
                                                : run<float>(op, sizes.batch, sizes.row, bytes, threads);
              });
-}
+});
 
 }  // namespace lgd

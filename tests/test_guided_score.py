@@ -8,6 +8,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.ops.guided_score import reference
+from lgd_kernels.ops.guided_score.structs import GuidedScore
+from lgd_kernels.runtime.arguments import Omega
+
+
+def formula(cond, uncond, omega):
+    """Run the reference on what users pass."""
+    return reference.guided_score(GuidedScore(cond, uncond, Omega.of(omega, cond)))
 
 
 def guided_score(target, cond, uncond, omega):
@@ -40,8 +47,8 @@ def test_one_sample_moves_no_other(target, generator):
 
 def check(target, cond, uncond, omega):
     kernel = guided_score(target, cond, uncond, omega)
-    truth = reference.guided_score(testing.promoted(cond), testing.promoted(uncond), testing.promoted(omega))
-    testing.assert_elementwise(kernel, reference.guided_score(cond, uncond, omega), truth)
+    truth = formula(testing.promoted(cond), testing.promoted(uncond), testing.promoted(omega))
+    testing.assert_elementwise(kernel, formula(cond, uncond, omega), truth)
     assert kernel.is_contiguous()
 
 

@@ -10,6 +10,7 @@ from conftest import address, dtypes_of
 import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.ops.guided_step import reference
+from lgd_kernels.ops.guided_step.structs import GuidedStep
 from lgd_kernels.runtime.levels import PREDICTIONS, step_coefficients
 
 SCHEDULES = {
@@ -30,7 +31,8 @@ def guided_step(target, *args, **options):
 
 
 def specified(x, cond, uncond, omega, levels, prediction="x0", churn=0.0, noise=None, seed=None, first_sample=0):
-    return reference.guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample)
+    options = {"prediction": prediction, "churn": churn, "noise": noise, "seed": seed, "first_sample": first_sample}
+    return reference.guided_step(GuidedStep.of(x, cond, uncond, omega, levels, **options))
 
 
 def test_hand_worked(target):

@@ -175,9 +175,7 @@ def test_prediction_and_schedule_travel_with_omega(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"save: omega: {unknown}")):
         save(path, form, FLOW)
     knots = table.s_knots
-    with pytest.raises(
-        TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels"
-    ):
+    with pytest.raises(TypeError, match="OmegaTable: `schedule` is a str, expected one of lgd_kernels"):
         lgd.OmegaTable(table.values, knots, table.t_knots, schedule="flow")
     lgd.OmegaTable(table.values, knots, table.t_knots).save(path, FLOW, "v")
     assert (load(path).schedule, load(path).prediction) == (FLOW, "v")

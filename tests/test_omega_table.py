@@ -12,6 +12,8 @@ from conftest import dtypes_of
 import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.ops.guided_score import reference
+from lgd_kernels.ops.guided_score.structs import GuidedScore
+from lgd_kernels.runtime.arguments import Omega
 from lgd_kernels.runtime.levels import OmegaLookup, omega_at, table_gradient
 
 # [[omega(0, .6), omega(0, 1)], [omega(.4, .6), omega(.4, 1)]]: every corner is a step, s < t.
@@ -263,7 +265,9 @@ def test_gradient_agrees_with_float64(target, dtype, generator):
 
     wide = testing.promoted(lookup)._replace(values=values.detach().cpu().double().requires_grad_())
     cond, uncond, upstream = (tensor.cpu().double() for tensor in (cond, uncond, upstream))
-    (truth,) = torch.autograd.grad(reference.guided_score(cond, uncond, wide), wide.values, upstream)
+    (truth,) = torch.autograd.grad(
+        reference.guided_score(GuidedScore(cond, uncond, Omega.of(wide, cond))), wide.values, upstream
+    )
     terms = table_gradient(wide, (upstream * (cond - uncond)).abs().sum(1))
     unit = max(torch.finfo(dtype).eps, 8 * 2.0**-24)
     assert ((found.cpu().double() - truth).abs() <= unit * terms + 1e-12).all()

@@ -9,8 +9,11 @@ from torch import Tensor
 from lgd_kernels.guidance import run
 from lgd_kernels.guidance.rules import Rule
 from lgd_kernels.ops.guided_score import op as score
+from lgd_kernels.ops.guided_score.structs import GuidedScore
 from lgd_kernels.ops.guided_step import op as step
+from lgd_kernels.ops.guided_step.structs import GuidedStep
 from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.arguments import Omega
 from lgd_kernels.runtime.impls import Impl
 from lgd_kernels.runtime.levels import Levels, OmegaLookup, Prediction
 
@@ -57,7 +60,7 @@ def guided_score(
     checks.omega("guided_score", omega, "cond", cond)
     if rule is not None:
         return run.guided_score(cond, uncond, omega, rule, impl)
-    return score.guided_score(cond, uncond, omega, impl)
+    return score.guided_score(GuidedScore(cond, uncond, Omega.of(omega, cond)), impl)
 
 
 def guided_step(
@@ -150,4 +153,16 @@ def guided_step(
         return run.guided_step(
             x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, rule_space, impl
         )
-    return step.guided_step(x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, impl)
+    a = GuidedStep.of(
+        x,
+        cond,
+        uncond,
+        omega,
+        levels,
+        prediction=prediction,
+        churn=churn,
+        noise=noise,
+        seed=seed,
+        first_sample=first_sample,
+    )
+    return step.guided_step(a, impl)

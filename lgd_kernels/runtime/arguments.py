@@ -1,72 +1,138 @@
-"""From what users write to what operators take, and back: operator schemas know tensors and numbers only.
+"""Structs that ops share, as csrc/ has them: a number, omega, a seed, and all that a step needs of a sample.
 
-omega and churn are a number or a tensor `[B]`; omega may also be looked up in a table. An operator takes each as
-`(Tensor?, float)`, and the table as a list of the tensors of an `OmegaLookup`, empty if there is none.
+Operators take tensors and numbers only, so each struct is made of both, one of them absent: `of` makes it from what
+users pass, and `given` returns that.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgd_kernels.runtime import impls
-from lgd_kernels.runtime.levels import OmegaLookup, arithmetic_dtype, table_gradient, widest
+from lgd_kernels.runtime.levels import Levels, OmegaLookup, arithmetic_dtype, table_gradient, widest
 
 
-def split_number(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
-    """(tensor, 0.0) or (None, number). Under compilation a number becomes a tensor: there it would be a constant of
-    the graph, compiled again for each value."""
-    if isinstance(value, Tensor):
-        return value, 0.0
-    if torch.compiler.is_compiling():
-        ones = torch.ones(like.shape[:1], dtype=arithmetic_dtype(like), device=like.device)
-        return ones * value, 0.0  # full() would keep the constant
-    return None, float(value)
+class Number(NamedTuple):
+    """A number, or one for each sample, `[B]` (`PerSample` in csrc/common/scalar.h)."""
+
+    tensor: Tensor | None
+    value: float
+
+    @staticmethod
+    def of(value: float | Tensor, like: Tensor) -> Number:
+        """Make a tensor of a number under compilation, where it would be a constant, compiled again for each value."""
+        if isinstance(value, Tensor):
+            return Number(value, 0.0)
+        if torch.compiler.is_compiling():
+            ones = torch.ones(like.shape[:1], dtype=arithmetic_dtype(like), device=like.device)
+            return Number(ones * value, 0.0)  # full() would keep the constant
+        return Number(None, float(value))
+
+    def given(self) -> float | Tensor:
+        return self.value if self.tensor is None else self.tensor
 
 
-def split_omega(omega: float | Tensor | OmegaLookup, like: Tensor) -> tuple[Tensor | None, float, list[Tensor]]:
-    if isinstance(omega, OmegaLookup):
-        return None, 0.0, list(omega)
-    return *split_number(omega, like), []
+class Omega(NamedTuple):
+    """A number, one for each sample, or the fields of an `OmegaLookup` (`Omega` in csrc/common/levels.h)."""
+
+    tensor: Tensor | None
+    value: float
+    table: list[Tensor]  # empty if omega is not looked up
+
+    @staticmethod
+    def of(omega: float | Tensor | OmegaLookup, like: Tensor) -> Omega:
+        if isinstance(omega, OmegaLookup):
+            return Omega(None, 0.0, list(omega))
+        return Omega(*Number.of(omega, like), [])
+
+    def given(self) -> float | Tensor | OmegaLookup:
+        if self.table:
+            return OmegaLookup(*self.table)
+        return self.value if self.tensor is None else self.tensor
+
+    @property
+    def leaf(self) -> Tensor | None:
+        """The tensor that may get a gradient: omega itself, or the values of the table."""
+        return self.table[0] if self.table else self.tensor
 
 
-def join_omega(omega: Tensor | None, value: float, table: list[Tensor]) -> float | Tensor | OmegaLookup:
-    if table:
-        return OmegaLookup(*table)
-    return value if omega is None else omega
+class Seed(NamedTuple):
+    """Absent; one for the batch; or one for each sample, `[B]` (`Seed` in csrc/common/philox.h)."""
+
+    tensor: Tensor | None
+    value: int | None
+    first_sample: int
+
+    @staticmethod
+    def of(seed: int | Tensor | None, first_sample: int) -> Seed:
+        return Seed(seed, None, first_sample) if isinstance(seed, Tensor) else Seed(None, seed, first_sample)
+
+    def given(self) -> int | Tensor | None:
+        return self.value if self.tensor is None else self.tensor
 
 
-def to_omega(grad: Tensor, omega: Tensor | None, table: list[Tensor], impl: str = "reference") -> Tensor:
-    """A gradient `[B]` as that of what omega came from: a tensor, or the values of a table."""
-    if not table:
-        return grad if grad.dtype == omega.dtype else grad.to(omega.dtype)
+class StepScalars(NamedTuple):
+    """All that a guided step needs of a sample (`StepScalars` in csrc/common/levels.h)."""
+
+    omega: Omega
+    levels: list[Tensor]
+    prediction: str
+    churn: Number
+
+    def given(self) -> tuple[float | Tensor | OmegaLookup, Levels, str, float | Tensor]:
+        return self.omega.given(), Levels(*self.levels), self.prediction, self.churn.given()
+
+
+def to_leaf(grad: Tensor, omega: Omega, impl: str = "reference") -> Tensor:
+    """A gradient `[B]` to omega as that of `omega.leaf`."""
+    if not omega.table:
+        return grad if grad.dtype == omega.tensor.dtype else grad.to(omega.tensor.dtype)
     if impl != "cpu":
-        return table_gradient(OmegaLookup(*table), grad)
-    dtype = widest(grad.dtype, *(tensor.dtype for tensor in table))  # as table_cells gives the weights
-    total = torch.zeros(table[0].shape, dtype=dtype, device="cpu")
-    impls.extension().spread_over_table(total, grad.to(dtype).contiguous(), contiguous(table))
-    return total.to(table[0].dtype)
+        return table_gradient(OmegaLookup(*omega.table), grad)
+    dtype = widest(grad.dtype, *(tensor.dtype for tensor in omega.table))  # as table_cells gives the weights
+    total = torch.zeros(omega.table[0].shape, dtype=dtype, device="cpu")
+    impls.extension().spread_over_table(total, grad.to(dtype).contiguous(), omega)
+    return total.to(omega.table[0].dtype)
 
 
-def empty_sums(upstream: Tensor, omega: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Room for d_omega, `[B]`. (Likening it to an omega of that dtype takes a third of the time.)"""
-    if omega is not None and omega.dtype == dtype:
-        return torch.empty_like(omega, memory_format=torch.contiguous_format)
+def empty_sums(upstream: Tensor, omega: Omega, dtype: torch.dtype) -> Tensor:
+    """Allocate d_omega, `[B]`. (empty_like of an omega of that dtype takes a third of the time.)"""
+    like = omega.tensor
+    if like is not None and like.dtype == dtype:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     return torch.empty(upstream.shape[:1], device=upstream.device, dtype=dtype)
 
 
-def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    """A table as the kernels read it."""
-    return [tensor.contiguous() for tensor in tensors]
-
-
 def requires_grad(*tensors: Tensor | None) -> bool:
-    """Whether one of them does."""
+    """Return whether one of the tensors does."""
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
 
 
-def split_seed(seed: int | Tensor | None) -> tuple[Tensor | None, int | None]:
-    return (seed, None) if isinstance(seed, Tensor) else (None, seed)
+def split_number(value, like):
+    return tuple(Number.of(value, like))
+
+
+def split_omega(omega, like):
+    return tuple(Omega.of(omega, like))
+
+
+def join_omega(omega, value, table):
+    return Omega(omega, value, table).given()
+
+
+def to_omega(grad, omega, table, impl="reference"):
+    return to_leaf(grad, Omega(omega, 0.0, table), impl)
+
+
+def split_seed(seed):
+    return tuple(Seed.of(seed, 0))[:2]
+
+
+def contiguous(tensors):
+    return [tensor.contiguous() for tensor in tensors]

@@ -15,7 +15,8 @@ import os
 import pkgutil
 import sys
 import warnings
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -91,8 +92,27 @@ def named(op: str, impl: str) -> str:
 
 @functools.cache
 def launcher(op: str, impl: str):
-    """The module that launches an implementation's kernels: `lgd_kernels/ops/<op>/<impl>.py`."""
-    return importlib.import_module(f"lgd_kernels.ops.{op}.{impl}")
+    """Return what launches an implementation's kernels: functions `forward(outputs, struct)` and `backward`.
+
+    It is the module `lgd_kernels/ops/<op>/<impl>.py`. On the CPU an op needs one only if it does more than to call its
+    binding.
+    """
+    module = f"lgd_kernels.ops.{op}.{impl}"
+    if impl == "cpu" and importlib.util.find_spec(module) is None:
+        bindings = extension()
+        return Bindings(*(_with_threads(getattr(bindings, name, None)) for name in (op, f"{op}_backward")))
+    return importlib.import_module(module)
+
+
+class Bindings(NamedTuple):
+    """The launcher of an op whose bindings in `_C` take (outputs, struct, threads)."""
+
+    forward: Callable[[Any, tuple], None]
+    backward: Callable[[Any, tuple], None]
+
+
+def _with_threads(binding: Callable) -> Callable[[Any, tuple], None]:
+    return lambda outputs, arguments: binding(outputs, arguments, torch.get_num_threads())
 
 
 def through_reference(op: str, impl: str | None) -> bool:

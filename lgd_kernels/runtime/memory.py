@@ -21,6 +21,11 @@ def with_contiguous_rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
 
 
+def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors of a table as kernels read them."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
 def particle_rows(tensor: Tensor | None) -> Tensor | None:
     """[B, m, ...] as [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
     return None if tensor is None else tensor.flatten(0, 1)

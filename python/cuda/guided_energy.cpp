@@ -1,13 +1,14 @@
 #include "../guided_energy.h"
 
 #include "../../csrc/guided_energy/guided_energy_cuda.h"
+#include "../binding.h"
 #include "launch.h"
 
 namespace py = pybind11;
 
 namespace lgd {
 
-void bind_guided_energy_cuda(py::module_& module) {
+const Binding binding([](py::module_& module) {
   module.def("guided_energy_chunks", &guided_energy_chunks);
   module.def("guided_energy", [](Tensor loss, Tensor slope, Tensor statistics, Tensor parts, Tensor x, Tensor cond,
                                  Tensor uncond, Tensor noise, Tensor omega_, double omega_value, Tensors table,
@@ -44,6 +45,6 @@ void bind_guided_energy_cuda(py::module_& module) {
         const auto [batch, row] = ParticleSizes(Sizes(x), m);
         check(guided_energy_backward_cuda(op, batch, row, reinterpret_cast<void*>(stream)), "guided_energy_backward");
       });
-}
+});
 
 }  // namespace lgd

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from lgd_kernels.ops.guided_score.structs import GuidedScore, GuidedScoreBackward
 from lgd_kernels.runtime import impls, memory
-from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
-def forward(guided, cond, uncond, *omega):
-    cond, uncond = with_contiguous_rows(cond), with_contiguous_rows(uncond)
+def forward(guided: Tensor, a: GuidedScore) -> None:
     with memory.current_stream(guided) as stream:
-        impls.cuda_extension().guided_score(guided, cond, uncond, *omega, stream)
+        impls.cuda_extension().guided_score(guided, a, stream)
 
 
-def backward(d_cond, d_uncond, d_omega, upstream, cond, uncond, *omega):
-    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in (upstream, cond, uncond))
-    blocks = memory.cuda_column_blocks(upstream)
-    with memory.current_stream(upstream) as stream, memory.partial_sums(d_omega, blocks) as parts:
-        impls.cuda_extension().guided_score_backward(d_cond, d_uncond, parts, upstream, cond, uncond, *omega, stream)
+def backward(grads: tuple[Tensor | None, ...], b: GuidedScoreBackward) -> None:
+    *to_data, d_omega = grads
+    blocks = memory.cuda_column_blocks(b.upstream)
+    with memory.current_stream(b.upstream) as stream, memory.partial_sums(d_omega, blocks) as parts:
+        impls.cuda_extension().guided_score_backward((*to_data, parts), b, stream)

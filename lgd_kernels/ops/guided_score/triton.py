@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.runtime.memory import contiguous, partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.runtime.triton_common import (
     column_blocks,
     load_tile,
@@ -58,24 +58,26 @@ def guided_score_backward_kernel(
         tl.store(d_omega + rows * column_blocks(row, BLOCK) + first // BLOCK, part, mask=present)
 
 
-def forward(guided, cond, uncond, omega, omega_value, table):
-    cond, uncond = with_contiguous_rows(cond), with_contiguous_rows(uncond)
+def forward(guided, a):
+    cond, uncond, omega = with_contiguous_rows(a.cond), with_contiguous_rows(a.uncond), a.omega
     grid, _, shape = tiling(guided)
     with on_device(guided), rounded_stores(guided) as (out,):
         guided_score_kernel[grid](
             out, cond, cond.stride(0), uncond, uncond.stride(0), *sizes(guided),
-            **omega_arguments(omega, omega_value, table, guided), **shape,
+            **omega_arguments(omega.tensor, omega.value, contiguous(omega.table), guided), **shape,
         )  # fmt: skip
 
 
-def backward(d_cond, d_uncond, d_omega, upstream, cond, uncond, omega, omega_value, table):
-    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in (upstream, cond, uncond))
+def backward(grads, b):
+    d_cond, d_uncond, d_omega = grads
+    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in b[:3])
+    omega = b.omega
     grid, blocks, shape = tiling(upstream)
     with on_device(upstream), rounded_stores(d_cond, d_uncond) as outs, partial_sums(d_omega, blocks) as parts:
         d_cond, d_uncond = outs
         present = [upstream if tensor is None else tensor for tensor in (d_cond, d_uncond, parts, cond, uncond)]
         guided_score_backward_kernel[grid](
             *present[:3], upstream, upstream.stride(0), present[3], present[3].stride(0), present[4],
-            present[4].stride(0), *sizes(upstream), **omega_arguments(omega, omega_value, table, upstream), **shape,
+            present[4].stride(0), *sizes(upstream), **omega_arguments(omega.tensor, omega.value, contiguous(omega.table), upstream), **shape,
             TO_COND=d_cond is not None, TO_UNCOND=d_uncond is not None, TO_OMEGA=d_omega is not None,
         )  # fmt: skip

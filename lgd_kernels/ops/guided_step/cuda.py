@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from lgd_kernels.ops.guided_step.structs import GuidedStep, GuidedStepBackward
 from lgd_kernels.runtime import impls, memory
-from lgd_kernels.runtime.levels import PREDICTIONS
-from lgd_kernels.runtime.memory import with_contiguous_rows
 
 
-def forward(x_s, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, *rest):
-    x, cond, uncond, noise = (with_contiguous_rows(tensor) for tensor in (x, cond, uncond, noise))
+def forward(x_s: Tensor, a: GuidedStep) -> None:
     with memory.current_stream(x_s) as stream:
-        impls.cuda_extension().guided_step(
-            x_s, x, cond, uncond, noise, omega, omega_value, table, levels, PREDICTIONS.index(prediction), *rest,
-            stream,
-        )  # fmt: skip
+        impls.cuda_extension().guided_step(x_s, a, stream)
 
 
-def backward(
-    d_x, d_cond, d_uncond, d_noise, d_omega, upstream, cond, uncond, omega, omega_value, table, levels, prediction,
-    *churn,
-):  # fmt: skip
-    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in (upstream, cond, uncond))
-    blocks = memory.cuda_column_blocks(upstream)
-    with memory.current_stream(upstream) as stream, memory.partial_sums(d_omega, blocks) as parts:
-        impls.cuda_extension().guided_step_backward(
-            d_x, d_cond, d_uncond, d_noise, parts, upstream, cond, uncond, omega, omega_value, table, levels,
-            PREDICTIONS.index(prediction), *churn, stream,
-        )  # fmt: skip
+def backward(grads: tuple[Tensor | None, ...], b: GuidedStepBackward) -> None:
+    *to_data, d_omega = grads
+    blocks = memory.cuda_column_blocks(b.upstream)
+    with memory.current_stream(b.upstream) as stream, memory.partial_sums(d_omega, blocks) as parts:
+        impls.cuda_extension().guided_step_backward((*to_data, parts), b, stream)

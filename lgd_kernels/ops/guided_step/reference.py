@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from lgd_kernels.ops.guided_step.structs import GuidedStep, GuidedStepBackward
+from lgd_kernels.runtime.arguments import StepScalars
 from lgd_kernels.runtime.levels import (
     Levels,
-    OmegaLookup,
+    StepCoefficients,
     arithmetic_dtype,
     omega_at,
     per_sample,
@@ -16,52 +19,35 @@ from lgd_kernels.runtime.levels import (
 from lgd_kernels.runtime.philox import STREAM_STEP, normal
 
 
-def guided_step(
-    x: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
-    omega: float | Tensor | OmegaLookup,
-    levels: Levels,
-    prediction: str,
-    churn: float | Tensor,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    first_sample: int,
-) -> Tensor:
-    """`a x + b (cond + omega (cond - uncond)) + v z` in float32 (float64 where a tensor is), rounded once."""
-    dtype = arithmetic_dtype(x, cond, uncond, noise)
-    x_t, c, u = x.to(dtype), cond.to(dtype), uncond.to(dtype)
-    w = per_sample(omega_at(omega, x_t), x_t)
-    a, b, v = (per_sample(k.to(dtype), x_t) for k in _coefficients(levels, prediction, churn, dtype))
-    x_s = a * x_t + b * (c + w * (c - u))
-    if seed is not None and noise is None and not (isinstance(churn, (int, float)) and churn == 0):
-        noise = normal(x.shape, seed, STREAM_STEP, first_sample, x.device)
+def guided_step(a: GuidedStep) -> Tensor:
+    """Compute `a x + b (cond + omega (cond - uncond)) + v z` in float32 (float64 where a tensor is), rounded once."""
+    dtype = arithmetic_dtype(a.x, a.cond, a.uncond, a.noise)
+    x, c, u = a.x.to(dtype), a.cond.to(dtype), a.uncond.to(dtype)
+    w = per_sample(omega_at(a.scalars.omega.given(), x), x)
+    to_x, to_guided, to_noise = (per_sample(k.to(dtype), x) for k in _coefficients(a.scalars, dtype))
+    x_s = to_x * x + to_guided * (c + w * (c - u))
+    noise, seed = a.noise, a.seed.given()
+    if noise is None and seed is not None:
+        noise = normal(x.shape, seed, STREAM_STEP, a.seed.first_sample, x.device)
     if noise is not None:
-        x_s = x_s + v * noise.to(dtype)
-    return x_s.to(x.dtype).contiguous()
+        x_s = x_s + to_noise * noise.to(dtype)
+    return x_s.to(a.x.dtype).contiguous()
 
 
-def guided_step_backward(
-    upstream: Tensor,
-    cond: Tensor | None,
-    uncond: Tensor | None,
-    omega: float | Tensor | OmegaLookup,
-    levels: Levels,
-    prediction: str,
-    churn: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients to x, cond, uncond, noise and, where cond and uncond are given, omega `[B]`, unrounded."""
-    dtype = arithmetic_dtype(upstream, cond, uncond)
-    d = upstream.to(dtype)
-    w = per_sample(omega_at(omega, d), d)
-    a, b, v = (per_sample(k.to(dtype), d) for k in _coefficients(levels, prediction, churn, dtype))
+def guided_step_backward(b: GuidedStepBackward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the gradients to x, cond, uncond, noise and, if cond and uncond are given, omega `[B]`, unrounded."""
+    dtype = arithmetic_dtype(b.upstream, b.cond, b.uncond)
+    d = b.upstream.to(dtype)
+    w = per_sample(omega_at(b.scalars.omega.given(), d), d)
+    to_x, to_guided, to_noise = (per_sample(k.to(dtype), d) for k in _coefficients(b.scalars, dtype))
     d_omega = None
-    if cond is not None:
-        d_omega = sum_samples(b * d * (cond.to(dtype) - uncond.to(dtype)))
-    return a * d, b * (1 + w) * d, -b * w * d, v * d, d_omega
+    if b.cond is not None:
+        d_omega = sum_samples(to_guided * d * (b.cond.to(dtype) - b.uncond.to(dtype)))
+    return to_x * d, to_guided * (1 + w) * d, -to_guided * w * d, to_noise * d, d_omega
 
 
-def _coefficients(levels, prediction, churn, dtype):
-    """In the levels' own precision, or the data's where that is higher."""
+def _coefficients(scalars: StepScalars, dtype: torch.dtype) -> StepCoefficients:
+    """Compute the coefficients in the precision of the levels, or in that of the data where it is higher."""
+    _, levels, prediction, churn = scalars.given()
     wide = arithmetic_dtype(levels.gap, levels.gap.new_empty(0, dtype=dtype))
     return step_coefficients(Levels(*(level.to(wide) for level in levels)), prediction, churn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.runtime.memory import contiguous, partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.runtime.philox import STREAM_STEP
 from lgd_kernels.runtime.triton_common import (
     NOISE_NONE,
@@ -90,28 +90,25 @@ def guided_step_backward_kernel(
         tl.store(d_omega + rows * column_blocks(row, BLOCK) + first // BLOCK, part, mask=present)
 
 
-def forward(
-    x_s, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value, seed, seed_value,
-    first_sample,
-):  # fmt: skip
-    x, cond, uncond, noise = (with_contiguous_rows(tensor) for tensor in (x, cond, uncond, noise))
+def forward(x_s, a):
+    x, cond, uncond, noise = (with_contiguous_rows(tensor) for tensor in a[:4])
+    omega, levels, prediction, churn = a.scalars
     grid, _, shape = tiling(x_s)
     noise_or_x = x if noise is None else noise
     with on_device(x_s), rounded_stores(x_s) as (out,):
         guided_step_kernel[grid](
             out, x, x.stride(0), cond, cond.stride(0), uncond, uncond.stride(0), noise_or_x, noise_or_x.stride(0),
-            *sizes(x_s), *level_arguments(levels), *number_arguments(churn, churn_value, x),
-            **omega_arguments(omega, omega_value, table, x),
-            **seed_arguments(seed, seed_value, first_sample, noise, x), STREAM=STREAM_STEP,
-            PREDICTION=prediction, CHURN=churn is not None, **shape,
+            *sizes(x_s), *level_arguments(levels), *number_arguments(*churn, x),
+            **omega_arguments(omega.tensor, omega.value, contiguous(omega.table), x),
+            **seed_arguments(*a.seed, noise, x), STREAM=STREAM_STEP,
+            PREDICTION=prediction, CHURN=churn.tensor is not None, **shape,
         )  # fmt: skip
 
 
-def backward(
-    d_x, d_cond, d_uncond, d_noise, d_omega, upstream, cond, uncond, omega, omega_value, table, levels, prediction,
-    churn, churn_value,
-):  # fmt: skip
-    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in (upstream, cond, uncond))
+def backward(grads, b):
+    d_x, d_cond, d_uncond, d_noise, d_omega = grads
+    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in b[:3])
+    omega, levels, prediction, churn = b.scalars
     grid, blocks, shape = tiling(upstream)
     with (
         on_device(upstream),
@@ -123,7 +120,7 @@ def backward(
         *out, cond, uncond = (upstream if tensor is None else tensor for tensor in (*outs, parts, cond, uncond))
         guided_step_backward_kernel[grid](
             *out, upstream, upstream.stride(0), cond, cond.stride(0), uncond, uncond.stride(0), *sizes(upstream),
-            *level_arguments(levels), *number_arguments(churn, churn_value, upstream),
-            **omega_arguments(omega, omega_value, table, upstream),
-            PREDICTION=prediction, CHURN=churn is not None, **wanted, **shape,
+            *level_arguments(levels), *number_arguments(*churn, upstream),
+            **omega_arguments(omega.tensor, omega.value, contiguous(omega.table), upstream),
+            PREDICTION=prediction, CHURN=churn.tensor is not None, **wanted, **shape,
         )  # fmt: skip

@@ -1,0 +1,206 @@
+"""Define an op for PyTorch: schema, fake, dispatch, autograd and the direct call, once for all ops.
+
+An op declares its arguments as a NamedTuple that mirrors its struct in csrc/; a field may be such a struct itself. The
+operator takes the leaves of that tree, one after the other, and then `impl`; its schema is read off the annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from lgd_kernels.runtime import impls
+from lgd_kernels.runtime.arguments import requires_grad
+
+LIBRARY = torch.library.Library("lgd", "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+DEVICES = ("CPU", "CUDA", "MPS", "XPU")
+SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    float: "float",
+    bool: "bool",
+    int: "SymInt",
+    int | None: "SymInt?",
+    str: "str",
+    str | None: "str?",
+    torch.dtype: "ScalarType",
+    list[int]: "int[]",
+    list[bool]: "bool[]",
+    list[float]: "float[]",
+}
+
+
+class Leaf(NamedTuple):
+    """A field of a struct that is no struct itself: its name in the schema, its type, and how a lambda reads it."""
+
+    name: str
+    kind: Any
+    read: str
+
+
+class Shape(NamedTuple):
+    """How a struct is taken apart and put together again."""
+
+    leaves: list[Leaf]
+    flatten: Callable[[tuple], tuple]
+    build: Callable[[Sequence], tuple]
+    tensors: Callable[[tuple], tuple]  # all tensors, and then those in its lists
+    tensor_places: list[int]  # among the leaves
+    list_places: list[int]
+
+    @property
+    def first(self) -> int:
+        """Where saved tensors begin: behind the upstream gradient, which is not saved."""
+        return int(0 in self.tensor_places)
+
+
+@cache
+def shape_of(struct: type) -> Shape:
+    """The functions are compiled from source, as those of a NamedTuple are: every call of an op pays for them."""
+    leaves, names, made = [], {}, 0
+
+    def expression(kind: type, path: str, name: str) -> str:
+        nonlocal made
+        names[kind.__name__] = kind
+        fields = []
+        for place, (field, hint) in enumerate(get_type_hints(kind).items()):
+            full = "_".join(part for part in (name, field) if part not in ("", "tensor", "scalars"))
+            if hasattr(hint, "_fields"):
+                fields.append(expression(hint, f"{path}[{place}]", full))
+            else:
+                leaves.append(Leaf(full, hint, f"{path}[{place}]"))
+                fields.append(f"f[{made}]")
+                made += 1
+        return f"{kind.__name__}({', '.join(fields)})"
+
+    built = expression(struct, "a", "")
+    kinds = [leaf.kind for leaf in leaves]
+    tensors = [place for place, kind in enumerate(kinds) if kind in (Tensor, Tensor | None)]
+    lists = [place for place, kind in enumerate(kinds) if kind == list[Tensor]]
+    reads = [leaves[place].read for place in tensors] + [f"*{leaves[place].read}" for place in lists]
+    return Shape(
+        leaves,
+        eval(f"lambda a: ({', '.join(leaf.read for leaf in leaves)},)"),
+        eval(f"lambda f: {built}", names),
+        eval(f"lambda a: ({', '.join(reads)},)"),
+        tensors,
+        lists,
+    )
+
+
+class Raw(NamedTuple):
+    """An operator that is not differentiable: `torch.ops.lgd.<name>`."""
+
+    forward: Callable[[Any, str | None], Any]  # (struct, impl) -> its outputs; None for one that is not wanted
+    dispatched: Callable
+    flatten: Callable[[tuple], tuple]
+    tensors: Callable[[tuple], tuple]
+
+    def __call__(self, a: tuple, impl: str | None) -> Any:
+        return self.run(a, impl, impls.direct(*self.tensors(a)))
+
+    def run(self, a: tuple, impl: str | None, direct: bool) -> Any:
+        """`direct` leaves out the dispatch, and with it whatever may be watching (`impls.direct`)."""
+        return self.forward(a, impl) if direct else self.dispatched(*self.flatten(a), impl)
+
+
+def define(struct: type, name: str, returns: str, forward: Callable, fake: Callable) -> Raw:
+    """Register `torch.ops.lgd.<name>`. `fake(struct)` gives empty outputs.
+
+    An operator cannot return None, so a None among its outputs becomes a tensor without elements.
+    """
+    shape = shape_of(struct)
+    fields = ", ".join(f"{SCHEMA[leaf.kind]} {leaf.name}" for leaf in shape.leaves)
+    LIBRARY.define(f"{name}({fields}, str? impl) -> {returns}", tags=TAGS)
+
+    def run(*flat):
+        return _without_none(forward(shape.build(flat), flat[-1]), flat[0])
+
+    for device in DEVICES:
+        LIBRARY.impl(name, run, device)
+    empty = lambda *flat: _without_none(fake(shape.build(flat)), flat[0])  # noqa: E731
+    torch.library.register_fake(f"lgd::{name}", empty, lib=LIBRARY)
+    return Raw(forward, getattr(torch.ops.lgd, name).default, shape.flatten, shape.tensors)
+
+
+def _without_none(outputs: Any, like: Tensor | list[Tensor]) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs
+    like = like if isinstance(like, Tensor) else like[0]
+    return tuple(like.new_empty(0) if one is None else one for one in outputs)
+
+
+class Operator(NamedTuple):
+    """A differentiable op.
+
+    The backward reads the struct that `save` makes. Its first field is the upstream gradient, or a tuple of them if the
+    op has several outputs; `save` may put anything there.
+    """
+
+    name: str
+    raw: Raw
+    reference: Callable[[Any], Any]  # struct -> outputs; plain PyTorch, for transforms and impl="reference"
+    leaves: Callable[[Any], tuple]  # struct -> the tensors that may get a gradient
+    saved: Shape  # of the struct that backward reads
+    save: Callable[[Any, Any, tuple], Any]  # (struct, outputs, which leaves want a gradient) -> that struct
+    backward: Callable[[Any, str | None, bool], Sequence]  # (that, impl, direct) -> a gradient for each leaf
+    reference_backward: Callable[[Any], Sequence]  # the same as a formula that autograd and vmap can go through
+    outputs: int = 1  # differentiable ones, the first
+
+    def __call__(self, a: tuple, impl: str | None) -> Any:
+        if impls.through_reference(self.name, impl):
+            return self.reference(a)
+        if torch.is_grad_enabled() and requires_grad(*self.leaves(a)):
+            return _Recorded.apply(self, a, impl, *self.leaves(a))
+        found = self.raw(a, impl)
+        return found if isinstance(found, Tensor) else found[0] if self.outputs == 1 else found[: self.outputs]
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, a, impl, *leaves):
+        ctx.op, ctx.impl, ctx.wanted = op, impl, ctx.needs_input_grad[3:]
+        ctx.plain = impls.direct(*op.raw.tensors(a))
+        found = op.raw.run(a, impl, ctx.plain)
+        saved = op.save(a, found, ctx.wanted)
+        ctx.save_for_backward(*op.saved.tensors(saved)[op.saved.first :])
+        ctx.rest = _without_tensors(op.saved, saved)
+        return found if isinstance(found, Tensor) else found[0] if op.outputs == 1 else found[: op.outputs]
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        op = ctx.op
+        saved = _with_tensors(op.saved, ctx.rest, ctx.saved_tensors, upstream)
+        if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream[0]):
+            grads = op.reference_backward(saved)
+        else:
+            grads = op.backward(saved, ctx.impl, ctx.plain and impls.direct(*upstream))
+        return None, None, None, *(grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
+
+
+def _without_tensors(shape: Shape, saved: tuple) -> list:
+    """The leaves; of a list its length: its tensors, like all others, are where autograd watches them."""
+    rest = list(shape.flatten(saved))
+    rest[0] = None
+    for place in shape.tensor_places:
+        rest[place] = None
+    for place in shape.list_places:
+        rest[place] = len(rest[place])
+    return rest
+
+
+def _with_tensors(shape: Shape, rest: list, tensors: tuple, upstream: tuple) -> tuple:
+    found = list(rest)
+    for place, tensor in zip(shape.tensor_places[shape.first :], tensors, strict=False):
+        found[place] = tensor
+    at = len(shape.tensor_places) - shape.first
+    for place in shape.list_places:
+        found[place], at = list(tensors[at : at + found[place]]), at + found[place]
+    found[0] = upstream[0] if len(upstream) == 1 else upstream
+    return shape.build(found)
