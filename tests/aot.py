@@ -24,6 +24,9 @@ from unittest import mock
 
 import torch
 
+from lgd_kernels.ops.guided_score.structs import GuidedScore, GuidedScoreBackward
+from lgd_kernels.ops.guided_step.structs import GuidedStep, GuidedStepBackward
+from lgd_kernels.runtime.arguments import Number, Omega, Seed, StepScalars
 from lgd_kernels.runtime.columns import triangle
 
 T = TypeVar("T")
@@ -105,14 +108,15 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
     noise = data() if variant.noise == "tensor" else None
     seed = {"seed": (None, 1), "seeds": (numbers.long(), None)}.get(variant.noise, (None, None))
     launcher = importlib.import_module(f"lgd_kernels.ops.{room}.triton")
+    scalars = StepScalars(Omega(*omega), step[0], step[1], Number(*churn))
     if kernel == "guided_score_kernel":
-        launcher.forward(data(), data(), data(), *omega)
+        launcher.forward(data(), GuidedScore(data(), data(), Omega(*omega)))
     elif kernel == "guided_score_backward_kernel":
-        launcher.backward(data(), data(), numbers, data(), data(), data(), *omega)
+        launcher.backward((data(), data(), numbers), GuidedScoreBackward(data(), data(), data(), Omega(*omega), dtype, dtype, [True]*3))
     elif kernel == "guided_step_kernel":
-        launcher.forward(data(), data(), data(), data(), noise, *omega, *step, *seed, 0)
+        launcher.forward(data(), GuidedStep(data(), data(), data(), noise, scalars, Seed(*seed, 0)))
     elif kernel == "guided_step_backward_kernel":
-        launcher.backward(data(), data(), data(), data(), numbers, data(), data(), data(), *omega, *step)
+        launcher.backward((data(), data(), data(), data(), numbers), GuidedStepBackward(data(), data(), data(), scalars, dtype, dtype, dtype, [True]*5))
     elif room == "moments":  # c, u and c - u; or all that a combine's backward may ask for, with a source
         few = variant.omega == "number"
         columns = [0, -1, 1, -1, 0, 1] if few else [n for k in range(5) for n in (k, -1)]
@@ -179,7 +183,7 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     """One specialisation."""
     from triton.runtime import JITFunction, driver
 
-    from lgd_kernels.runtime import triton_common
+    from lgd_kernels.runtime import triton_launch, triton_old
 
     built, run = [], JITFunction.run
 
@@ -189,7 +193,8 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     with (
         mock.patch.object(driver, "_active", AbsentGPU(target)),
         mock.patch.object(JITFunction, "run", compiled),
-        mock.patch.object(triton_common, "_truncates", lambda out: False),  # as on a GPU
+        mock.patch.object(triton_launch, "_on_current_device", lambda tensor: True),
+        mock.patch.object(triton_old, "_truncates", lambda out: False),  # as on a GPU
         mock.patch.object(torch.version, "hip", "7.0" if target.startswith("gfx") else None),
     ):
         launch(kernel, VARIANTS[variant], DTYPES[dtype])

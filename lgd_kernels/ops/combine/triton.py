@@ -10,18 +10,8 @@ from lgd_kernels.runtime.columns import triangle
 from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.runtime.philox import STREAM_STEP
 from lgd_kernels.runtime.triton_columns import form_columns, load_tensors, source_arguments, sources
-from lgd_kernels.runtime.triton_common import (
-    NOISE_NONE,
-    column_blocks,
-    on_device,
-    philox_tile,
-    rounded_stores,
-    sample_keys,
-    seed_arguments,
-    store_tile,
-    tile,
-    tiling,
-)
+from lgd_kernels.runtime.triton_common import column_blocks, philox_tile, store_tile, tile
+from lgd_kernels.runtime.triton_old import NOISE_NONE, on_device, rounded_stores, sample_keys, seed_arguments, tiling
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])

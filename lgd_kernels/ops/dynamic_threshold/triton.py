@@ -6,16 +6,8 @@ import triton
 import triton.language as tl
 
 from lgd_kernels.runtime.memory import sizes, with_contiguous_rows
-from lgd_kernels.runtime.triton_common import (
-    COMPILE,
-    column_blocks,
-    load_tile,
-    on_device,
-    rounded_stores,
-    store_tile,
-    tile,
-    tiling,
-)
+from lgd_kernels.runtime.triton_common import column_blocks, load_tile, store_tile, tile
+from lgd_kernels.runtime.triton_old import COMPILE, on_device, rounded_stores, tiling
 
 SELECTED = 2048  # elements of a sample that its program, of 8 warps, counts at a time: with 4, Triton 3.6 spills
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lgd_kernels.ops.energy_mmd.triton_values import share_of, value_and_slope
-from lgd_kernels.runtime.triton_common import on_device
+from lgd_kernels.runtime.triton_old import on_device
 
 PROGRAMS = 1056  # that keep a large GPU busy: 8 for each of 132 multiprocessors
 SPAN = 64  # points whose terms are added up in float32, before they join the rest in float64

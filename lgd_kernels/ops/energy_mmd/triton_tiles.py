@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lgd_kernels.ops.energy_mmd.triton_values import share_of, value_and_slope
-from lgd_kernels.runtime.triton_common import on_device
+from lgd_kernels.runtime.triton_old import on_device
 
 TILE = 32  # points; of 64, a thread would hold more numbers than there are registers on sm_80 and sm_120
 WARPS, STAGES = 8, 2

@@ -24,13 +24,8 @@ from lgd_kernels.ops.guided_energy.triton_particles import (
     scalars_of,
     shape_of,
 )
-from lgd_kernels.runtime.triton_common import (
-    NOISE_TENSOR,
-    column_blocks,
-    lane_totals,
-    level_arguments,
-    on_device,
-)
+from lgd_kernels.runtime.triton_common import column_blocks, lane_totals
+from lgd_kernels.runtime.triton_old import NOISE_TENSOR, level_arguments, on_device
 
 PROGRAMS = 1056  # that keep a large GPU busy: 8 for each of 132 multiprocessors
 STEPS = 64  # blocks that a program adds up in float32, as long as no item has more chunks than

@@ -23,7 +23,8 @@ from lgd_kernels.ops.guided_energy.triton_particles import (
     shape_of,
 )
 from lgd_kernels.runtime.memory import particle_rows
-from lgd_kernels.runtime.triton_common import NOISE_TENSOR, column_blocks, on_device, rounded_stores
+from lgd_kernels.runtime.triton_common import column_blocks
+from lgd_kernels.runtime.triton_old import NOISE_TENSOR, on_device, rounded_stores
 
 
 @triton.jit

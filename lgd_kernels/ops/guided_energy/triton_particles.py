@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lgd_kernels.runtime.memory import particle_rows, sizes, with_contiguous_rows
 from lgd_kernels.runtime.philox import STREAM_STEP, STREAM_TARGETS
-from lgd_kernels.runtime.triton_common import (
+from lgd_kernels.runtime.triton_common import philox_quads, step_coefficients
+from lgd_kernels.runtime.triton_old import (
     NOISE_NONE,
     NOISE_SEED,
     NOISE_SEEDS,
@@ -20,10 +21,8 @@ from lgd_kernels.runtime.triton_common import (
     omega_arguments,
     omega_at,
     per_sample,
-    philox_quads,
     sample_keys,
     seed_arguments,
-    step_coefficients,
 )
 
 GROUP = 4  # particles, or targets, that a program holds in registers

@@ -5,122 +5,146 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.runtime.memory import contiguous, partial_sums, sizes, with_contiguous_rows
+from lgd_kernels.ops.guided_step.structs import GuidedStep, GuidedStepBackward
+from lgd_kernels.runtime.memory import partial_sums, sizes
 from lgd_kernels.runtime.philox import STREAM_STEP
 from lgd_kernels.runtime.triton_common import (
-    NOISE_NONE,
-    NOISE_TENSOR,
     column_blocks,
-    level_arguments,
+    keys_of,
     load_tile,
-    number_arguments,
-    omega_arguments,
+    number_at,
     omega_at,
-    on_device,
-    per_sample,
     philox_tile,
-    rounded_stores,
-    sample_keys,
-    seed_arguments,
     step_coefficients,
     store_tile,
     tile,
+)
+from lgd_kernels.runtime.triton_launch import (
+    launch,
+    level_argument,
+    number_argument,
+    omega_arguments,
+    rows_argument,
+    seed_arguments,
     tiling,
 )
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
 def guided_step_kernel(
-    x_s, x, x_stride, cond, cond_stride, uncond, uncond_stride, noise, noise_stride, batch, row,
-    signal_t, noise_t, signal_s, noise_s, gap, levels_stride, churn, churn_stride, churn_value,
-    omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, knot_rows, knot_columns,
-    seed, seed_stride, seed_low, seed_high, first_sample, STREAM: tl.constexpr,
-    PREDICTION: tl.constexpr, CHURN: tl.constexpr, NOISE: tl.constexpr,
-    OMEGA: tl.constexpr, KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_s,
+    batch,
+    row,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    x,
+    cond,
+    uncond,
+    noise,
+    omega,
+    KNOTS: tl.constexpr,
+    levels,
+    PREDICTION: tl.constexpr,
+    churn,
+    seeds,
+    seed_low,
+    seed_high,
+    first_sample,
+    STREAM: tl.constexpr,
+):
     rows, present, first, columns = tile(batch, row, ROWS, BLOCK)
     mask = present[:, None] & (first + columns < row)[None, :]
-    w = omega_at(omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, knot_rows,
-                 knot_columns, rows, present, OMEGA, KNOTS_S, KNOTS_T)[:, None]  # fmt: skip
-    churned = per_sample(churn, churn_stride, churn_value, rows, present, CHURN)
-    to_x, to_guided, to_noise = step_coefficients(signal_t, noise_t, signal_s, noise_s, gap, levels_stride, churned,
-                                                  rows, present, PREDICTION)  # fmt: skip
-    x = load_tile(x, x_stride, rows, first, columns, mask)
-    cond = load_tile(cond, cond_stride, rows, first, columns, mask)
-    uncond = load_tile(uncond, uncond_stride, rows, first, columns, mask)
+    w = omega_at(omega, KNOTS, rows, present)[:, None]
+    churned = number_at(churn, rows, present)
+    to_x, to_guided, to_noise = step_coefficients(*levels, churned, rows, present, PREDICTION)
+    x = load_tile(*x, rows, first, columns, mask)
+    cond = load_tile(*cond, rows, first, columns, mask)
+    uncond = load_tile(*uncond, rows, first, columns, mask)
     stepped = to_x[:, None] * x + to_guided[:, None] * (cond + w * (cond - uncond))
-    if NOISE == NOISE_TENSOR:
-        stepped += to_noise[:, None] * load_tile(noise, noise_stride, rows, first, columns, mask)
-    elif NOISE != NOISE_NONE:
-        low, high, sample = sample_keys(seed, seed_stride, seed_low, seed_high, first_sample, rows, present, NOISE)
+    if noise is not None:
+        stepped += to_noise[:, None] * load_tile(*noise, rows, first, columns, mask)
+    elif first_sample is not None:
+        low, high, sample = keys_of(seeds, seed_low, seed_high, first_sample, rows, present)
         stepped += to_noise[:, None] * philox_tile(low, high, sample, STREAM, first, ROWS, BLOCK)
     store_tile(x_s, row, rows, first, columns, mask, stepped)
 
 
 @triton.jit
 def guided_step_backward_kernel(
-    d_x, d_cond, d_uncond, d_noise, d_omega, upstream, upstream_stride, cond, cond_stride, uncond, uncond_stride,
-    batch, row, signal_t, noise_t, signal_s, noise_s, gap, levels_stride, churn, churn_stride, churn_value,
-    omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, knot_rows, knot_columns,
-    PREDICTION: tl.constexpr, CHURN: tl.constexpr,
-    OMEGA: tl.constexpr, KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TO_X: tl.constexpr, TO_COND: tl.constexpr, TO_UNCOND: tl.constexpr, TO_NOISE: tl.constexpr, TO_OMEGA: tl.constexpr,
-):  # fmt: skip
-    """d_omega is [B, column blocks]: this program's part of each sample's sum."""
+    grads,
+    batch,
+    row,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    upstream,
+    cond,
+    uncond,
+    omega,
+    KNOTS: tl.constexpr,
+    levels,
+    PREDICTION: tl.constexpr,
+    churn,
+):
+    """`grads` are d_x, d_cond, d_uncond, d_noise and d_omega, [B, column blocks]: this program's part of each sum."""
+    d_x, d_cond, d_uncond, d_noise, d_omega = grads
     rows, present, first, columns = tile(batch, row, ROWS, BLOCK)
     mask = present[:, None] & (first + columns < row)[None, :]
-    w = omega_at(omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, knot_rows,
-                 knot_columns, rows, present, OMEGA, KNOTS_S, KNOTS_T)[:, None]  # fmt: skip
-    churned = per_sample(churn, churn_stride, churn_value, rows, present, CHURN)
-    to_x, to_guided, to_noise = step_coefficients(signal_t, noise_t, signal_s, noise_s, gap, levels_stride, churned,
-                                                  rows, present, PREDICTION)  # fmt: skip
-    d = load_tile(upstream, upstream_stride, rows, first, columns, mask)
-    if TO_X:
+    w = omega_at(omega, KNOTS, rows, present)[:, None]
+    churned = number_at(churn, rows, present)
+    to_x, to_guided, to_noise = step_coefficients(*levels, churned, rows, present, PREDICTION)
+    d = load_tile(*upstream, rows, first, columns, mask)
+    if d_x is not None:
         store_tile(d_x, row, rows, first, columns, mask, to_x[:, None] * d)
-    if TO_COND:
+    if d_cond is not None:
         store_tile(d_cond, row, rows, first, columns, mask, to_guided[:, None] * (1 + w) * d)
-    if TO_UNCOND:
+    if d_uncond is not None:
         store_tile(d_uncond, row, rows, first, columns, mask, -to_guided[:, None] * w * d)
-    if TO_NOISE:
+    if d_noise is not None:
         store_tile(d_noise, row, rows, first, columns, mask, to_noise[:, None] * d)
-    if TO_OMEGA:
-        cond = load_tile(cond, cond_stride, rows, first, columns, mask)
-        uncond = load_tile(uncond, uncond_stride, rows, first, columns, mask)
+    if d_omega is not None:
+        cond = load_tile(*cond, rows, first, columns, mask)
+        uncond = load_tile(*uncond, rows, first, columns, mask)
         part = to_guided * tl.sum(d * (cond - uncond), 1)
         tl.store(d_omega + rows * column_blocks(row, BLOCK) + first // BLOCK, part, mask=present)
 
 
-def forward(x_s, a):
-    x, cond, uncond, noise = (with_contiguous_rows(tensor) for tensor in a[:4])
+def forward(x_s, a: GuidedStep) -> None:
+    grid, _, tiles = tiling(*sizes(x_s))
     omega, levels, prediction, churn = a.scalars
-    grid, _, shape = tiling(x_s)
-    noise_or_x = x if noise is None else noise
-    with on_device(x_s), rounded_stores(x_s) as (out,):
-        guided_step_kernel[grid](
-            out, x, x.stride(0), cond, cond.stride(0), uncond, uncond.stride(0), noise_or_x, noise_or_x.stride(0),
-            *sizes(x_s), *level_arguments(levels), *number_arguments(*churn, x),
-            **omega_arguments(omega.tensor, omega.value, contiguous(omega.table), x),
-            **seed_arguments(*a.seed, noise, x), STREAM=STREAM_STEP,
-            PREDICTION=prediction, CHURN=churn.tensor is not None, **shape,
-        )  # fmt: skip
+    launch(
+        guided_step_kernel,
+        grid,
+        x_s,
+        *tiles,
+        rows_argument(a.x),
+        rows_argument(a.cond),
+        rows_argument(a.uncond),
+        rows_argument(a.noise),
+        *omega_arguments(omega),
+        level_argument(levels),
+        prediction,
+        number_argument(churn),
+        *seed_arguments(a.seed),
+        STREAM_STEP,
+        like=x_s,
+    )
 
 
-def backward(grads, b):
-    d_x, d_cond, d_uncond, d_noise, d_omega = grads
-    upstream, cond, uncond = (with_contiguous_rows(tensor) for tensor in b[:3])
+def backward(grads, b: GuidedStepBackward) -> None:
+    grid, blocks, tiles = tiling(*sizes(b.upstream))
     omega, levels, prediction, churn = b.scalars
-    grid, blocks, shape = tiling(upstream)
-    with (
-        on_device(upstream),
-        rounded_stores(d_x, d_cond, d_uncond, d_noise) as outs,
-        partial_sums(d_omega, blocks) as parts,
-    ):
-        wanted = dict(zip(("TO_X", "TO_COND", "TO_UNCOND", "TO_NOISE", "TO_OMEGA"),
-                          (out is not None for out in (*outs, parts)), strict=True))  # fmt: skip
-        *out, cond, uncond = (upstream if tensor is None else tensor for tensor in (*outs, parts, cond, uncond))
-        guided_step_backward_kernel[grid](
-            *out, upstream, upstream.stride(0), cond, cond.stride(0), uncond, uncond.stride(0), *sizes(upstream),
-            *level_arguments(levels), *number_arguments(*churn, upstream),
-            **omega_arguments(omega.tensor, omega.value, contiguous(omega.table), upstream),
-            PREDICTION=prediction, CHURN=churn.tensor is not None, **wanted, **shape,
-        )  # fmt: skip
+    with partial_sums(grads[4], blocks) as parts:
+        launch(
+            guided_step_backward_kernel,
+            grid,
+            (*grads[:4], parts),
+            *tiles,
+            rows_argument(b.upstream),
+            rows_argument(b.cond),
+            rows_argument(b.uncond),
+            *omega_arguments(omega),
+            level_argument(levels),
+            prediction,
+            number_argument(churn),
+            like=b.upstream,
+        )

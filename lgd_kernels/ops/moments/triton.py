@@ -10,7 +10,8 @@ from lgd_kernels.runtime.columns import formed, same_as
 from lgd_kernels.runtime.levels import arithmetic_dtype
 from lgd_kernels.runtime.memory import partial_sums, sizes, with_contiguous_rows
 from lgd_kernels.runtime.triton_columns import form_columns, load_tensors, source_arguments, sources
-from lgd_kernels.runtime.triton_common import column_blocks, on_device, tile, tiling
+from lgd_kernels.runtime.triton_common import column_blocks, tile
+from lgd_kernels.runtime.triton_old import on_device, tiling
 
 
 @triton.jit
