@@ -112,11 +112,17 @@ def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
     if kernel == "guided_score_kernel":
         launcher.forward(data(), GuidedScore(data(), data(), Omega(*omega)))
     elif kernel == "guided_score_backward_kernel":
-        launcher.backward((data(), data(), numbers), GuidedScoreBackward(data(), data(), data(), Omega(*omega), dtype, dtype, [True]*3))
+        launcher.backward(
+            (data(), data(), numbers),
+            GuidedScoreBackward(data(), data(), data(), Omega(*omega), dtype, dtype, [True] * 3),
+        )
     elif kernel == "guided_step_kernel":
         launcher.forward(data(), GuidedStep(data(), data(), data(), noise, scalars, Seed(*seed, 0)))
     elif kernel == "guided_step_backward_kernel":
-        launcher.backward((data(), data(), data(), data(), numbers), GuidedStepBackward(data(), data(), data(), scalars, dtype, dtype, dtype, [True]*5))
+        launcher.backward(
+            (data(), data(), data(), data(), numbers),
+            GuidedStepBackward(data(), data(), data(), scalars, dtype, dtype, dtype, [True] * 5),
+        )
     elif room == "moments":  # c, u and c - u; or all that a combine's backward may ask for, with a source
         few = variant.omega == "number"
         columns = [0, -1, 1, -1, 0, 1] if few else [n for k in range(5) for n in (k, -1)]

@@ -1,6 +1,6 @@
 """Turn the structs of ops into arguments of Triton kernels, and launch.
 
-Triton's binder pays for every parameter of a kernel, and for every keyword: so a tensor and its stride are one tuple, an
+Triton's binder pays for every parameter of a kernel, and for every keyword. So a tensor and its stride are one tuple, an
 absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic: `cdiv` and
 `next_power_of_2` of Triton cost the host 2 us a call.
 
