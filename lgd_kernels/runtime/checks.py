@@ -1,7 +1,7 @@
-"""The few argument checks that the ops share. Each message names the argument, what came, what was expected.
+"""Check arguments that ops share. Each message names the argument, what came, what was expected and the remedy.
 
-Shapes, dtypes, devices and choices are always checked. Values only where they are numbers of the host or small CPU
-tensors outside compilation: never a device sync.
+Shapes, dtypes, devices and choices are always checked. Values are checked only if they are Python numbers or small CPU
+tensors outside compilation, so no check waits for a device.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from lgd_kernels.runtime.levels import PREDICTIONS, Levels, OmegaLookup, is_whol
 from lgd_kernels.runtime.shown import brief, readable
 
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
-NO_DATA_IN_EPS = "where an eps prediction says nothing of the data; start below t = 1, or predict x0, v or flow"
+NO_DATA_IN_EPS = "where an eps prediction holds no information on the data; start below t = 1, or predict x0, v or flow"
 DATA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_REPEATS = 10**6  # permutations or subsets: more would take days
 
 
 def samples(op: str, **tensors: Tensor | None) -> None:
-    """Data `[B, ...]`: floating point, and of one shape and device, those of the first."""
+    """Check data `[B, ...]`: floating point, with the shape and device of the first tensor."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor is None and name == "noise":
@@ -44,13 +44,13 @@ def samples(op: str, **tensors: Tensor | None) -> None:
 
 
 def dense(op: str, name: str, tensor: Tensor) -> None:
-    """No sparse tensor, whose memory holds something else than its values."""
+    """Refuse a sparse tensor, whose memory does not hold its values in order."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"{op}: `{name}` has layout {tensor.layout}, expected a dense tensor; .to_dense() makes one")
 
 
 def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
-    """A number, or a tensor `[B]` of any float dtype."""
+    """Check a number, or a tensor `[B]` of any float dtype."""
     if isinstance(value, Tensor):
         if value.dtype not in DATA_DTYPES:
             raise TypeError(
@@ -73,7 +73,7 @@ def per_sample(op: str, name: str, value: float | Tensor, like_name: str, like: 
 
 
 def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Tensor) -> None:
-    """A number, a tensor `[B]`, or what `OmegaTable.at` returned for this batch."""
+    """Check a number, a tensor `[B]`, or what `OmegaTable.at` returned for this batch."""
     if not isinstance(value, OmegaLookup):
         return per_sample(op, "omega", value, like_name, like)
     if not is_whole(value, like):
@@ -84,7 +84,7 @@ def omega(op: str, value: float | Tensor | OmegaLookup, like_name: str, like: Te
 
 
 def prediction_name(op: str, value: str) -> None:
-    """One of our names for what the network returns."""
+    """Check the name of what the network predicts, and suggest ours for one of diffusers'."""
     if not isinstance(value, str) or value not in PREDICTIONS:
         ours = DIFFUSERS_PREDICTIONS.get(value) if isinstance(value, str) else None
         hint = f"; did you mean {ours!r}?" if ours else ""
@@ -92,7 +92,8 @@ def prediction_name(op: str, value: str) -> None:
 
 
 def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor) -> None:
-    """Five tensors `[B]` of one float dtype that need no gradient, and in order where that can be seen."""
+    """Check five tensors `[B]` of one float dtype without gradient; and, if values can be read, that s is not after
+    t."""
     prediction_name(op, prediction)
     if not isinstance(value, Levels):
         raise TypeError(
@@ -113,7 +114,7 @@ def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor
 
 
 def _alike(value: Levels, like: Tensor) -> bool:
-    """The common case, at once: five good tensors. (A loop: a generator takes half as long again.)"""
+    """Return whether all five tensors are valid. (A loop is faster than a generator here, and every call pays.)"""
     shape, dtype, device = like.shape[:1], getattr(value.gap, "dtype", None), like.device
     if dtype not in (torch.float32, torch.float64) or value.gap.layout is not torch.strided:
         return False
@@ -126,7 +127,7 @@ def _alike(value: Levels, like: Tensor) -> bool:
 
 
 def _diagnose_levels(op: str, value: Levels, like_name: str, like: Tensor) -> None:
-    """Says which one is not."""
+    """Raise for the first tensor that is not valid."""
     for name, tensor in zip(Levels._fields, value, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: `levels.{name}` is a {type(tensor).__name__}, expected a tensor [B]")
@@ -142,14 +143,14 @@ def _diagnose_levels(op: str, value: Levels, like_name: str, like: Tensor) -> No
 
 
 def churn(op: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
-    """In [0, 1], a constant for autograd."""
+    """Check churn: values in [0, 1] that need no gradient."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{op}: `churn` requires grad, but no gradient flows to churn; pass churn.detach()")
     unit(op, "churn", value, like_name, like)
 
 
 def unit(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor) -> None:
-    """A number or a tensor `[B]` in [0, 1]."""
+    """Check a number or a tensor `[B]` with values in [0, 1]."""
     per_sample(op, name, value, like_name, like)
     if isinstance(value, Tensor):
         inside = not readable(value) or (smallest(value) >= 0 and -smallest(-value) <= 1)
@@ -160,7 +161,7 @@ def unit(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor
 
 
 def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tensor | None) -> None:
-    """Noise comes from `noise` or from `seed`, never from both, and from one where there is churn."""
+    """Check that at most one of `noise` and `seed` is given, and exactly one if there is churn."""
     if seed is not None:
         not_vmapped(op, "seed", "noise=...")
     if noise is not None and seed is not None:
@@ -172,7 +173,7 @@ def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tens
 
 
 def unused(op: str, noise: Tensor | None, seed: int | Tensor | None) -> None:
-    """No noise and no seed if `churn` was not given."""
+    """Refuse noise and seed if `churn` was not given."""
     for name, given in (("seed", seed), ("noise", noise)):
         if given is not None:
             raise ValueError(
@@ -182,13 +183,13 @@ def unused(op: str, noise: Tensor | None, seed: int | Tensor | None) -> None:
 
 
 def not_vmapped(op: str, name: str, instead: str) -> None:
-    """A seed does not know which entry of a batch it is asked for."""
+    """Refuse a seed under vmap, where every entry would draw the same noise."""
     if impls.vmapped():
         raise ValueError(f"{op}: `{name}` under vmap would draw the same noise for every entry; pass {instead}")
 
 
 def first_sample(op: str, first_sample: int) -> None:
-    """The index of the first sample."""
+    """Check the index of the first sample."""
     if isinstance(first_sample, bool) or not isinstance(first_sample, (int, torch.SymInt)):
         raise TypeError(f"{op}: `first_sample` is a {type(first_sample).__name__}, expected an int")
     if not 0 <= first_sample < 2**32 and not torch.compiler.is_compiling():
@@ -196,7 +197,7 @@ def first_sample(op: str, first_sample: int) -> None:
 
 
 def seed(op: str, value: int | Tensor, first: int, batch: int, like: Tensor | None, name: str = "seed") -> None:
-    """An int64 number, or an int64 tensor, 0-dim or `[B]`; and the index of the first sample."""
+    """Check a seed (an int64 number, or an int64 tensor, 0-dim or `[B]`) and the index of the first sample."""
     first_sample(op, first)
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
@@ -216,7 +217,7 @@ def seed(op: str, value: int | Tensor, first: int, batch: int, like: Tensor | No
 
 
 def particles(op: str, name: str, tensor: Tensor) -> None:
-    """`[B, m, ...]` with m at least 1."""
+    """Check particles `[B, m, ...]` with m at least 1."""
     if not isinstance(tensor, Tensor):
         hint = ", or Renoise or Expected" if name == "target" else ""
         raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, m, ...]{hint}")
@@ -229,7 +230,7 @@ def particles(op: str, name: str, tensor: Tensor) -> None:
 
 
 def like_item(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Data `[B, *shape]` on the device of `like`."""
+    """Check data `[B, *shape]` on the device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]")
     if tensor.dtype not in DATA_DTYPES:
@@ -244,7 +245,7 @@ def like_item(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, 
 
 
 def count(op: str, name: str, value: int, most: int | None = None) -> None:
-    """A number of things, 1 or more."""
+    """Check an int of 1 or more, and of `most` or less."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected an int")
     if value < 1:
@@ -254,25 +255,25 @@ def count(op: str, name: str, value: int, most: int | None = None) -> None:
 
 
 def function(op: str, name: str, value) -> None:
-    """Something that can be called."""
+    """Check a callable."""
     if not callable(value):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a function")
 
 
 def tensor(op: str, name: str, value: Tensor) -> None:
-    """A tensor of any kind."""
+    """Check a tensor of any dtype and shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a tensor")
 
 
 def flag(op: str, name: str, value: bool) -> None:
-    """True or False."""
+    """Check a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected True or False")
 
 
 def number(op: str, name: str, value: float, low: float, high: float) -> None:
-    """A number of the host in [low, high]."""
+    """Check a Python number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a float")
     if not low <= value <= high:
@@ -280,7 +281,8 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
 
 
 def power(op: str, beta: float, lam: float, unbiased: bool, m: int) -> None:
-    """Of an energy: beta in (0, 2], lam in [0, 1], and a partner for each particle where they repel each other."""
+    """Check the options of an energy: beta in (0, 2], lam in [0, 1], and two particles or more if they repel each
+    other."""
     flag(op, "unbiased", unbiased)
     for name, value in (("beta", beta), ("lam", lam)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -297,7 +299,7 @@ def power(op: str, beta: float, lam: float, unbiased: bool, m: int) -> None:
 
 
 def smallest(tensor: Tensor) -> float:
-    """The least value of `[B]`, or NaN where there is one."""
+    """Return the least value of `[B]`, or NaN if one is NaN."""
     extension = impls.extension()
     if extension is None or type(tensor) is not Tensor or impls.is_lazy(tensor):
         return tensor.min().item()

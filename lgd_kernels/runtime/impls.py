@@ -1,8 +1,8 @@
-"""Which implementation runs: what is built, what fits the tensors at hand, and, for each that does not, why not.
+"""Choose the implementation that runs, and give the reasons why the others do not.
 
-Four names for every op: "cuda", "triton", "cpu" (C++) and "reference" (plain PyTorch). An explicit `impl=` runs that
-one or raises; `impl=None` takes the first of `ORDER` that can run. A room lists its own implementations, with the
-dtypes of each, as `IMPLEMENTATIONS` in its `op.py`; nothing is registered here.
+Every op has up to four: "cuda", "triton", "cpu" (C++) and "reference" (plain PyTorch). An explicit `impl=` runs that
+one or raises. `impl=None` takes the first of `ORDER` that can run. Each op lists its implementations, with the dtypes
+of each, as `IMPLEMENTATIONS` in its `op.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lgd_kernels.runtime import builds
 
 Impl = Literal["cuda", "triton", "cpu", "reference"]
 NAMES = get_args(Impl)
-# The automatic choice, by device; other devices run the reference. Triton goes before CUDA: neither has been timed on a
-# GPU yet, and Triton's kernels have at least run, in its interpreter.
+# The automatic choice, by device; other devices run the reference. Triton comes before CUDA because neither has been
+# timed on a GPU yet, and only Triton's kernels have been executed (in its interpreter).
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 HALF = frozenset((torch.bfloat16, torch.float16))
@@ -37,9 +37,9 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, ...]:
-    """The implementations of `op` that run on `device` for float32 tensors, the automatic choice first.
+    """Return the implementations of `op` that run on `device` for float32 tensors, the automatic choice first.
 
-    The device itself is not looked for: asked about "cuda", this says what would run there.
+    The device need not be present: for "cuda" the result is what would run there.
 
     >>> import lgd_kernels as lgd
     >>> "reference" in lgd.available_impls("guided_step", "cpu")
@@ -52,7 +52,7 @@ def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, 
 
 
 def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | None = None) -> list[str]:
-    """Every reason why `impl` of `op` cannot run on these tensors (or on `device`), in words; [] if it can.
+    """Return every reason why `impl` of `op` cannot run on these tensors (or on `device`); [] if it can.
 
     Pass the tensors in the order of the op's arguments: for `guided_energy` x, cond, uncond and the target.
 
@@ -69,20 +69,20 @@ def why_not(op: str, impl: Impl, *tensors: Tensor, device: torch.device | str | 
         device = tensors[0].device if tensors else "cpu"
     dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
     reasons = list(_reasons(op, impl, torch.device(device).type, dtypes))
-    unfit = getattr(_room(op), "unfit", None)  # reasons that depend on shapes
+    unfit = getattr(_op_module(op), "unfit", None)  # for reasons that depend on shapes
     return reasons + (unfit(impl, *tensors) if unfit and tensors else [])
 
 
 def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The implementation that runs; ValueError with every reason where an explicit one cannot."""
+    """Return the implementation that runs. Raise ValueError with every reason if an explicit one cannot."""
     try:
         return _choose(op, impl, device.type, dtypes)
-    except TypeError:  # it cannot be hashed
+    except TypeError:  # impl cannot be hashed
         return named(op, impl)
 
 
 def named(op: str, impl: str) -> str:
-    """`impl`, one of the four names."""
+    """Return `impl` if it is one of the four names; raise otherwise."""
     if not isinstance(impl, str):
         raise TypeError(f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}")
     if impl not in NAMES:
@@ -116,7 +116,7 @@ def _with_threads(binding: Callable) -> Callable[[Any, tuple], None]:
 
 
 def through_reference(op: str, impl: str | None) -> bool:
-    """Whether a call must run as plain PyTorch: because it asks to, or because vmap, jvp or func.grad do."""
+    """Return whether a call must run as plain PyTorch: because of its `impl`, or under vmap, jvp or func.grad."""
     if impl is None:
         return transforms_active()
     if named(op, impl) == "reference":
@@ -127,9 +127,11 @@ def through_reference(op: str, impl: str | None) -> bool:
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Nothing looks on: no compilation, tracing, profiling or dispatch mode, and only plain tensors, whose memory holds
-    their values. Then a call may leave out the operator's own dispatch, which costs more than a small step. (Private
-    names of torch: where one is missing, there is no short cut.)"""
+    """Return whether a call may skip the dispatcher, which costs more than a small step.
+
+    It may if no compilation, tracer, profiler, dispatch mode or subclass is active, and the memory of each tensor holds
+    its values. The function reads private names of torch; if one is missing, every call is dispatched.
+    """
     try:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return False
@@ -139,24 +141,24 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     if not _PLAIN.issuperset(map(type, tensors)):
         return False
-    for tensor in tensors:  # (is_lazy inlined: a call for each tensor takes twice as long)
+    for tensor in tensors:  # is_lazy, inlined: a call for each tensor takes twice as long
         if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
             return False
     return True
 
 
 def is_lazy(tensor: Tensor) -> bool:
-    """Whether memory does not hold the values: a negative view, or a zero of forward AD, which has no memory."""
+    """Return whether memory does not hold the values: a negative view, or a zero of forward AD, which has no memory."""
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
 def rooms() -> list[str]:
-    """The ops there are: the folders of `lgd_kernels.ops`."""
+    """Return the names of all ops: the packages in `lgd_kernels.ops`."""
     return sorted(module.name for module in pkgutil.iter_modules([str(builds.PACKAGE / "ops")]) if module.ispkg)
 
 
 def transforms_active() -> bool:
-    """Inside vmap, func.grad, jvp or forward AD: there the differentiable reference runs. (Private names of torch.)"""
+    """Return whether vmap, func.grad, jvp or forward AD is active, where the differentiable reference runs."""
     try:
         if torch._C._are_functorch_transforms_active():
             return True
@@ -166,17 +168,17 @@ def transforms_active() -> bool:
 
 
 def transformed() -> bool:
-    """Under compilation, or a transform of functions: where nothing but tensors should be seen."""
+    """Return whether compilation or a function transform is active."""
     return torch.compiler.is_compiling() or transforms_active()
 
 
 def batched(upstream: Tensor) -> bool:
-    """A batch of gradients that looks like one, as `torch.autograd.grad(..., is_grads_batched=True)` hands it over."""
+    """Return whether a gradient is a batch in disguise, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def vmapped() -> bool:
-    """Inside vmap, at any depth. Not seen under compilation."""
+    """Return whether vmap is active at any depth. (Compilation hides it.)"""
     if torch.compiler.is_compiling() or not transforms_active():
         return False
     functorch = torch._C._functorch
@@ -184,27 +186,28 @@ def vmapped() -> bool:
 
 
 def extension():
-    """The C++ module `lgd_kernels._C`, or None where it was not built."""
+    """Return the C++ module `lgd_kernels._C`, or None if it was not built."""
     return _load("_C")[0]
 
 
 def extension_error() -> str:
-    """Why `_C` is missing, or ""."""
+    """Return why `_C` is missing, or ""."""
     return _load("_C")[1]
 
 
 def cuda_extension():
-    """The CUDA module `lgd_kernels._C_cuda`, or None where it was not built."""
+    """Return the CUDA module `lgd_kernels._C_cuda`, or None if it was not built."""
     return _load("_C_cuda")[0]
 
 
 def cuda_extension_error() -> str:
-    """Why `_C_cuda` is missing, or ""."""
+    """Return why `_C_cuda` is missing, or ""."""
     return _load("_C_cuda")[1]
 
 
 def triton_interpreted() -> bool:
-    """Triton runs its kernels in Python, on the CPU: for tests. Set before the first kernel is loaded."""
+    """Return whether Triton interprets its kernels on the CPU, for tests. The variable is read when a kernel is
+    loaded."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -238,10 +241,10 @@ def _reasons(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...]) -
 
 
 def _implementations(op: str) -> dict[str, frozenset[torch.dtype]]:
-    return _room(op).IMPLEMENTATIONS
+    return _op_module(op).IMPLEMENTATIONS
 
 
-def _room(op: str):
+def _op_module(op: str):
     if op not in rooms():
         raise ValueError(f"`op` is {op!r}, expected one of {', '.join(rooms())}")
     return importlib.import_module(f"lgd_kernels.ops.{op}.op")
@@ -282,9 +285,9 @@ def _no_triton() -> str:
 
 @functools.cache
 def _load(name: str):
-    """(module, "") or (None, why not)."""
+    """Return (module, "") or (None, the reason)."""
     full = f"lgd_kernels.{name}"
-    if full in sys.modules and sys.modules[full] is None:  # switched off, as tests do
+    if full in sys.modules and sys.modules[full] is None:  # disabled, as tests do
         return None, builds.why_missing(name)
     own = builds.extension_in(builds.PACKAGE, name)
     path = own or builds.same_elsewhere(name)

@@ -1,7 +1,6 @@
-"""What a step needs to know of a sample, and the scalars that follow from it.
+"""Specify the scalars of a sample in plain PyTorch: its omega in a table, and the coefficients of its step.
 
-The specification in plain PyTorch of everything per sample: the omega that a table holds at (c, s, t), and the
-coefficients of a step. `csrc/common/levels.h` and `triton_common.py` compute the same numbers inside the kernels.
+`csrc/common/levels.h` and `triton_common.py` compute the same numbers inside the kernels.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from torch import Tensor
 from lgd_kernels.runtime.shown import brief, kind
 
 Prediction = Literal["x0", "eps", "v", "flow"]
-PREDICTIONS = get_args(Prediction)  # the position is the code that the kernels receive
+PREDICTIONS = get_args(Prediction)  # the position is the code in csrc/common/levels.h
 _TIMES = (torch.float32, torch.float64)
 _VALUES = (*_TIMES, torch.bfloat16, torch.float16)
 
 
 class Levels(NamedTuple):
-    """Noise levels of a step from t to s (nearer the data), each `[B]`: `x_t = signal_t x0 + noise_t z`.
+    """Hold the noise levels of a step from t to s (nearer the data), each `[B]`: `x_t = signal_t x0 + noise_t z`.
 
-    `gap = signal_s noise_t - signal_t noise_s` is what a step is made of. Formed from rounded levels it cancels
-    (4e-5 off in float32 over 1000 steps), so the schedule gives it, in closed form: see `Schedule.levels`.
+    All coefficients of a step follow from `gap = signal_s noise_t - signal_t noise_s`. Computed from rounded levels,
+    gap loses digits (4e-5 over 1000 steps in float32), so the schedule gives it in closed form: see `Schedule.levels`.
 
     >>> import torch, lgd_kernels as lgd
     >>> levels = lgd.RectifiedFlow().levels(t=torch.tensor([0.75]), s=torch.tensor([0.25]))
@@ -41,12 +40,12 @@ class Levels(NamedTuple):
         return f"Levels({', '.join(f'{name}={brief(value)}' for name, value in zip(self._fields, self, strict=True))})"
 
     def to(self, *args, **options) -> Levels:
-        """All five on another device or in another dtype (float32 or float64); arguments as in `torch.Tensor.to`."""
+        """Return all five on another device or in another dtype (float32 or float64), like `torch.Tensor.to`."""
         return Levels(*(tensor.to(*args, **options) for tensor in self))
 
 
 class OmegaLookup(NamedTuple):
-    """Where in a table each sample finds its omega; made by `OmegaTable.at`, read inside the kernels."""
+    """Hold a table and each sample's place in it; `OmegaTable.at` makes it, and kernels read it."""
 
     values: Tensor  # [C, S, T]
     s_knots: Tensor  # [S], increasing
@@ -60,13 +59,16 @@ class OmegaLookup(NamedTuple):
         return f"OmegaLookup({where}, values {list(self.values.shape)} {kind(self.values)})"
 
     def to(self, device: torch.device | str) -> OmegaLookup:
-        """Table, c, s and t on another device."""
+        """Return table, c, s and t on another device."""
         return OmegaLookup(*(tensor.to(device) for tensor in self))
 
 
 def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
-    """Whether kernels may read a lookup: shapes and dtypes are those of `OmegaTable.at` for the batch of `like`. (One
-    expression, since short calls pay for it.)"""
+    """Return whether kernels may read a lookup: its shapes and dtypes are those of `OmegaTable.at` for the batch of
+    `like`.
+
+    (One expression, because short calls pay for it.)
+    """
     values, s_knots, t_knots, c, s, t = lookup
     for tensor in lookup:
         if not isinstance(tensor, Tensor) or tensor.device != like.device or tensor.layout is not torch.strided:
@@ -80,7 +82,7 @@ def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
 
 
 def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
-    """What is wrong with a lookup, for an error message."""
+    """Describe what is wrong with a lookup, for an error message."""
     values, batch = lookup.values, list(like.shape[:1])
     for name, tensor in zip(lookup._fields, lookup, strict=True):
         if not isinstance(tensor, Tensor):
@@ -106,7 +108,7 @@ def lookup_problem(lookup: OmegaLookup, like: Tensor, like_name: str) -> str:
 
 
 class StepCoefficients(NamedTuple):
-    """A step as a linear map, each `[B]`: `x_s = x * x_t + guided * g + noise * z`, g the guided prediction."""
+    """Hold a step as a linear map, each `[B]`: `x_s = x * x_t + guided * g + noise * z`, g the guided prediction."""
 
     x: Tensor
     guided: Tensor
@@ -114,7 +116,7 @@ class StepCoefficients(NamedTuple):
 
 
 def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) -> StepCoefficients:
-    """Coefficients of one churn-DDIM step (arXiv 2510.00815, Eq. 2, 8 and 23).
+    """Compute the coefficients of one churn-DDIM step (arXiv 2510.00815, Eq. 2, 8 and 23).
 
         q = gap / (signal_s noise_t)        r = 1 - q        h = 1 - churn^2 q
         x_s = (noise_s / noise_t) h x_t + signal_s q (1 + churn^2 r) x0 + noise_s sqrt(churn^2 q (2 - churn^2 q)) z
@@ -143,7 +145,7 @@ def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) ->
 
 
 def x0_coefficients(levels: Levels, prediction: str) -> tuple[Tensor, Tensor]:
-    """`x0 = first * x_t + second * p`, p the prediction, each `[B]`."""
+    """Return the coefficients `[B]` of `x0 = first * x_t + second * p`, p the prediction."""
     signal, noise = levels.signal_t, levels.noise_t
     if prediction == "x0":
         return torch.zeros_like(signal), torch.ones_like(signal)
@@ -156,7 +158,7 @@ def x0_coefficients(levels: Levels, prediction: str) -> tuple[Tensor, Tensor]:
 
 
 def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
-    """omega as a tensor in the dtype and on the device of `like`: `[B]`, or 0-dim where it is one number."""
+    """Return omega as a tensor in the dtype and on the device of `like`: `[B]`, or 0-dim if it is one number."""
     if isinstance(omega, OmegaLookup):
         cells, weights, known = table_cells(omega, like.dtype)
         corners = omega.values.reshape(-1)[cells].to(weights.dtype)  # [B, 4]
@@ -164,15 +166,15 @@ def omega_at(omega: float | Tensor | OmegaLookup, like: Tensor) -> Tensor:
         return torch.where(known, found, torch.full_like(found, torch.nan)).to(like.dtype)
     if isinstance(omega, Tensor):
         return omega.to(like.dtype)
-    return torch.ones((), dtype=like.dtype, device=like.device) * omega  # under compilation not a constant
+    return torch.ones((), dtype=like.dtype, device=like.device) * omega  # under compilation no constant of the graph
 
 
 def table_cells(lookup: OmegaLookup, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The four cells around each sample's (s, t): flat indices `[B, 4]`, weights `[B, 4]` in at least the precision of
-    `dtype`, and whether c is in range `[B]`.
+    """Find the four cells around each sample's (s, t): flat indices `[B, 4]`, weights `[B, 4]` in at least the
+    precision of `dtype`, and whether c is in range `[B]`.
 
-    Bilinear between knots and clamped outside. A corner with s >= t holds no step; it takes the value of the last
-    row before the diagonal in its column, or, in a column without such a row, that of the first column with one.
+    Interpolation is bilinear between knots and clamped outside. A corner with s >= t holds no step; it takes the value
+    of the last row before the diagonal in its column, or, in a column without such a row, of the first column with one.
     """
     values, s_knots, t_knots, c, s, t = lookup
     rows, row_weights = _bracket(s_knots, s, dtype)  # [B, 2] each
@@ -189,40 +191,40 @@ def table_cells(lookup: OmegaLookup, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
-    """Gradient to `lookup.values`: each sample's gradient spread over its four cells, summed in a fixed order."""
+    """Compute the gradient to `lookup.values`: spread each sample's gradient over its four cells, in a fixed order."""
     cells, weights, known = table_cells(lookup, grad_omega.dtype)
     spread = grad_omega[:, None].to(weights.dtype) * weights
     spread = torch.where(known[:, None], spread, torch.zeros_like(spread)).flatten()
     total = torch.zeros(lookup.values.numel(), dtype=weights.dtype, device=weights.device)
     if total.device.type == "cpu":
-        total = total.index_add(0, cells.flatten(), spread)  # one after the other
+        total = total.index_add(0, cells.flatten(), spread)  # adds one row after the other
     else:
-        total = total.index_put((cells.flatten(),), spread, accumulate=True)  # sorted first, so no float atomics
+        total = total.index_put((cells.flatten(),), spread, accumulate=True)  # sorts first, so it uses no float atomics
     return total.view(lookup.values.shape).to(lookup.values.dtype)
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float32, or float64 where a tensor is."""
+    """Return float32, or float64 if a tensor is."""
     return widest(*(tensor.dtype for tensor in tensors if tensor is not None))
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """float32, or float64 where a dtype is."""
+    """Return float32, or float64 if a dtype is."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """`[B]` (or 0-dim) shaped to multiply `[B, ...]`."""
+    """Reshape `[B]` (or 0-dim) to broadcast with `[B, ...]`."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def sum_samples(tensor: Tensor) -> Tensor:
-    """`[B, ...]` to `[B]`."""
+    """Sum `[B, ...]` over each sample, to `[B]`."""
     return tensor.sum(tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
 
 
 def _bracket(knots: Tensor, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two knots around each point, and their weights: `[B, 2]` each."""
+    """Find the two knots around each point and their weights, `[B, 2]` each."""
     dtype = torch.promote_types(torch.promote_types(knots.dtype, at.dtype), dtype)
     knots, at = knots.to(dtype), at.to(dtype)
     left = ((knots <= at[:, None]).sum(-1) - 1).clamp(0, max(knots.numel() - 2, 0))

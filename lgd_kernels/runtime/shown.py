@@ -1,4 +1,4 @@
-"""How reprs and error messages show tensors: by their values, if reading them does not wait for a device."""
+"""Show tensors in reprs and error messages: by their values, if reading them does not wait for a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from lgd_kernels.runtime import impls
 
 
 def readable(tensor: Tensor) -> bool:
-    """Its values can be looked at for nothing: on the CPU, outside compilation and transforms, and not empty."""
+    """Return whether values can be read without a device sync: on the CPU, outside compilation and transforms, not
+    empty."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -19,7 +20,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def brief(value) -> str:
-    """A value as an error message shows it."""
+    """Format a value for an error message or a repr."""
     if not isinstance(value, Tensor):
         return str(value)
     if not readable(value):
@@ -29,12 +30,12 @@ def brief(value) -> str:
 
 
 def span(values: Tensor) -> str:
-    """The first and the last value of `[N]`, for a repr, if reading them does not wait; else the shape."""
+    """Format the first and the last value of `[N]` for a repr, or the shape if values cannot be read."""
     if values.ndim != 1 or not readable(values):
         return str(list(values.shape))
     return f"{values[0]:g} to {values[-1]:g}"
 
 
 def kind(tensor: Tensor) -> str:
-    """Dtype and device, for a repr."""
+    """Format dtype and device for a repr."""
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
