@@ -92,8 +92,7 @@ def prediction_name(op: str, value: str) -> None:
 
 
 def levels(op: str, value: Levels, prediction: str, like_name: str, like: Tensor) -> None:
-    """Check five tensors `[B]` of one float dtype without gradient; and, if values can be read, that s is not after
-    t."""
+    """Check five tensors `[B]` of one float dtype, without gradient, and their values if those can be read."""
     prediction_name(op, prediction)
     if not isinstance(value, Levels):
         raise TypeError(
@@ -281,8 +280,7 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
 
 
 def power(op: str, beta: float, lam: float, unbiased: bool, m: int) -> None:
-    """Check the options of an energy: beta in (0, 2], lam in [0, 1], and two particles or more if they repel each
-    other."""
+    """Check the options of an energy: beta in (0, 2], lam in [0, 1], and m of 2 or more if particles repel."""
     flag(op, "unbiased", unbiased)
     for name, value in (("beta", beta), ("lam", lam)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -206,8 +206,7 @@ def cuda_extension_error() -> str:
 
 
 def triton_interpreted() -> bool:
-    """Return whether Triton interprets its kernels on the CPU, for tests. The variable is read when a kernel is
-    loaded."""
+    """Return whether Triton interprets its kernels on the CPU. (It reads the variable when a kernel is loaded.)"""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -64,11 +64,7 @@ class OmegaLookup(NamedTuple):
 
 
 def is_whole(lookup: OmegaLookup, like: Tensor) -> bool:
-    """Return whether kernels may read a lookup: its shapes and dtypes are those of `OmegaTable.at` for the batch of
-    `like`.
-
-    (One expression, because short calls pay for it.)
-    """
+    """Return whether kernels may read a lookup: its shapes and dtypes are as `OmegaTable.at` makes them for `like`."""
     values, s_knots, t_knots, c, s, t = lookup
     for tensor in lookup:
         if not isinstance(tensor, Tensor) or tensor.device != like.device or tensor.layout is not torch.strided:

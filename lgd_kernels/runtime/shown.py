@@ -9,8 +9,7 @@ from lgd_kernels.runtime import impls
 
 
 def readable(tensor: Tensor) -> bool:
-    """Return whether values can be read without a device sync: on the CPU, outside compilation and transforms, not
-    empty."""
+    """Return whether there are values to read without a device sync: on the CPU, outside compilation and transforms."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
 """Turn the structs of ops into arguments of Triton kernels, and launch.
 
-Triton's binder pays for every parameter of a kernel, and for every keyword. So a tensor and its stride are one tuple, an
-absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic: `cdiv` and
+Triton's binder pays for every parameter of a kernel, and for every keyword. So a tensor and its stride are one tuple,
+an absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic: `cdiv` and
 `next_power_of_2` of Triton cost the host 2 us a call.
 
 Three limits of Triton shape the arguments. `do_not_specialize` does not reach into a tuple: the words of a seed are
