@@ -1,8 +1,8 @@
 """Turn the structs of ops into arguments of Triton kernels, and launch.
 
 Triton's binder pays for every parameter of a kernel, and for every keyword. So a tensor and its stride are one tuple,
-an absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic: `cdiv` and
-`next_power_of_2` of Triton cost the host 2 us a call.
+an absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic: `cdiv`
+and `next_power_of_2` of Triton cost the host 2 us a call.
 
 Three limits of Triton shape the arguments. `do_not_specialize` does not reach into a tuple: the words of a seed are
 parameters of their own. A parameter that may be None has no annotation. Triton 3.6 cannot compile `t is None` for a
