@@ -22,9 +22,10 @@ from lgd_kernels.learn.logs import Row
 from lgd_kernels.learn.losses import self_consistency_loss
 from lgd_kernels.learn.particles import Particles
 from lgd_kernels.learn.reward import Loss
+from lgd_kernels.omega.common import know
 from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
 from lgd_kernels.omega.network import OmegaNetwork
-from lgd_kernels.omega.table import OmegaTable, TableModule, know
+from lgd_kernels.omega.table import OmegaTable, TableModule
 from lgd_kernels.runtime import checks
 from lgd_kernels.runtime.progress import Track, silent
 

@@ -1,4 +1,4 @@
-"""Where omega(c, s, t) comes from."""
+"""Guidance weights omega(c, s, t): networks, tables and formulas, their files and pictures."""
 
 from typing import TYPE_CHECKING
 

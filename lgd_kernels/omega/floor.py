@@ -1,4 +1,4 @@
-"""The floor under a learned omega: 0, from which it can come back."""
+"""Keep a learned omega at 0 or above, with a gradient that lets it rise from 0 again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ SLACK = 0.25
 
 
 def above_zero(value: Tensor) -> Tensor:
-    """`max(value, 0)`, with the gradient of `value` itself down to -SLACK; below, only what would raise it passes.
+    """Return `max(value, 0)`, with the gradient of `value` itself down to -SLACK; below, only gradients that raise it.
 
-    The gradient of a ReLU is 0 wherever its input is at or below 0, for good: a weight that noise pushed there never
-    returns, though the loss may ask for it later. Here the loss goes on being asked: at omega = 0 it says which way it
-    falls, and over many batches that decides. Where 0 is best, values come to rest some way below it, so that the noise
-    of a batch does not lift omega off 0; SLACK bounds how far, and so the way back. Forward-mode derivatives are the
-    ReLU's.
+    The gradient of a ReLU is 0 wherever its input is at or below 0: a weight that the noise of a batch pushed there
+    would never return, even where a larger weight lowers the loss. Here the gradient passes at omega = 0, and the mean
+    over many batches decides. Where 0 is best, values settle below 0, so that the noise of one batch does not lift
+    omega above 0; SLACK bounds how far below, and so how long the return takes. Forward-mode derivatives are those of
+    the ReLU.
 
     >>> import torch
     >>> value = torch.tensor([-1.0, -1.0, -0.1, 2.0], requires_grad=True)

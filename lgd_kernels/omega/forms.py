@@ -1,4 +1,4 @@
-"""omega as a formula of t with one to three numbers: what is set by hand, or learned where little can be."""
+"""Formulas of omega(t) with one to three numbers: to set by hand, or to learn from little data."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.omega.common import in_order
 from lgd_kernels.omega.floor import above_zero
-from lgd_kernels.omega.table import in_order
 
 
 class Constant(nn.Module):
-    """One weight for every condition and step: plain classifier-free guidance, `w = 1 + omega`.
+    """Give every condition and step one weight: plain classifier-free guidance, `w = 1 + omega`.
 
     Args:
-        omega: the weight, learned as `Constant.omega`. Below 0 it counts as 0.
+        omega: the weight, learned as `Constant.omega`. Values below 0 count as 0.
 
     >>> import torch
     >>> Constant(0.5)(None, torch.tensor([0.0, 0.2]), torch.tensor([0.1, 1.0]))
@@ -27,20 +27,20 @@ class Constant(nn.Module):
         self.omega = _number("Constant", "omega", omega)
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
+        """Return omega `[B]` for s and t `[B]`, s <= t; c has no effect."""
         in_order("Constant", s, t)
         return above_zero(self.omega).expand(t.shape)
 
 
 class Interval(nn.Module):
-    """One weight on a limited interval of t: `omega` for low < t <= high, 0 outside.
+    """Give one weight on a limited interval of t: `omega` for low < t <= high, 0 outside.
 
     low and high are **times of the schedule**, as s and t are: `schedule.from_unit(torch.tensor(0.8))` is the time for
-    80 % noise. It is the t that a step starts from that counts, as in `rules.interval`; t = high is inside.
+    80 % noise. The interval is of t, where a step starts, as in `rules.interval`; t = high is inside.
 
     Args:
-        omega: the weight, learned as `Interval.omega`. Below 0 it counts as 0.
-        low, high: the ends, buffers: the weight jumps there, so no gradient says where they should be.
+        omega: the weight, learned as `Interval.omega`. Values below 0 count as 0.
+        low, high: the ends. They are buffers: the weight jumps there, so they have no gradient;
             `lgd_kernels.learn.fit.fit_interval` searches for them.
 
     Source: Kynkäänniemi et al., arXiv 2404.07724.
@@ -49,6 +49,9 @@ class Interval(nn.Module):
     >>> Interval(2.0, 0.2, 0.8)(None, torch.zeros(3), torch.tensor([0.2, 0.8, 0.9])).detach()
     tensor([0., 2., 0.])
     """
+
+    low: Tensor
+    high: Tensor
 
     def __init__(self, omega: float, low: float, high: float) -> None:
         super().__init__()
@@ -60,21 +63,21 @@ class Interval(nn.Module):
         self.register_buffer("high", torch.tensor(high, dtype=torch.float64))
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
+        """Return omega `[B]` for s and t `[B]`, s <= t; c has no effect."""
         in_order("Interval", s, t)
         inside = (t > self.low.to(t.dtype)) & (t <= self.high.to(t.dtype))
         return torch.where(inside, above_zero(self.omega), torch.zeros_like(self.omega))
 
 
 class ClampLinear(nn.Module):
-    """A weight linear in t, clamped at 0: `max(0, intercept + slope t)`, t a time of the schedule.
+    """Give a weight that is linear in t, clamped at 0: `max(0, intercept + slope t)`, t a time of the schedule.
 
-    The clamped linear schedule of Wang et al., arXiv 2404.13040, which is `w_t = max(c, 2 w (1 - t))` in their scale
-    (w = 1 + omega, t from 1 at the noise to 0 at the data): with c = 1, so that guidance never turns into its opposite,
-    it is `ClampLinear(2 w - 1, -2 w)`. Two free numbers, so that it may fall instead, are ours.
+    Wang et al., arXiv 2404.13040, write their clamped linear schedule `w_t = max(c, 2 w (1 - t))`, with w = 1 + omega
+    and t from 1 at the noise to 0 at the data. With c = 1, so that the weight is never negative, it is
+    `ClampLinear(2 w - 1, -2 w)`. Two free numbers, so that the weight may also fall towards the data, are ours.
 
     Args:
-        intercept, slope: learned as parameters. Where the clamp holds, what would raise the weight has a gradient.
+        intercept, slope: learned as parameters. Where the clamp holds, only gradients that raise the weight pass.
 
     >>> import torch
     >>> ClampLinear(1.0, -2.0)(None, torch.zeros(3), torch.tensor([0.0, 0.25, 1.0])).detach()
@@ -87,7 +90,7 @@ class ClampLinear(nn.Module):
         self.slope = _number("ClampLinear", "slope", slope)
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """c is not looked at; s and t `[B]`, s <= t -> omega `[B]`."""
+        """Return omega `[B]` for s and t `[B]`, s <= t; c has no effect."""
         in_order("ClampLinear", s, t)
         return above_zero(self.intercept + self.slope * t.to(self.slope.dtype))
 

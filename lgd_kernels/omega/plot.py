@@ -1,4 +1,4 @@
-"""Draw omega: t to the right, s upwards."""
+"""Draw omega(c, s, t) as heat maps: t to the right, s upwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(
     schedule: Schedule | None = None,
     ends: tuple[float, float] = (0.0, 1.0),
 ) -> Any:
-    """Draw omega for the first few `conditions`, `[C]` or `[C, E]`, in a panel for each: over unit times with a
+    """Draw omega for the first few `conditions`, `[C]` or `[C, E]`, one panel for each: over unit times with a
     schedule, else over times from `ends[0]` to `ends[1]`."""
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(
@@ -56,7 +56,7 @@ def draw(
 def heat(panel: Any, values: Tensor, title: str, top: float, ends: tuple[float, float] = (0.0, 1.0)) -> Any:
     """Draw one panel: omega `[s, t]` on an even grid from `ends[0]` to `ends[1]`, blank where s >= t.
 
-    `panel` is a matplotlib Axes. Returns the image in it."""
+    `panel` is a matplotlib Axes. Returns its image."""
     values = torch.as_tensor(values, device="cpu")
     step = torch.ones_like(values, dtype=torch.bool).triu(1)
     sheet = torch.where(step, values, math.nan).numpy()

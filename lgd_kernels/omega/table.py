@@ -1,4 +1,4 @@
-"""omega(c, s, t) as a table, which the kernels read themselves."""
+"""Tables of omega(c, s, t), which kernels read: `OmegaTable`, and the module that learns one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.omega.common import in_order, know
 from lgd_kernels.runtime.checks import DATA_DTYPES, dense, prediction_name, smallest
 from lgd_kernels.runtime.levels import OmegaLookup, Prediction, omega_at
 from lgd_kernels.runtime.shown import kind, readable, span
@@ -18,18 +19,18 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class OmegaTable:
-    """omega for each condition c, bilinear in s and t between knots and clamped outside.
+    """Look up omega for each condition c, bilinear in s and t between knots and clamped outside.
 
     Args:
         values: `[C, S, T]`, any float dtype: omega of condition c at `(s_knots[i], t_knots[j])`. Differentiable: a step
-            that looks omega up sends its gradient here, summed over the samples of a cell in a fixed order.
+            that looks omega up adds its gradient here, summed over the samples of a cell in a fixed order.
         s_knots, t_knots: `[S]` and `[T]`, strictly increasing, float32 or float64, of one dtype.
         schedule, prediction: the schedule whose times the knots are, and what the model returned when the table was
             learned ("x0", "eps", "v" or "flow"). If given, they become attributes, and files store them
-            (`lgd_kernels.omega.files`); sampling a plan with another prediction warns.
+            (`lgd_kernels.omega.files`); `lgd_kernels.sample` warns about a plan with another prediction.
 
-    A corner with `s_knots[i] >= t_knots[j]` holds no step. It is filled from the diagonal: it takes the value of the
-    last row before the diagonal in its column (a column without such a row takes the first column that has one).
+    An entry with `s_knots[i] >= t_knots[j]` belongs to no step. A lookup takes the value of the last row before the
+    diagonal in its column instead (for a column without such a row: in the first column that has one).
 
     >>> import torch, lgd_kernels as lgd
     >>> table = lgd.OmegaTable(torch.tensor([[[1.0, 3.0]]]), torch.tensor([0.0]), torch.tensor([0.5, 1.0]))
@@ -37,6 +38,9 @@ class OmegaTable:
     >>> lgd.guided_score(torch.tensor([[1.0]]), torch.tensor([[0.0]]), lookup)
     tensor([[3.]])
     """
+
+    schedule: Schedule  # set if it is known
+    prediction: Prediction  # likewise
 
     def __init__(
         self,
@@ -78,18 +82,20 @@ class OmegaTable:
         know(self, schedule, prediction)
 
     def at(self, c: Tensor | None, s: Tensor, t: Tensor) -> OmegaLookup:
-        """Where each sample looks: condition c `[B]` (integers), times s and t `[B]` (float32 or float64, alike).
+        """Return a lookup for the ops: condition c `[B]` (integers), times s and t `[B]` (float32 or float64, alike).
 
         A step goes from t to s, nearer the data: s <= t, and s comes first, as in omega(c, s, t). (`Schedule.levels`
-        takes t first.) A table with one condition takes None for c. Times that count steps, those of `Discrete`, are
-        integers: they are looked up as numbers. Otherwise nothing is computed here. Raises ValueError for c outside
-        [0, C) and for s > t, where the values can be read; elsewhere c outside [0, C) gives NaN in the step, and s > t
-        gives the value next to the diagonal.
+        takes t first.) A table with one condition takes None for c. Integer times, those of `Discrete`, are cast to the
+        dtype of the knots. The ops interpolate in their kernels; this method computes nothing. Raises ValueError for c
+        outside [0, C) and for s > t, where the values are readable without a device sync; elsewhere c outside [0, C)
+        gives NaN in the step, and s > t gives the value next to the diagonal.
         """
         _tensors("OmegaTable.at", s=s, t=t)
         if c is None and self.values.shape[0] == 1:
             c = torch.zeros(s.shape, dtype=torch.int64, device=s.device)
-        _tensors("OmegaTable.at", c=c)
+        if not isinstance(c, Tensor):
+            raise TypeError(f"OmegaTable.at: `c` is a {type(c).__name__}, expected a tensor")
+        dense("OmegaTable.at", "c", c)
         s, t = (time.to(self.s_knots.dtype) if time.dtype in INTEGERS else time for time in (s, t))
         if self.values.shape[1:] != (len(self.s_knots), len(self.t_knots)):
             raise ValueError(
@@ -127,7 +133,7 @@ class OmegaTable:
         return OmegaLookup(self.values, self.s_knots, self.t_knots, c.long(), s, t)
 
     def __call__(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """omega `[B]` itself, for a look at it; differentiable in `values`."""
+        """Compute omega `[B]`, to look at it; differentiable in `values`."""
         lookup = self.at(c, s, t)
         return omega_at(
             lookup,
@@ -139,9 +145,9 @@ class OmegaTable:
         return f"OmegaTable(values {list(self.values.shape)} {kind(self.values)}, {knots})"
 
     def to(self, *args, **options) -> OmegaTable:
-        """A table on another device, or with values of another dtype; arguments as in `torch.Tensor.to`.
+        """Return a table on another device, or with values of another dtype; arguments as in `torch.Tensor.to`.
 
-        Knots are moved and keep their dtype. The gradient flows to the values of this table.
+        Knots keep their dtype. The gradient flows to the values of this table.
 
         >>> import torch, lgd_kernels as lgd
         >>> table = lgd.OmegaTable(torch.ones(3, 1, 1), torch.tensor([0.0]), torch.tensor([1.0]))
@@ -161,10 +167,11 @@ class OmegaTable:
     def save(
         self, path: str | os.PathLike, schedule: Schedule | None = None, prediction: Prediction | None = None
     ) -> None:
-        """Write the table to a safetensors file, as `lgd_kernels.omega.files.save` does; `load` there reads it.
+        """Write the table to a safetensors file with `lgd_kernels.omega.files.save`; `lgd_kernels.omega.files.load`
+        reads it.
 
-        `schedule` is the one whose times the knots are, `prediction` what the model returned that the table was learned
-        for; by default those that the table knows.
+        `schedule` is the schedule whose times the knots are, `prediction` what the model returned when the table was
+        learned; by default the attributes of the table.
 
         >>> import tempfile, torch, lgd_kernels as lgd
         >>> from lgd_kernels.omega.files import load
@@ -184,7 +191,7 @@ class OmegaTable:
         Args:
             path: where to write the picture: .png, .pdf or another format of matplotlib.
             schedule: the schedule whose times the knots are; the axes are then unit times, 0 at the data and 1 at the
-                noise. Without it the axes are times, from the first knot to the last.
+                noise. Without a schedule the axes are times, from the first knot to the last.
 
         Returns the matplotlib figure. Raises ImportError where matplotlib is not installed.
 
@@ -208,16 +215,16 @@ class OmegaTable:
 
 
 class TableModule(nn.Module):
-    """An `OmegaTable` whose values are learned by gradient descent, as `Trainer` does with a table.
+    """Learn the values of an `OmegaTable` by gradient descent; `Trainer` wraps a table in this module.
 
-    Values have to stay at 0 or above, and a value that a ReLU had cut off there would never come back. So nothing is
-    cut off in the forward; `project` puts values below 0 back to 0, after each update. Give the optimizer a
-    `weight_decay` of 0 (`AdamW` has 0.01): it draws every value to 0, also those that no batch has read.
+    Values have to stay at 0 or above, and a value that a ReLU clamps has no gradient to rise again. So the forward does
+    not clamp; `project`, called after each update, sets values below 0 to 0. Give the optimizer a `weight_decay` of 0
+    (`AdamW` has 0.01): decay draws every value to 0, also values that no batch has read.
 
     Args:
-        table: where it starts; its values are copied.
+        table: the initial table; its values are copied.
 
-    `table()` gives the values of now as an `OmegaTable`, for the kernels and for files.
+    `table()` returns the current values as an `OmegaTable`, for the kernels and for files.
 
     >>> import torch, lgd_kernels as lgd
     >>> knots = torch.linspace(0, 1, 5)
@@ -225,6 +232,9 @@ class TableModule(nn.Module):
     >>> module(torch.tensor([3]), torch.tensor([0.2]), torch.tensor([0.7])).tolist(), len(list(module.parameters()))
     ([1.0], 1)
     """
+
+    s_knots: Tensor
+    t_knots: Tensor
 
     def __init__(self, table: OmegaTable) -> None:
         super().__init__()
@@ -236,11 +246,11 @@ class TableModule(nn.Module):
         know(self, getattr(table, "schedule", None), getattr(table, "prediction", None))
 
     def forward(self, c: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
-        """As the table: omega `[B]`."""
+        """Compute omega `[B]` from the current values, as `OmegaTable` does."""
         return OmegaTable(self.values, self.s_knots, self.t_knots)(c, s, t)
 
     def _apply(self, *arguments, **options) -> TableModule:
-        """`module.half()` and all its like: knots keep float32 or float64, as in `OmegaTable.to`."""
+        """Apply `module.half()` and the like, but keep knots in float32 or float64, as `OmegaTable.to` does."""
         knots = {name: getattr(self, name) for name in ("s_knots", "t_knots")}
         super()._apply(*arguments, **options)
         for name, kept in knots.items():
@@ -251,35 +261,17 @@ class TableModule(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Put values below 0 back to 0."""
+        """Set values below 0 to 0."""
         self.values.clamp_(min=0)
 
     def table(self) -> OmegaTable:
-        """A copy of it as it is now."""
+        """Copy the current values into an `OmegaTable`."""
         known = {name: getattr(self, name, None) for name in ("schedule", "prediction")}
         return OmegaTable(self.values.detach().clone(), self.s_knots, self.t_knots, **known)
 
 
-def know(omega: OmegaTable | nn.Module, schedule: Schedule | None, prediction: str | None) -> None:
-    """Set the schedule and the prediction of omega as attributes, if they are known."""
-    if schedule is not None:
-        omega.schedule = schedule
-    if prediction is not None:
-        omega.prediction = prediction
-
-
-def in_order(where: str, s: Tensor, t: Tensor) -> None:
-    """ValueError where a step would end before it starts: s > t, in a sample whose values can be read."""
-    if readable(s) and readable(t) and s.shape == t.shape and bool((s > t).any()):
-        first = int((s > t).flatten().int().argmax())
-        raise ValueError(
-            f"{where}: `s` is {s.flatten()[first]:g} and `t` is {t.flatten()[first]:g} in sample {first}, expected "
-            "s <= t: a step goes from t to s, nearer the data, and omega(c, s, t) takes s first; pass them in that "
-            "order, or as s=..., t=..."
-        )
-
-
 def _tensors(where: str, **arguments: Tensor) -> None:
+    """Raise TypeError unless each argument is a dense tensor."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: `{name}` is a {type(value).__name__}, expected a tensor")
