@@ -354,7 +354,7 @@ def test_a_step_of_no_length_is_the_identity(schedule, dtype):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: lgd.EDM(sigma_min=-1.0), ValueError, "EDM: `sigma_min` is -1, expected a positive finite number"),
+        (lambda: lgd.EDM(sigma_min=-1.0), ValueError, "EDM: `sigma_min` is -1.0, expected a positive finite number"),
         (lambda: lgd.EDM(sigma_min=0.0), ValueError, "EDM: `sigma_min` is 0"),
         (lambda: lgd.EDM(sigma_min=math.nan), ValueError, "EDM: `sigma_min` is nan"),
         (lambda: lgd.EDM(sigma_max=math.inf), ValueError, "EDM: `sigma_max` is inf"),

@@ -1,4 +1,4 @@
-"""From DDIM's eta to churn."""
+"""Convert DDIM's eta to churn."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from lgd_kernels.runtime.shown import brief
 
 
 def churn_from_eta(eta: float | Tensor, levels: Levels) -> Tensor:
-    """The churn of a step that adds the noise of DDIM's eta, as diffusers uses it; in between 0 and 1 they differ.
+    """Compute the churn with which a step adds the noise of DDIM's eta, as diffusers defines it.
 
         r     = (signal_t / signal_s) (noise_s / noise_t),  h = sqrt(1 - eta^2 (1 - r^2))
         churn = eta sqrt((1 + r) / (1 + h))                 # churn^2 = (1 - h) / (1 - r), without its cancellation
 
-    so that the step adds `eta noise_s sqrt(1 - r^2) z`, sigma(eta) of DDIM. At 1 it is the ancestral Euler sampler.
+    The step then adds `eta noise_s sqrt(1 - r^2) z`, sigma(eta) of DDIM. At eta = 1 it is the step of the ancestral
+    Euler sampler. Between 0 and 1, eta and churn differ.
 
     Args:
         eta: in [0, 1], a float or `[B]` of any float dtype.
         levels: `schedule.levels(t, s)`; every sample may have its own times.
 
-    Returns churn `[B]`, in the dtype of the levels: exactly 0 where eta is 0 and exactly 1 where it is 1. Given as a
-    tensor, `guided_step` asks for `noise` or `seed` even where it is 0.
+    Returns churn `[B]`, in the dtype of the levels: exactly 0 where eta is 0 and exactly 1 where eta is 1. With churn
+    as a tensor, `guided_step` requires `noise` or `seed`, even if all of churn is 0.
 
     The ops take churn as a constant: no gradient flows to eta. Raises TypeError or ValueError, naming the argument; an
-    eta outside [0, 1] that cannot be seen without a device sync gives NaN in the step.
+    eta outside [0, 1] that is not readable without a device sync gives NaN in the step.
 
     Source: arXiv 2010.02502, Eq. 16; the conversion is ours.
 

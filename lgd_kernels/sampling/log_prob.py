@@ -1,15 +1,16 @@
-"""A stochastic step together with the log density of where it went: what policy gradients on a sampler need."""
+"""A stochastic step with its log density, for policy gradients on a sampler."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lgd_kernels.ops.combine.api import combine
+from lgd_kernels.ops.combine.api import Combined, combine
 from lgd_kernels.runtime import checks, impls
+from lgd_kernels.runtime.columns import Column
 from lgd_kernels.runtime.impls import Impl
 from lgd_kernels.runtime.levels import Levels, OmegaLookup, Prediction, omega_at, step_coefficients
 
@@ -30,29 +31,29 @@ def step_with_log_prob(
     reduction: Literal["sum", "mean"] = "sum",
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(x_s, log p(x_s | x, g))`: one guided step with churn, and its log density for each sample.
+    """Return `(x_s, log p(x_s | x, g))`: one guided step with churn, and its log density for each sample.
 
         x_s = mean + V z,   mean = A x + B g                                    as in `guided_step`
         log p = -||x_s - mean||^2 / (2 V^2) - D/2 ln(2 pi V^2)                  D elements of a sample
 
     Args:
         x, cond, uncond, omega, levels, prediction, noise, seed, first_sample, impl: as in `guided_step`.
-        x_s: where an earlier step went, to be scored; None draws it, from `noise` or `seed`, and detaches it.
+        x_s: the result of an earlier step, to be scored; None draws x_s, from `noise` or `seed`, and detaches it.
         churn: above 0: without noise there is no density.
         reduction: "sum" over the elements of a sample, or their "mean", log p / D.
 
     Returns x_s in the dtype of x, and log p `[B]` in float64 for every dtype: at the log p of a latent video (-6e5)
     neighbouring float32 numbers are 0.06 apart, and a ratio `exp(new - old)` needs 1e-3. Mean and residual are formed
     in float64 for each element and summed in float64, so the difference of two scores of 10^7 elements is accurate to
-    1e-4. log p is NaN where V = 0 (s = 0, or a churn of 0 that cannot be read without waiting).
+    1e-4. log p is NaN where V = 0 (s = 0, or a churn of 0 that is not readable without a device sync).
 
     A score is one pass: it reads x_s, x, cond and uncond, writes nothing, and takes a dozen float64 operations for
     each element. A step that draws takes two passes: the step, and the score of x_s as stored. So scoring a stored x_s
     again with the same weights and the same implementation gives the same number: a ratio of exactly 1.
 
     Differentiable in x, cond, uncond and omega through the mean, and in a given x_s. On the CPU the residual of a
-    gradient is formed in float64 too, which takes memory for it and for a copy of x_s. Score x_s as it was stored:
-    rounded to half it is another point, and V may be no larger than that.
+    gradient is formed in float64 too, which takes memory for the residual and for a copy of x_s. Score x_s as it was
+    stored: rounding to half changes x_s, perhaps by as much as V.
 
     Raises TypeError or ValueError as `guided_step` does, and for a churn of 0.
 
@@ -81,22 +82,31 @@ def step_with_log_prob(
         if seed is not None:
             checks.seed("step_with_log_prob", seed, first_sample, x.shape[0], x)
         with torch.no_grad():
-            x_s = _drawn(x, cond, uncond, (a, b, bw, v), noise, seed, first_sample, impl)
-        x_s = x_s.detach()  # also from forward mode, which no_grad leaves
+            x_s = _drawn((x, cond, uncond), (a, b, bw), v, noise, impl, seed=seed, first_sample=first_sample)
+        x_s = x_s.detach()  # also from forward mode, which no_grad does not turn off
     factors = torch.stack((torch.ones_like(a), -a, -b, -bw), 1)  # x_s - mean
-    columns = 0, 1, 2, (2, 3)
+    columns: tuple[Column, ...] = 0, 1, 2, (2, 3)
     found = combine((x_s, x, cond, uncond), factors, columns=columns, moments=True, written=0, wide=True, impl=impl)
+    assert isinstance(found, Combined)
     count = math.prod(x.shape[1:])
     variance = torch.where(v > 0, v * v, torch.nan)
     log_prob = -found.dots[:, 0, 0] / (2 * variance) - count / 2 * torch.log(2 * torch.pi * variance)
     return x_s, log_prob / count if reduction == "mean" else log_prob
 
 
-def _drawn(x, cond, uncond, coefficients, noise, seed, first_sample, impl):
-    """x_s, as `guided_step` draws it."""
-    *factors, v = coefficients
-    tensors, columns = [x, cond, uncond], [0, 1, (1, 2)]
-    if noise is not None:
-        return combine((*tensors, noise), torch.stack((*factors, v), 1), columns=(*columns, 3), impl=impl)
-    return combine(tensors, torch.stack(factors, 1), columns=columns, noise_scale=v, seed=seed,
-                   first_sample=first_sample, impl=impl)  # fmt: skip
+def _drawn(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    factors: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor,
+    noise: Tensor | None,
+    impl: Impl | None,
+    **drawn: Any,
+) -> Tensor:
+    """Draw x_s as `guided_step` does: `factors` of x, cond and guidance, and `scale` of the noise."""
+    columns: tuple[Column, ...] = 0, 1, (1, 2)
+    if noise is None:
+        found = combine(tensors, torch.stack(factors, 1), columns=columns, noise_scale=scale, impl=impl, **drawn)
+    else:
+        found = combine((*tensors, noise), torch.stack((*factors, scale), 1), columns=(*columns, 3), impl=impl)
+    assert isinstance(found, Tensor)
+    return found

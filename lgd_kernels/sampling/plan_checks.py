@@ -1,8 +1,12 @@
-"""The argument checks of solvers. Messages name the plan and the argument; values are read only without waiting."""
+"""Check the arguments of schedules and solvers. Messages name the function and the argument; no check waits for a
+device."""
 
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +17,7 @@ from lgd_kernels.runtime.shown import brief, readable
 
 
 def times(plan: str, name: str, value: Tensor) -> None:
-    """`[N + 1]` or `[N + 1, B]`, from the noise to the data."""
+    """Raise TypeError or ValueError unless times are `[N + 1]` or `[N + 1, B]`, from the noise to the data."""
     _tensor(plan, name, value)
     if value.ndim not in (1, 2) or not value.shape[0]:
         raise ValueError(
@@ -29,7 +33,7 @@ def times(plan: str, name: str, value: Tensor) -> None:
 
 
 def sigmas(plan: str, value: Tensor, prediction: str) -> None:
-    """Times that are sigmas, of a float dtype that has digits enough for their differences."""
+    """Check times that are sigmas: finite, and of a dtype with enough digits for their differences."""
     prediction_name(plan, prediction)
     times(plan, "sigmas", value)
     if value.dtype not in (torch.float32, torch.float64):
@@ -38,8 +42,8 @@ def sigmas(plan: str, value: Tensor, prediction: str) -> None:
         raise ValueError(f"{plan}: `sigmas` must lie in [0, inf); got {brief(value)}")
 
 
-def levels(plan: str, schedule, t: Tensor, s: Tensor, prediction: str) -> Levels:
-    """Levels of all steps; an eps prediction needs a signal above 0."""
+def levels(plan: str, schedule: Any, t: Tensor, s: Tensor, prediction: str) -> Levels:
+    """Compute the levels of all steps, or raise; an eps prediction needs a signal above 0."""
     prediction_name(plan, prediction)
     if isinstance(schedule, type) or not callable(getattr(schedule, "levels", None)):
         what = schedule.__name__ if isinstance(schedule, type) else f"a {type(schedule).__name__}"
@@ -55,7 +59,7 @@ def levels(plan: str, schedule, t: Tensor, s: Tensor, prediction: str) -> Levels
 
 
 def ends(plan: str, times: Tensor, to: Tensor) -> None:
-    """Times `[N]` or `[N, B]` of steps, and where each of them goes."""
+    """Check the times `[N]` or `[N, B]` at which steps start and end."""
     _tensor(plan, "times", times)
     _tensor(plan, "to", to)
     if times.ndim not in (1, 2):
@@ -67,7 +71,8 @@ def ends(plan: str, times: Tensor, to: Tensor) -> None:
 
 
 def churn(plan: str, value: float | Tensor, like: Tensor) -> None:
-    """In [0, 1]: a number, or a tensor with an entry for each step, and for each sample's where they have times."""
+    """Check that churn is in [0, 1]: a number, or a tensor with an entry for each step (and for each sample, if samples
+    have times of their own)."""
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{plan}: `churn` has dtype {value.dtype}, expected a float dtype")
@@ -87,18 +92,32 @@ def churn(plan: str, value: float | Tensor, like: Tensor) -> None:
         raise ValueError(f"{plan}: `churn` is {brief(value)}, expected values in [0, 1]")
 
 
-def churning(plan: str, **values: float) -> None:
-    """The churn settings of `edm_euler` and `edm_heun`."""
+def positive(where: str, **values: float) -> None:
+    """Raise TypeError or ValueError unless each value is a positive finite number."""
+    _numbers(where, values, "a positive finite number", lambda value: 0 < value < math.inf)
+
+
+def at_least_0(where: str, **values: float) -> None:
+    """Raise TypeError or ValueError unless each value is 0 or more, perhaps infinite."""
+    _numbers(where, values, "0 or more", lambda value: value >= 0)
+
+
+def finite_at_least_0(where: str, **values: float) -> None:
+    """Raise TypeError or ValueError unless each value is finite, and 0 or more."""
+    _numbers(where, values, "a finite number, 0 or more", lambda value: 0 <= value < math.inf)
+
+
+def _numbers(where: str, values: dict[str, float], expected: str, fits: Callable[[float], bool]) -> None:
+    """Raise TypeError or ValueError unless each value is a real number that fits."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{plan}: `{name}` is a {type(value).__name__}, expected a float")
-        if not (0 <= value < math.inf or (value == math.inf and name != "s_noise")):
-            most = "a finite number, 0 or more" if name == "s_noise" else "0 or more"
-            raise ValueError(f"{plan}: `{name}` is {value}, expected {most}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{where}: `{name}` is a {type(value).__name__}, expected a float")
+        if not fits(value):
+            raise ValueError(f"{where}: `{name}` is {value}, expected {expected}")
 
 
 def first_order(plan: str, value: Tensor | None, like: Tensor) -> None:
-    """None, or a bool for each step."""
+    """Raise TypeError or ValueError unless the value is None, or a bool for each step."""
     if value is None:
         return
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
@@ -113,7 +132,7 @@ def first_order(plan: str, value: Tensor | None, like: Tensor) -> None:
 
 
 def finite(plan: str, table: Tensor) -> None:
-    """Factors are finite: a schedule of the user's own, or times at the limits of a dtype, may break that."""
+    """Raise ValueError for factors that are not finite: of a faulty schedule, or at the limits of a dtype."""
     if readable(table) and not bool(table.isfinite().all()):
         raise ValueError(
             f"{plan}: factors of call {_first(~table.isfinite())} are not finite in {table.dtype}; give times in "
@@ -122,6 +141,7 @@ def finite(plan: str, table: Tensor) -> None:
 
 
 def _tensor(plan: str, name: str, value: Tensor) -> None:
+    """Raise TypeError unless times are a dense tensor of a real dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{plan}: `{name}` is a {type(value).__name__}, expected a tensor of times; torch.tensor({name})"
@@ -136,5 +156,5 @@ def _shown(value: Tensor) -> str:
 
 
 def _first(found: Tensor) -> int:
-    """The first step in which something is true."""
+    """Return the first step in which an entry is true."""
     return int(found.reshape(found.shape[0], -1).any(1).nonzero()[0])

@@ -1,8 +1,9 @@
-"""The parts of the tables of solvers: outputs of a step, slopes, and ratios of steps."""
+"""Compute the parts of the tables of solvers: outputs of a step, slopes, and ratios of steps."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,18 @@ from lgd_kernels.runtime.levels import Levels, x0_coefficients
 from lgd_kernels.sampling import plan_checks
 
 
-def ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For every step: h; its ratio to the h of the last step before that moved, 0 in steps of first order; whether it
-    is of second order; whether it does not move and keeps the history; and `last_moved`."""
+class Ratios(NamedTuple):
+    """Compare each step with the last step before it that moved."""
+
+    h: Tensor  # of the step, in ln(signal / noise)
+    ratio: Tensor  # of h to that of the last step; 0 in steps of first order
+    second: Tensor  # whether the step is of second order
+    stays: Tensor  # whether the step does not move, and keeps the history
+    last: Tensor  # `last_moved`
+
+
+def ratios(levels: Levels, first_order: Tensor | None) -> Ratios:
+    """Compute the ratios of all steps; `first_order`: the steps that must be of first order."""
     moves = levels.gap != 0
     h = -torch.log1p(-levels.gap / torch.where(moves, levels.signal_s * levels.noise_t, 1.0))  # 0/0 at s = t = 0, 1
     last = last_moved(moves)
@@ -22,24 +32,24 @@ def ratios(levels: Levels, first_order: Tensor | None) -> tuple[Tensor, Tensor, 
     if first_order is not None:
         first_order = first_order.reshape(first_order.shape + (1,) * (h.ndim - first_order.ndim))
         second, stays = second & ~first_order, stays & ~first_order
-    return h, torch.where(second, ratio, torch.zeros_like(h)), second, stays, last
+    return Ratios(h, torch.where(second, ratio, torch.zeros_like(h)), second, stays, last)
 
 
 def last_moved(moves: Tensor) -> Tensor:
-    """For every step, the last step before it that moved; -1 if none did."""
+    """Return, for every step, the last step before it that moved; -1 if none did."""
     steps = torch.arange(len(moves), device=moves.device).reshape(-1, *(1,) * (moves.ndim - 1))
     found = torch.where(moves, steps, -1).cummax(0).values
     return torch.cat((torch.full_like(found[:1], -1), found[:-1]))
 
 
 def of_last(values: Tensor, last: Tensor, none: float) -> Tensor:
-    """The values in step `last`; `none` if there is no such step."""
+    """Return the values in step `last`; `none` if there is no such step."""
     return torch.where(last >= 0, values.gather(0, last.clamp(min=0)), none)
 
 
 def corrected(h: Tensor, ratio: Tensor, second: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """What UniPC's corrector adds to a prediction, in units of signal_s B: factors of the newest difference of x0 and
-    of the one before it. `size`: B."""
+    """Compute what UniPC's corrector adds to a prediction, in units of signal_s B: the factors of the newest difference
+    of x0, and of the difference before. `size` is B."""
     one = 1 + torch.expm1(-h) / h
     first, then = one / size, (1 - 2 * one / h) / size
     share = (first - then) * ratio / (1 + ratio)
@@ -48,19 +58,19 @@ def corrected(h: Tensor, ratio: Tensor, second: Tensor, size: Tensor) -> tuple[T
 
 
 def output(x: Tensor, g: Tensor, kept: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-    """One output: `[N, 1, 4]`, or `[N, B, 1, 4]`."""
+    """Stack the factors of one output: `[N, 1, 4]`, or `[N, B, 1, 4]`."""
     none = torch.zeros_like(x)
     return torch.stack((x, g, none if kept is None else kept, none if z is None else z), -1).unsqueeze(-2)
 
 
 def remembered(x: Tensor, g: Tensor, stays: Tensor) -> Tensor:
-    """The second output: the new history, or, in steps that stay, the old one."""
+    """Make the second output: the new history or, in steps that stay, the old history."""
     none = torch.zeros_like(x)
     return output(torch.where(stays, none, x), torch.where(stays, none, g), kept=stays.to(x.dtype))
 
 
 def slope(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """`(x - x0) / sigma` as factors of x and of the prediction, at signal 1. (Finite at 0, where no step goes on.)"""
+    """Return `(x - x0) / sigma` as factors of x and of the prediction, at signal 1. (Finite at 0, where runs end.)"""
     sigma = torch.where(sigma == 0, 1.0, sigma)
     one = torch.ones_like(sigma)
     alpha, beta = x0_coefficients(Levels(one, sigma, one, sigma, sigma), prediction)
@@ -73,7 +83,7 @@ def late(added: Tensor) -> Tensor:
 
 
 def first_noise(added: Tensor) -> float | Tensor:
-    """The scale of the noise that is added before the first call of the network."""
+    """Return the scale of the noise that is added before the first call of the network."""
     if not len(added):
         return 0.0
     return float(added[0]) if added.ndim == 1 else added[0]
@@ -90,12 +100,13 @@ def raised(
     s_noise: float = 1.0,
     **unknown: float,
 ) -> tuple[Tensor, Tensor]:
-    """sigma_hat of every step, and the scale of its noise, `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
+    """Compute sigma_hat of every step, and the scale of its noise, `s_noise sqrt(sigma_hat^2 - sigma^2)`."""
     if unknown:
         raise TypeError(f"{plan}: got `{next(iter(unknown))}`, expected s_churn, s_tmin, s_tmax or s_noise")
     plan_checks.sigmas(plan, sigmas, prediction)
-    plan_checks.churning(plan, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    plan_checks.at_least_0(plan, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax)
+    plan_checks.finite_at_least_0(plan, s_noise=s_noise)
     at = sigmas[:-1]
-    gamma = min(s_churn / max(len(at), 1), math.sqrt(2) - 1)
-    gamma = torch.where((at >= float(s_tmin)) & (at <= float(s_tmax)), torch.full_like(at, gamma), 0.0)
+    most = min(s_churn / max(len(at), 1), math.sqrt(2) - 1)
+    gamma = torch.where((at >= float(s_tmin)) & (at <= float(s_tmax)), torch.full_like(at, most), 0.0)
     return at * (1 + gamma), float(s_noise) * at * torch.sqrt(gamma * (2 + gamma))

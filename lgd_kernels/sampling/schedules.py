@@ -1,7 +1,7 @@
-"""Schedules: from a time to the noise levels of a step.
+"""Schedules: from the times of a step to its noise levels.
 
-A schedule says what its time argument is, what data and noise weigh there, `x_t = signal x0 + noise z`, and how the
-unit interval (0 = data, 1 = noise) maps onto its times, so that a sampler can be written once for all of them.
+A schedule defines its time argument, the weights of data and noise at a time, `x_t = signal x0 + noise z`, and how the
+unit interval (0 = data, 1 = noise) maps onto its times, so that one sampler works with all schedules.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,42 +17,43 @@ from torch import Tensor
 from lgd_kernels.runtime import checks
 from lgd_kernels.runtime.levels import Levels
 from lgd_kernels.runtime.shown import brief, readable, span
+from lgd_kernels.sampling import plan_checks
 
 
 class Schedule:
-    """What every schedule offers. Subclasses define `signal_noise`, `gap`, `log_snr`, `from_unit` and `span`."""
+    """Map times to noise levels: the base class. Subclasses define `signal_noise`, `gap`, `log_snr`, `from_unit` and
+    `span`."""
 
-    span: tuple[float, float]  # the valid times, both ends included
+    span: tuple[float, float]  # the valid times, inclusive
     _dtypes = "float32 or float64 (t.float(); half would lose the gap)"
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(signal, noise) at t, in the dtype of t."""
+        """Return `(signal, noise)` at t, in the dtype of t."""
         raise NotImplementedError
 
     def gap(self, t: Tensor, s: Tensor) -> Tensor:
-        """`signal_s noise_t - signal_t noise_s`, without the cancellation of that difference."""
+        """Return `signal_s noise_t - signal_t noise_s`, without the cancellation of that difference."""
         raise NotImplementedError
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """`2 log(signal / noise)`: +inf at the data, -inf where the signal is 0."""
+        """Return `2 log(signal / noise)`: +inf at the data, -inf where the signal is 0."""
         raise NotImplementedError
 
     def from_unit(self, u: Tensor) -> Tensor:
-        """The schedule's time for u in [0, 1], 0 at the data and 1 at the noisiest."""
+        """Return the schedule's time for u in [0, 1], 0 at the data and 1 at the noise."""
         raise NotImplementedError
 
-    def levels(self, t: Tensor, s: Tensor) -> Levels:
-        """Levels of a step from t to s, nearer the data: what `guided_step` asks for.
+    def levels(self, t: float | Tensor, s: float | Tensor) -> Levels:
+        """Compute the `levels` argument of `guided_step` for a step from t to s, nearer the data.
 
         Args:
             t, s: times of one shape, `[B]`, on one device, float32 or float64 (integers for `Discrete`); one of the
                 two may be a number. The levels have the dtype of the times; float64 levels keep float64 precision
                 through the step's coefficients.
 
-        Differentiable in t and s as PyTorch is; the ops take levels as constants.
-        s = t is the step that leaves the sample as it is. Raises ValueError for s > t, and for times that are NaN,
-        infinite or outside `span`, where they are on the CPU (never a device sync); on a GPU an s after t gives a
-        negative gap, and NaN in the step.
+        Differentiable in t and s; the ops take levels as constants. With s = t the step does not change the sample.
+        Raises ValueError for s > t, and for times that are NaN, infinite or outside `span`, where they are on the CPU
+        (never a device sync); on a GPU s > t gives a negative gap, and NaN in the step.
 
         >>> import torch, lgd_kernels as lgd
         >>> lgd.RectifiedFlow().levels(torch.tensor([0.75]), torch.tensor([0.5])).gap
@@ -60,14 +62,18 @@ class Schedule:
         t, s = self._pair(t, s)
         return Levels(*self.signal_noise(t), *self.signal_noise(s), self.gap(t, s))
 
-    def _pair(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, t: float | Tensor, s: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return both times as tensors, or raise TypeError or ValueError."""
         name = f"{type(self).__name__}.levels"
-        if not isinstance(t, Tensor) and not isinstance(s, Tensor):
-            raise TypeError(f"{name}: `t` and `s` are numbers, expected tensors [B]: torch.full((B,), t)")
         for given, time in (("t", t), ("s", s)):
             if isinstance(time, Tensor):
                 checks.dense(name, given, time)
-        t, s = (self._like(one, other, name) for one, other in ((t, s), (s, t)))
+        if isinstance(t, Tensor):
+            s = self._like(s, t, name)
+        elif isinstance(s, Tensor):
+            t = self._like(t, s, name)
+        else:
+            raise TypeError(f"{name}: `t` and `s` are numbers, expected tensors [B]: torch.full((B,), t)")
         if self._counts(t) and self._counts(s):
             t, s = t.long(), s.long()  # an unsigned type has no -1
         if t.shape != s.shape or t.dtype != s.dtype or t.device != s.device:
@@ -75,7 +81,7 @@ class Schedule:
                 f"{name}: `s` is {list(s.shape)} {s.dtype} on {s.device}, expected that of `t`: "
                 f"{list(t.shape)} {t.dtype} on {t.device}"
             )
-        if t.dtype not in (torch.float32, torch.float64) and not (self._counts(t)):
+        if t.dtype not in (torch.float32, torch.float64) and not self._counts(t):
             raise TypeError(f"{name}: `t` has dtype {t.dtype}, expected {self._dtypes}")
         if readable(t):
             if bool((s > t).any()):
@@ -89,8 +95,8 @@ class Schedule:
                 raise ValueError(f"{name}: times must lie in {span}; got s = {brief(s)}, t = {brief(t)}")
         return t, s
 
-    def _like(self, time: Tensor | float, other: Tensor, name: str) -> Tensor:
-        """A number as a tensor like the other time."""
+    def _like(self, time: float | Tensor, other: Tensor, name: str) -> Tensor:
+        """Return a time as a tensor, a number as one like the other time."""
         if isinstance(time, Tensor):
             return time
         if isinstance(time, bool) or not isinstance(time, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -107,13 +113,13 @@ class Schedule:
         return torch.full_like(like, time)
 
     def _counts(self, t: Tensor) -> bool:
-        """Whether t counts steps, for schedules whose times are integers."""
+        """Return whether t counts steps, as the integer times of `Discrete` do."""
         return False
 
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """Straight lines: signal 1 - t, noise t. The time is t in [0, 1].
+    """Mix data and noise linearly: signal 1 - t, noise t. The time is t in [0, 1].
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.RectifiedFlow().signal_noise(torch.tensor([0.25]))
@@ -137,7 +143,7 @@ class RectifiedFlow(Schedule):
 
 @dataclass(frozen=True)
 class VPCosine(Schedule):
-    """Variance preserving, signal cos(pi t / 2), noise sin(pi t / 2). The time is t in [0, 1].
+    """Preserve the variance with signal cos(pi t / 2) and noise sin(pi t / 2). The time is t in [0, 1].
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.VPCosine().signal_noise(torch.tensor([1.0]))
@@ -162,11 +168,10 @@ class VPCosine(Schedule):
 
 @dataclass(frozen=True)
 class VPLinear(Schedule):
-    """Variance preserving in continuous time t in [0, 1]: signal exp(-I(t) / 2), I the integral of beta from 0 to t.
+    """Preserve the variance in continuous time t in [0, 1]: signal exp(-I(t) / 2), I the integral of beta from 0 to t.
 
-    beta rises linearly from `beta_min` to `beta_max`, as in DDPM, or, with `scaled`, its square root does, as in
-    Stable Diffusion. Neither reaches signal 0: 0.0066 and 0.069 remain at t = 1. For the exact discrete tables see
-    `Discrete`.
+    beta rises linearly from `beta_min` to `beta_max`, as in DDPM; with `scaled` the square root of beta does, as in
+    Stable Diffusion. Their signals at t = 1 are not 0, but 0.0066 and 0.069. `Discrete` has the exact tables.
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.VPLinear.stable_diffusion().signal_noise(torch.ones(1))[0]
@@ -180,7 +185,7 @@ class VPLinear(Schedule):
     span = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _numbers("VPLinear", beta_min=self.beta_min, beta_max=self.beta_max)
+        plan_checks.positive("VPLinear", beta_min=self.beta_min, beta_max=self.beta_max)
         if self.beta_min > self.beta_max:
             raise ValueError(
                 f"VPLinear: `beta_min` is {self.beta_min:g}, expected at most `beta_max`, {self.beta_max:g}"
@@ -190,12 +195,12 @@ class VPLinear(Schedule):
 
     @classmethod
     def ddpm(cls) -> VPLinear:
-        """1000 steps of beta 1e-4 to 0.02."""
+        """Make the limit of 1000 steps of beta 1e-4 to 0.02."""
         return cls(0.1, 20.0)
 
     @classmethod
     def stable_diffusion(cls) -> VPLinear:
-        """1000 steps of beta 0.00085 to 0.012, scaled linear."""
+        """Make the limit of 1000 steps of beta 0.00085 to 0.012, scaled linear."""
         return cls(0.85, 12.0, scaled=True)
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +225,7 @@ class VPLinear(Schedule):
         return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
 
     def _between(self, s: Tensor, t: Tensor) -> Tensor:
-        """The integral of beta from s to t, a multiple of t - s."""
+        """Compute the integral of beta from s to t, with t - s as a factor."""
         if not self.scaled:
             return (t - s) * (self.beta_min + (s + t) * ((self.beta_max - self.beta_min) / 2))
         low, rise = math.sqrt(self.beta_min), math.sqrt(self.beta_max) - math.sqrt(self.beta_min)
@@ -229,10 +234,10 @@ class VPLinear(Schedule):
 
 @dataclass(frozen=True)
 class EDM(Schedule):
-    """Variance exploding, signal 1, noise sigma (Karras et al. 2022). The time argument **is sigma**.
+    """Let the variance explode: signal 1, noise sigma (Karras et al. 2022). The time argument **is sigma**.
 
-    `from_unit` is their spacing, `(sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho`, and exactly 0
-    at u = 0.
+    `from_unit` spaces times as they do, `(sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho`, with
+    exactly 0 at u = 0.
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.EDM().levels(t=torch.tensor([80.0]), s=torch.tensor([20.0])).gap
@@ -246,7 +251,7 @@ class EDM(Schedule):
     span = (0.0, math.inf)
 
     def __post_init__(self) -> None:
-        _numbers("EDM", sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        plan_checks.positive("EDM", sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         if self.sigma_min >= self.sigma_max:
             raise ValueError(
                 f"EDM: `sigma_min` is {self.sigma_min:g}, expected less than `sigma_max`, {self.sigma_max:g}"
@@ -272,9 +277,9 @@ class EDM(Schedule):
 
 @dataclass(frozen=True, eq=False)
 class Discrete(Schedule):
-    """A table of `alphas_cumprod` `[N]` as trained models carry it. The time is an integer index; **-1 is the data**.
+    """Read levels from a model's table `alphas_cumprod` `[N]`. The time is an integer index; **-1 is the data**.
 
-    signal sqrt(alphas_cumprod[t]), noise sqrt(1 - alphas_cumprod[t]), worked out in float64 and given as `dtype`.
+    signal sqrt(alphas_cumprod[t]), noise sqrt(1 - alphas_cumprod[t]), computed in float64 and returned in `dtype`.
 
     >>> import torch, lgd_kernels as lgd
     >>> table = lgd.Discrete(torch.tensor([0.9, 0.5, 0.1]))
@@ -284,7 +289,7 @@ class Discrete(Schedule):
 
     alphas_cumprod: Tensor
     dtype: torch.dtype = torch.float32
-    _tables: dict = field(default_factory=dict, repr=False)  # per device
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     _dtypes = "integers (t.long()); -1 is the data"
 
@@ -315,26 +320,24 @@ class Discrete(Schedule):
                 raise ValueError("Discrete: `alphas_cumprod` must decrease: index 0 is next to the data")
 
     @classmethod
-    def ddpm(cls, steps: int = 1000, **options) -> Discrete:
-        """The table of DDPM: beta linear from 1e-4 to 0.02 (at 1000 steps)."""
+    def ddpm(cls, steps: int = 1000, **options: Any) -> Discrete:
+        """Make the table of DDPM: beta linear from 1e-4 to 0.02 (at 1000 steps)."""
         checks.count("Discrete.ddpm", "steps", steps)
         scale = 1000 / steps
         betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64, device="cpu")
         return cls(torch.cumprod(1 - betas, 0), **options)
 
     @classmethod
-    def stable_diffusion(cls, steps: int = 1000, **options) -> Discrete:
-        """The table of Stable Diffusion: sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (at 1000 steps)."""
+    def stable_diffusion(cls, steps: int = 1000, **options: Any) -> Discrete:
+        """Make the table of Stable Diffusion: sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (at 1000 steps)."""
         checks.count("Discrete.stable_diffusion", "steps", steps)
         scale = 1000 / steps
-        betas = (
-            torch.linspace((8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5, steps, dtype=torch.float64, device="cpu")
-            ** 2
-        )
+        low, high = (8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5
+        betas = torch.linspace(low, high, steps, dtype=torch.float64, device="cpu") ** 2
         return cls(torch.cumprod(1 - betas, 0), **options)
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[float, float]:  # type: ignore[override]  # the other schedules have a constant
         return (-1, self.alphas_cumprod.numel() - 1)
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,7 +356,7 @@ class Discrete(Schedule):
         return torch.round(u * self.alphas_cumprod.numel()).long() - 1
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """float64 (signal, noise) at each index."""
+        """Look up `(signal, noise)` at each index, in float64."""
         if not self._counts(t):
             raise TypeError(f"Discrete: `t` has dtype {t.dtype}, expected {self._dtypes}")
         if t.device not in self._tables:
@@ -370,16 +373,7 @@ class Discrete(Schedule):
         return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
 
 
-def _numbers(name: str, **values: float) -> None:
-    """Each of them is positive and finite."""
-    for argument, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: `{argument}` is a {type(value).__name__}, expected a float")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: `{argument}` is {value:g}, expected a positive finite number")
-
-
 def _sin_quarter(t: Tensor) -> Tensor:
-    """sin(pi t / 2). The factor is written out: torch 2.11 takes math.pi for an input of a graph with dynamic shapes,
-    and traces that twice."""
+    """Compute sin(pi t / 2). The factor is a literal: torch 2.11 makes math.pi an input of a graph with dynamic shapes,
+    and then traces the graph twice."""
     return torch.sin(1.5707963267948966 * t)

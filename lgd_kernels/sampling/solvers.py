@@ -1,15 +1,15 @@
-"""Solvers as coefficients: a whole run is a table, made once, and a step is one combine.
+"""Solvers as tables of coefficients, computed once for a run; each step is one combine.
 
-Every function here takes a schedule and the times of a run, `[N + 1]` from the noise to the data, and returns a
-`StepPlan`: for each call of the network, how the next sample, and what the solver has to remember, follow from the
-sample, the guided prediction and what it remembered. Coefficients are computed in float64 where the times are (integers
-of `Discrete` follow its dtype: `Discrete(..., dtype=torch.float64)`). Times `[N + 1, B]` give every sample of a batch
-a run of its own.
+Every function takes a schedule and the times of a run, `[N + 1]` from the noise to the data, and returns a `StepPlan`:
+for each call of the network, the factors that make the next sample, and the history that the solver keeps, from the
+sample, the guided prediction and the history. Coefficients are computed in float64 if the times are float64 (for the
+integer times of `Discrete`, in its dtype: `Discrete(..., dtype=torch.float64)`). Times `[N + 1, B]` give every sample
+of a batch its own run.
 
-A step between two equal times changes neither the sample nor the history of the solver, so the steps after it are those
-of the run without it. (`consistency` adds fresh noise there, and `edm_euler` and `edm_heun` churn, as in every step.) A
-single time makes a plan without calls. TypeError and ValueError name the plan and the argument; values are checked on
-the CPU, never with a device sync.
+A step between two equal times changes neither the sample nor the history, so the steps after it are the same as without
+it. (`consistency` adds fresh noise there, and `edm_euler` and `edm_heun` churn, as in every step.) A single time makes
+a plan without calls. TypeError and ValueError name the plan and the argument; values are checked on the CPU, never with
+a device sync.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def one_step(
     prediction: Prediction = "x0",
     churn: float | Tensor = 0.0,
 ) -> StepPlan:
-    """The step of `guided_step`, at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and for EDM,
-    ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, churn being `[N]`, or `[N, B]` as the times.
+    """Plan the step of `guided_step` at every time: DDIM (churn 0), DDPM (churn 1), Euler for rectified flow and EDM,
+    ancestral Euler for EDM (churn 1); any eta with `churn_from_eta`, which gives churn `[N]`, or `[N, B]` as the times.
 
     With `to` `[N]`, step i goes from `times[i]` to `to[i]`, and times are `[N]` too, in any order.
 
@@ -57,21 +57,22 @@ def one_step(
 
 
 def consistency(schedule: Schedule, times: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
-    """To the data and back: `x_s = signal_s x0(x, g) + noise_s z`, the step in which nothing of x stays (h = 0), as
-    consistency models and LCM take it. Source: arXiv 2303.01469, Algorithm 1; 2310.04378."""
+    """Plan the step of consistency models and LCM: `x_s = signal_s x0(x, g) + noise_s z`, which keeps nothing of x
+    (h = 0). Source: arXiv 2303.01469, Algorithm 1; 2310.04378."""
     levels = _levels("consistency", schedule, times, prediction)
     alpha, beta = x0_coefficients(levels, prediction)
     table = tables.output(levels.signal_s * alpha, levels.signal_s * beta, z=levels.noise_s)
     return _plan("consistency", prediction, times[:-1], times[1:], table)
 
 
-def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = True, **churning) -> StepPlan:
-    """Euler with added noise, for sigmas `[N + 1]` that end at 0: up to sigma_hat = sigma (1 + gamma), then down.
+def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = True, **churning: float) -> StepPlan:
+    """Plan Euler steps with added noise, for sigmas `[N + 1]` that end at 0: up to sigma_hat = sigma (1 + gamma), then
+    down.
 
     Args:
         after: whether the network is called after the noise was added, at sigma_hat, as in the paper; or before, at
-            sigma, on the sample without it, as diffusers does. (Its v it then reads at sigma, not at sigma_hat, where
-            ours belongs: with churn, only eps agrees.)
+            sigma, on the sample without this noise, as in diffusers. (diffusers then converts v at sigma, where this
+            plan uses sigma_hat: with churn, the two agree for eps only.)
         churning: s_churn, s_tmin, s_tmax, s_noise: gamma = min(s_churn / N, sqrt(2) - 1) for s_tmin <= sigma <= s_tmax.
 
     Source: Karras et al., arXiv 2206.00364, Algorithm 2, without its correction.
@@ -81,22 +82,16 @@ def edm_euler(sigmas: Tensor, *, prediction: Prediction = "x0", after: bool = Tr
     a, b, _ = step_coefficients(EDM().levels(raised, sigmas[1:]), prediction, 0.0)
     if not after:
         return _plan("edm_euler", prediction, sigmas[:-1], sigmas[1:], tables.output(a, b, z=a * added))
-    return _plan(
-        "edm_euler",
-        prediction,
-        raised,
-        sigmas[1:],
-        tables.output(a, b, z=tables.late(added)),
-        tables.first_noise(added),
-    )
+    table = tables.output(a, b, z=tables.late(added))
+    return _plan("edm_euler", prediction, raised, sigmas[1:], table, start=tables.first_noise(added))
 
 
-def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning) -> StepPlan:
-    """Heun's method, for sigmas `[N + 1]`: 2 N - 1 calls where they end at 0, else 2 N. `churning` as in `edm_euler`.
+def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning: float) -> StepPlan:
+    """Plan Heun's method, for sigmas `[N + 1]`: 2 N - 1 calls if they end at 0, else 2 N. `churning` as in `edm_euler`.
 
         d = (x - x0(x)) / sigma_hat;   x' = x + (s - sigma_hat) d;   x <- x + (s - sigma_hat) (d + d') / 2
 
-    After the first call of a step, kept is x + (s - sigma_hat) d / 2, which the second completes.
+    The first call of a step keeps x + (s - sigma_hat) d / 2; the second call adds the rest.
 
     Source: Karras et al., arXiv 2206.00364, Algorithm 2.
     """
@@ -112,15 +107,15 @@ def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning) -> St
     calls = calls.any(-1) if calls.ndim == 2 else calls
     times, table = torch.stack((t, s), 1).flatten(0, 1), torch.stack((first, second), 1).flatten(0, 1)
     after = torch.stack((s, torch.cat((s[1:], torch.zeros_like(s[:1])))), 1).flatten(0, 1)  # below the last sigma: 0
-    return _plan("edm_heun", prediction, times[calls], after[calls], table[calls], tables.first_noise(added))
+    return _plan("edm_heun", prediction, times[calls], after[calls], table[calls], start=tables.first_noise(added))
 
 
 def adams_bashforth(sigmas: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
-    """Second order in sigma, one call a step; the first step is Euler's. Kept is the slope d.
+    """Plan a method of second order in sigma, with one call a step; the first step is Euler's. It keeps the slope d.
 
-        x <- x + h ((1 + h / (2 h')) d - h / (2 h') d'),   h' and d' the step before
+        x <- x + h ((1 + h / (2 h')) d - h / (2 h') d'),   h' and d' of the step before
 
-    k-diffusion's and diffusers' LMS with order 2. The integrals of the interpolating line are exact here.
+    k-diffusion and diffusers call it LMS with order 2. The integrals of the interpolating line are exact here.
     """
     plan_checks.sigmas("adams_bashforth", sigmas, prediction)
     h = sigmas[1:] - sigmas[:-1]
@@ -141,29 +136,24 @@ def dpm_solver_2m(
     stochastic: bool = False,
     first_order: Tensor | None = None,
 ) -> StepPlan:
-    """DPM-Solver++ 2M and its SDE (midpoint) form: the step of `one_step`, churn 0 or 1, from an extrapolated x0.
+    """Plan DPM-Solver++ 2M or its SDE (midpoint) form: the step of `one_step`, churn 0 or 1, from an extrapolated x0.
 
         x0' = x0 + (x0 - x0 before) / (2 r),   r = h before / h,   h = ln(signal_s / noise_s) - ln(signal_t / noise_t)
 
-    First order in the first step, in one to s = 0, where h is infinite, and where `first_order` `[N]` says so. Kept is
-    x0. Source: Lu et al., arXiv 2211.01095.
+    The first step, a step to s = 0, where h is infinite, and steps where `first_order` `[N]` is True are of first
+    order. The solver keeps x0. Source: Lu et al., arXiv 2211.01095.
     """
     checks.flag("dpm_solver_2m", "stochastic", stochastic)
     levels = _levels("dpm_solver_2m", schedule, times, prediction)
     plan_checks.first_order("dpm_solver_2m", first_order, levels.gap)
     a, b, v = step_coefficients(levels, "x0", float(stochastic))
-    _, ratio, _, stays, _ = tables.ratios(levels, first_order)
-    share = ratio / 2
+    steps = tables.ratios(levels, first_order)
+    share = steps.ratio / 2
     alpha, beta = x0_coefficients(levels, prediction)
     ahead = b * (1 + share)
     table = tables.output(a + ahead * alpha, ahead * beta, kept=-b * share, z=v)
-    return _plan(
-        "dpm_solver_2m",
-        prediction,
-        times[:-1],
-        times[1:],
-        torch.cat((table, tables.remembered(alpha, beta, stays)), -2),
-    )
+    table = torch.cat((table, tables.remembered(alpha, beta, steps.stays)), -2)
+    return _plan("dpm_solver_2m", prediction, times[:-1], times[1:], table)
 
 
 def unipc(
@@ -174,9 +164,9 @@ def unipc(
     variant: Literal["bh1", "bh2"] = "bh2",
     first_order: Tensor | None = None,
 ) -> StepPlan:
-    """UniPC of order 2, which predicts x0: its corrector is folded into the step after, so a step is one combine.
+    """Plan UniPC of order 2 in x0: the corrector is part of the next step, so a step is one combine.
 
-    x0_i is found at call i, at the x_i that the step before predicted. With h of a step and h' of the one before it, in
+    Call i computes x0_i at the x_i that the step before predicted. With h of a step and h' of the step before, in
     ln(signal / noise), r = h / h', E = 1 - e^-h, B = E ("bh2") or h ("bh1"), and a, b the factors of `one_step`,
 
         corrected = x_i + signal_s B ((f - p) (x0_i - x0_{i-1}) + (p - 1/2) r (x0_{i-1} - x0_{i-2}))
@@ -186,10 +176,11 @@ def unipc(
 
         f = (1 - E / h) / B,   p = r / (1 + r) (f - (1 - 2 (1 - E / h) / h) / B)
 
-    First order (r = 0, f - p = 1/2) in the first step, in one to s = 0, and where `first_order` `[N]` says so. Where h
-    is infinite "bh1" is not defined, and that step is not corrected. Kept are x0_i and x0_{i-1}.
+    The first step, a step to s = 0, and steps where `first_order` `[N]` is True are of first order (r = 0,
+    f - p = 1/2). Where h is infinite "bh1" is not defined, and the step is not corrected. The solver keeps x0_i and
+    x0_{i-1}.
 
-    With its corrector a run converges with order 3. Source: Zhao et al., arXiv 2302.04867; the predictor's p is 1/2,
+    With the corrector a run converges with order 3. Source: Zhao et al., arXiv 2302.04867; the predictor's p is 1/2,
     as in diffusers' UniPCMultistepScheduler of solver_order 2.
     """
     if not isinstance(variant, str) or variant not in ("bh1", "bh2"):
@@ -211,25 +202,27 @@ def unipc(
     table = tables.output(a + to_x0 * alpha, to_x0 * beta, kept=old - new - ahead)
     table = torch.cat((table, tables.remembered(alpha, beta, stays)), -2)
     before = torch.stack((-old, none), -1).unsqueeze(-1)
+    table = torch.cat((table, before), -1)
     some = readable(stays) and bool(stays.any())  # if not readable, the next corrector is of first order
-    return _plan(
-        "unipc", prediction, times[:-1], times[1:], torch.cat((table, before), -1), stays=stays if some else None
-    )
+    return _plan("unipc", prediction, times[:-1], times[1:], table, stays=stays if some else None)
 
 
-def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: str) -> Levels:
+def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: Prediction) -> Levels:
+    """Check the times of a run, and compute the levels of its steps."""
     plan_checks.times(plan, "times", times)
     return plan_checks.levels(plan, schedule, times[:-1], times[1:], prediction)
 
 
 def _plan(
     plan: str,
-    prediction: str,
+    prediction: Prediction,
     times: Tensor,
     ends: Tensor,
     table: Tensor,
+    *,
     start: float | Tensor = 0.0,
     stays: Tensor | None = None,
 ) -> StepPlan:
+    """Make the plan of a table whose factors are finite."""
     plan_checks.finite(plan, table)
     return StepPlan(times, table, start, ends, stays, prediction)
