@@ -82,9 +82,9 @@ def test_runs_that_are_refused():
     """In set_timesteps, before any step."""
     trailing = {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     ours = FusedScheduler(diffusers.DDIMScheduler(**trailing))
-    with pytest.raises(ValueError, match="FusedScheduler: DDIMScheduler .* an eps prediction says nothing of the data"):
+    with pytest.raises(ValueError, match="FusedScheduler: the run of DDIMScheduler .* an eps prediction says nothing of the data"):
         ours.set_timesteps(4)
-    with pytest.raises(ValueError, match="no run was laid out"):
+    with pytest.raises(ValueError, match="no run is set up"):
         ours.step(noise(0), 999, noise(0))
     assert_close(*(whole_run(one(diffusers.DDIMScheduler(**trailing, prediction_type="v_prediction")), 4)
                    for one in (FusedScheduler, lambda one: one)))  # fmt: skip

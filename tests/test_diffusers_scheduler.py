@@ -255,7 +255,7 @@ def test_a_scheduler_made_from_our_configuration_is_what_it_is(loaded, tmp_path)
 
 
 def test_a_configuration_without_a_class():
-    with pytest.raises(ValueError, match=r"`config` does not say whose it is.*pass the scheduler itself: FusedSch"):
+    with pytest.raises(ValueError, match=r"`config` names no class.*pass the scheduler itself: FusedSch"):
         FusedScheduler.from_config(diffusers.EulerDiscreteScheduler().config)
 
 
@@ -322,7 +322,7 @@ def test_hints_for_a_timestep_that_is_not_the_next():
     scheduler, x = FusedScheduler(diffusers.EulerDiscreteScheduler()), torch.randn(2, 3)
     scheduler.set_timesteps(5)
     scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(ValueError, match=r"set_timesteps\(n\) starts anew, and set_begin_index\(k\) right after it at"):
+    with pytest.raises(ValueError, match=r"set_timesteps\(n\) starts at the first, and set_begin_index\(k\) right after it at"):
         scheduler.step(x, scheduler.timesteps[3], x)
     scheduler.step(x, scheduler.timesteps[[3, 3]], x)  # a timestep [B]
     scheduler.set_timesteps(5)

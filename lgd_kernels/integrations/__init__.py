@@ -1,4 +1,4 @@
-"""Where people sample already: diffusers, k-diffusion, ComfyUI. Nothing here is imported by the package itself."""
+"""Integrations: diffusers, k-diffusion and ComfyUI. No other module of the package imports this one."""
 
 from typing import TYPE_CHECKING
 

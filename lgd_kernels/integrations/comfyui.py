@@ -1,46 +1,50 @@
-"""A ComfyUI node: a model whose guidance weight is looked up in a learned table. Copy this file into `custom_nodes/`.
+"""A ComfyUI node that looks the guidance weight up in a learned table. Copy this file into `custom_nodes/`.
 
-lgd_kernels has to be installed in ComfyUI's Python; neither triton nor a compiler has to. `save_table(table, path)`
-writes what the node reads. In ComfyUI it reads tables from `models/omega` and from the folders that
-extra_model_paths.yaml names under `omega`; it opens and looks for no other file. Outside ComfyUI it reads any path.
+Install lgd_kernels in ComfyUI's Python; the node needs neither triton nor a compiler. `save_table(table, path)` writes
+the file that the node reads. In ComfyUI the node reads tables from `models/omega` and from the folders that
+extra_model_paths.yaml names under `omega`, and opens no other file. Outside ComfyUI `load_table` reads any path.
 
-It relies on `model.clone()`, on `model.set_model_sampler_cfg_function(fn, disable_cfg1_optimization=...)` (in ComfyUI
-since early 2024, as far as we know), and on fn being called with one dictionary and returning input - denoised, of
+The node needs `model.clone()` and `model.set_model_sampler_cfg_function(fn, disable_cfg1_optimization=...)` (in ComfyUI
+since early 2024, as far as we know). ComfyUI calls fn with one dictionary, and fn returns input - denoised; the keys:
 
     input, cond_denoised, uncond_denoised: x and the two x0, [B, ...];  cond, uncond: input - cond_denoised, likewise
     sigma, timestep: sigma [B], both the same;  cond_scale: the sampler's cfg;  model, model_options
     input_cond, input_uncond: the conditionings, lists of dicts; None where there is none
 
-with the run's sigmas in `model_options["transformer_options"]["sample_sigmas"]` (since late 2024). With cfg 1 ComfyUI
-leaves the unconditional call out, unless disable_cfg1_optimization is set, as here. Where no negative is evaluated,
-as with BasicGuider, uncond_denoised is zeros: such a call gets the conditional prediction.
+The run's sigmas are in `model_options["transformer_options"]["sample_sigmas"]` (since late 2024). With cfg 1 ComfyUI
+skips the unconditional call, unless disable_cfg1_optimization is set, as here. Where no negative is evaluated, as with
+BasicGuider, uncond_denoised is zeros, and the node returns the conditional prediction.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+if TYPE_CHECKING:
+    from lgd_kernels import OmegaTable
+
 FOLDER = "omega"
 NAMES = ("values", "s_knots", "t_knots")
+Times = Literal["sigma", "timestep"]
 TIMES = ("sigma", "timestep")
 LIMITS = ("timestep_start", "timestep_end", "default")  # keys of a conditioning that is not evaluated in every call
 SCALE = 8.0  # the largest factor between the last knot and the model's largest time: tables up to 80 fit SD's 14.6
 
 
-def save_table(table, path: str) -> None:
+def save_table(table: OmegaTable, path: str) -> None:
     """Write an `lgd_kernels.OmegaTable` as a file of tensors."""
     torch.save({name: getattr(table, name).detach().cpu() for name in NAMES}, path)
 
 
-def load_table(path: str, device="cpu"):
-    """Read what `save_table` wrote; nothing but tensors is read.
+def load_table(path: str, device: torch.device | str = "cpu") -> OmegaTable:
+    """Read a file that `save_table` wrote; nothing but tensors is read.
 
-    Raises ValueError, with a message of one line, for anything else. In ComfyUI the message is the same for a file
-    outside the folders of tables, a missing file and a folder; elsewhere it is the same for all files without a table.
+    Raises ValueError, with a message of one line, for anything else. In ComfyUI a file outside the folders of tables, a
+    missing file and a folder have the same message; elsewhere all files without a table have the same.
     """
     from lgd_kernels import OmegaTable
 
@@ -60,19 +64,17 @@ def load_table(path: str, device="cpu"):
 
 
 class CFGFunction:
-    """`cond + strength omega(c, s, t) (cond - uncond)`, for a step from t, the sigma of the call, to s.
+    """Compute `cond + strength omega(c, s, t) (cond - uncond)` for a step from t, the sigma of the call, to s.
 
-    On ComfyUI's cond and uncond, which are x - x0: guidance is affine, so the result is x - (guided x0), in one pass.
-    The sampler's cfg has no effect. Without a negative the result is cond.
-    `lgd_kernels.integrations.k_diffusion.next_sigma` finds s in the run's sigmas, without waiting for the device.
+    ComfyUI's cond and uncond are x - x0. Guidance is affine, so the result is x - (guided x0), in one pass. The
+    sampler's cfg has no effect. Without a negative the result is cond.
+    `lgd_kernels.integrations.k_diffusion.next_sigma` finds s in the run's sigmas, without a device sync.
 
-    Raises ValueError for a table with NaN or infinities. A call raises ValueError if the table's knots have another
-    scale than the model's times, where the host can read these; the node checks this against the model itself.
+    Raises ValueError for a table with NaN or infinities. A call raises ValueError if the scale of the table's knots is
+    not that of the model's times, where the host can read them; the node checks the model itself.
     """
 
-    def __init__(
-        self, table, condition: int = 0, strength: float = 1.0, times: Literal["sigma", "timestep"] = "sigma"
-    ) -> None:
+    def __init__(self, table: OmegaTable, condition: int = 0, strength: float = 1.0, times: Times = "sigma") -> None:
         if not all(isinstance(getattr(table, name, None), torch.Tensor) for name in NAMES):
             raise TypeError(
                 f"LearnedGuidance: `table` is a {type(table).__name__}, expected an OmegaTable; OmegaNetwork.bake and "
@@ -91,7 +93,8 @@ class CFGFunction:
         self.table, self.condition, self.strength, self.times = table, condition, strength, times
         self.last = float(table.t_knots[-1]) if len(table.t_knots) > 1 else None  # a single knot fits any scale
 
-    def __call__(self, args: dict) -> torch.Tensor:
+    def __call__(self, args: dict[str, Any]) -> torch.Tensor:
+        """Return x - (guided x0) for the arguments of ComfyUI's function."""
         from lgd_kernels import OmegaTable, guided_score
         from lgd_kernels.integrations.k_diffusion import next_sigma
 
@@ -105,7 +108,7 @@ class CFGFunction:
         self._check_scale(sampling, run)
         t, s = sigma.float(), next_sigma(run, sigma).float()
         if self.times == "timestep":  # of the model's training table; the data is -1
-            timestep = sampling.timestep
+            timestep = args["model"].model_sampling.timestep
             t, s = timestep(t).float(), torch.where(s > 0, timestep(s.clamp(min=1e-10)).float(), -1.0)
         if self.table.values.device != cond.device:
             self.table = OmegaTable(*(getattr(self.table, name).to(cond.device) for name in NAMES))
@@ -116,8 +119,8 @@ class CFGFunction:
             omega = torch.where(evaluated, omega, torch.zeros_like(omega))
         return guided_score(cond, uncond, omega)
 
-    def check_model(self, sampling) -> None:
-        """Raise ValueError if the table's knots have another scale than the times of a ComfyUI model_sampling."""
+    def check_model(self, sampling: Any) -> None:
+        """Raise ValueError if the scale of the table's knots is not that of the times of a ComfyUI model_sampling."""
         top = getattr(sampling, "sigma_max", None)
         if top is None or self.last is None:
             return
@@ -130,8 +133,8 @@ class CFGFunction:
             hints = [name for name in fits if name == "sigma" or reach[name] > 100]  # not EDM's log(sigma) / 4
             self._refuse(f"this model's {self.times}s reach {reach[self.times]:g}", *hints)
 
-    def _check_scale(self, sampling, run: torch.Tensor) -> None:
-        """Check the scale where the host can read it without waiting. A run may begin below the model's largest
+    def _check_scale(self, sampling: Any, run: torch.Tensor) -> None:
+        """Check the scale where the host can read it without a device sync. A run may begin below the model's largest
         sigma."""
         top = getattr(sampling, "sigma_max", None)
         if top is not None and getattr(top, "device", torch.device("cpu")).type == "cpu":
@@ -141,15 +144,17 @@ class CFGFunction:
                 self._refuse(f"this run's sigmas reach {float(run.max()):g}")
 
     def _refuse(self, said: str, *fits: str) -> None:
+        """Raise ValueError for knots of another scale; `fits` are the settings of times that fit."""
         hint = f"set times to {fits[0]!r}, which fits" if fits else "make a table whose knots are times of this model"
         raise ValueError(f"LearnedGuidance: the table's t_knots end at {self.last:g}, but {said}; {hint}")
 
 
 class LearnedGuidance:
-    """The node."""
+    """Set a `CFGFunction` on a model: the node."""
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict:
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Return the inputs of the node."""
         return {
             "required": {
                 "model": ("MODEL",),
@@ -161,7 +166,8 @@ class LearnedGuidance:
         }
 
     @classmethod
-    def IS_CHANGED(cls, path: str = "", **_) -> float:
+    def IS_CHANGED(cls, path: str = "", **_: Any) -> float:
+        """Return a number that changes when the table's file does."""
         try:
             return os.path.getmtime(_file(path))
         except (OSError, ValueError):
@@ -171,7 +177,10 @@ class LearnedGuidance:
     FUNCTION = "patch"
     CATEGORY = "sampling/guidance"
 
-    def patch(self, model, path: str, condition: int = 0, strength: float = 1.0, times: str = "sigma") -> tuple:
+    def patch(
+        self, model: Any, path: str, condition: int = 0, strength: float = 1.0, times: Times = "sigma"
+    ) -> tuple[Any]:
+        """Return a clone of the model with learned guidance."""
         guided = model.clone()
         function = CFGFunction(load_table(path), condition, strength, times)
         if hasattr(model, "get_model_object"):
@@ -180,11 +189,11 @@ class LearnedGuidance:
         return (guided,)
 
 
-def _evaluated(args: dict) -> torch.Tensor | None:
-    """Whether a negative was evaluated in this call; None if one certainly was.
+def _evaluated(args: dict[str, Any]) -> torch.Tensor | None:
+    """Return whether a negative was evaluated in this call; None if one certainly was.
 
-    If none was, uncond_denoised keeps the zeros that it was allocated with. That is so without a negative (input_uncond
-    is None, or an older ComfyUI does not pass it), and if every entry of it is limited to other steps.
+    uncond_denoised is allocated as zeros. It stays zero without a negative (input_uncond is None, or an older ComfyUI
+    does not pass input_uncond), and if every entry of the negative is limited to other steps.
     """
     given = args.get("input_uncond")
     for entry in given if isinstance(given, (list, tuple)) else [given]:
@@ -198,11 +207,11 @@ def _evaluated(args: dict) -> torch.Tensor | None:
 
 
 def _file(path: str) -> str:
-    """The path of a table's file. In ComfyUI, look only in the folders of tables."""
+    """Return the path of a table's file. In ComfyUI, look only in the folders of tables."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"LearnedGuidance: `path` is a {type(path).__name__}, expected the name of a file")
     try:
-        import folder_paths
+        import folder_paths  # type: ignore[import-not-found]  # of ComfyUI
     except ImportError:
         if os.path.isfile(path):
             return os.fspath(path)
@@ -220,13 +229,15 @@ def _file(path: str) -> str:
 
 
 def _no_table(path: str) -> str:
+    """Return the error message for a file without a table."""
     return (
         f"LearnedGuidance: `path` is {str(path)!r}, which holds no omega table; "
         "lgd_kernels.integrations.comfyui.save_table(table, path) writes one"
     )
 
 
-def _check_finite(table) -> None:
+def _check_finite(table: OmegaTable) -> None:
+    """Raise ValueError for a table with NaN or infinities."""
     for name in NAMES:
         if not bool(getattr(table, name).isfinite().all()):
             raise ValueError(f"LearnedGuidance: the table's `{name}` holds NaN or infinities, expected finite numbers")

@@ -1,4 +1,4 @@
-"""diffusers (0.36 or newer): a guider whose weight is learned, and schedulers that step in one pass.
+"""diffusers (0.36 or newer): a guider with a learned weight, and schedulers that step in one pass.
 
 pipe.update_components(guider=LearnedGuidance(omega, scheduler=pipe))               # modular pipelines
 pipe.scheduler = FusedScheduler(pipe.scheduler)                                     # any pipeline
@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
@@ -32,7 +32,7 @@ __all__ = ["FusedScheduler", "LearnedGuidance"]
 
 
 class LearnedGuidance(BaseGuidance):
-    """Guidance with a weight for each sample and step: `cond + omega(c, s, t) (cond - uncond)`, or any rule with it.
+    """Guide with a weight for each sample and step: `cond + omega(c, s, t) (cond - uncond)`, or any rule with omega.
 
     Args:
         omega: a float; a tensor `[B]`, one weight for each sample or prompt; or a function `omega(c, s, t) -> [B]`, an
@@ -40,26 +40,28 @@ class LearnedGuidance(BaseGuidance):
         scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler. Functions and intervals need
             it: t and s, float32 `[B]`, are neighbours in its timesteps, as `diffusers_plans.times_of` converts them:
             indices of the training table and -1 for the data, or t in [0, 1] for flow matching. A step whose timestep
-            this scheduler does not have raises ValueError; on a GPU, where the host does not read it, omega is NaN.
-        times: `times(scheduler) -> [N + 1]`, to use other times than those.
+            this scheduler does not have raises ValueError (on a GPU, where the host reads none: omega is NaN).
+        times: `times(scheduler) -> [N + 1]`, to use other times.
         condition: the name of the pipeline's input that is c, such as "prompt_embeds"; None takes the first. Set
             `guider.condition_value` to give c itself, e.g. int64 labels `[B]`: a table needs integers.
-        interval: `(low, high)`: no guidance but for low < t <= high, and no unconditional call where t is on the host.
-        rule: a rule, or its name in `lgd_kernels.rules`, applied to the predictions as they come; `rule_options` are
-            its parameters. beta_cfg's `progress` is step / (steps - 1), and cfg_zero_star's `zero` holds in step 0.
-        start, stop, enabled: as in every guider: shares of the steps.
+        interval: `(low, high)`: guide only for low < t <= high; elsewhere skip the unconditional call, if t is on the
+            host.
+        rule: a rule, or its name in `lgd_kernels.rules`, applied to the predictions of the model, whatever they are;
+            `rule_options` are its parameters. beta_cfg gets `progress` = step / (steps - 1), cfg_zero_star `zero` =
+            True in step 0.
+        start, stop, enabled: as in every guider: start and stop are fractions of the steps.
         impl: as in `guided_score`.
 
     omega does not depend on the sample, so the guider calls a function once for a run, with N * B rows, or in every
-    step if its result requires grad. In a loop of your own: `set_state`, `prepare_inputs` (or set `condition_value`),
-    then `forward(pred_cond, pred_uncond).pred`. With `num_images_per_prompt` n, the guider repeats each entry of a
-    tensor omega or `condition_value` that has one entry for each prompt n times, in the order in which diffusers
-    repeats prompts.
+    step if the result requires grad. In a loop of your own, call `set_state`, `prepare_inputs` (or set
+    `condition_value`), then `forward(pred_cond, pred_uncond).pred`. With `num_images_per_prompt` n, the guider repeats
+    each entry of a tensor omega or `condition_value` that has one entry for each prompt n times, in the order in which
+    diffusers repeats prompts.
 
-    `guidance_scale` is 1 + omega, for models with an embedding of it (LCM), which read w = guidance_scale - 1. It is
-    one number: if omega is a tensor or a function, set it yourself; it has no other effect.
+    `guidance_scale` is 1 + omega, one number for models that embed it (LCM), which read w = guidance_scale - 1. If
+    omega is a tensor or a function, set `guidance_scale` yourself; it has no other effect.
 
-    Saved by `save_pretrained` are numbers and names only; load with
+    `save_pretrained` saves numbers and names only; load with
     `LearnedGuidance.from_pretrained(folder, omega=network, scheduler=pipe.scheduler)`.
 
     >>> guider = LearnedGuidance(torch.tensor([0.0, 2.0]))
@@ -68,7 +70,8 @@ class LearnedGuidance(BaseGuidance):
             [3.]])
     """
 
-    _input_predictions = ["pred_cond", "pred_uncond"]
+    _input_predictions = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]  # None in the base class
+    _timesteps: Any = None  # of the run
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class LearnedGuidance(BaseGuidance):
         condition: str | None = None,
         interval: tuple[float, float] | None = None,
         rule: str | Rule | None = None,
-        rule_options: dict | None = None,
+        rule_options: dict[str, Any] | None = None,
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
@@ -103,16 +106,21 @@ class LearnedGuidance(BaseGuidance):
         self.condition, self.interval, self.impl = condition, interval, impl
         function = getattr(rules, rule) if isinstance(rule, str) else rule
         self.rule, self.rule_options = function, dict(rule_options or {})
-        self.condition_value, self._scale, self._stashed = None, None, None
-        self._run, self._rows, self._made_for, self._where, self._offset = None, None, None, None, None
+        self.condition_value: Tensor | None = None
+        self._scale: float | None = None  # guidance_scale, if omega is no number
+        self._stashed: Tensor | None = None  # the condition among the inputs
+        self._run: Tensor | None = None  # times
+        self._rows: Tensor | None = None  # omega of the run
+        self._made_for: tuple[Any, ...] = ()  # what the rows depend on
+        self._where: int | Tensor | None = None  # the place of this step in the run
+        self._offset: int | None = None  # of the first step in the run
         named = rule if isinstance(rule, str) else None
-        self.register_to_config(
-            omega=number, condition=condition, interval=interval, rule=named, rule_options=dict(self.rule_options),
-            start=start, stop=stop, enabled=enabled, impl=impl,
-        )  # fmt: skip
+        shared = {"start": start, "stop": stop, "enabled": enabled, "impl": impl}
+        ours = {"condition": condition, "interval": interval, "rule": named, "rule_options": dict(self.rule_options)}
+        self.register_to_config(omega=number, **ours, **shared)
 
-    def new(self, **options) -> LearnedGuidance:
-        """A copy, with other options; also of what a configuration cannot hold."""
+    def new(self, **options: Any) -> LearnedGuidance:
+        """Copy the guider, with other options; also what a configuration cannot hold."""
         kept = {"omega": self.omega, "scheduler": self._sampled_by, "times": self.times, "rule": self.rule}
         known = {name: self.config[name] for name in self.config if name[0] != "_"}
         copied = type(self)(**{**known, **kept, **options})
@@ -120,27 +128,27 @@ class LearnedGuidance(BaseGuidance):
         return copied
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
-        """As every guider: before each step."""
-        super().set_state(step, num_inference_steps, timestep)
+        """Set the step; pipelines call this before each step."""
+        super().set_state(step, num_inference_steps, timestep)  # type: ignore[arg-type]  # may be floats
         timesteps = getattr(self.scheduler, "timesteps", None)
         if step == 0 or timesteps is not self._timesteps:
             self._timesteps, self._run, self._rows, self._offset = timesteps, None, None, None
         self._where = None
-        if step == 0 and hasattr(self.rule, "reset"):
+        if step == 0 and self.rule is not None and hasattr(self.rule, "reset"):
             self.rule.reset()
 
     @property
-    def scheduler(self) -> SchedulerMixin | None:
+    def scheduler(self) -> Any:
         """The scheduler that samples: the current one of the pipeline, if a pipeline was given."""
         return self._sampled_by.scheduler if self._follows else self._sampled_by
 
     @scheduler.setter
-    def scheduler(self, value) -> None:
+    def scheduler(self, value: Any) -> None:
         self._sampled_by, self._follows, self._timesteps = value, hasattr(value, "scheduler"), None
 
     @property
     def guidance_scale(self) -> float:
-        """1 + omega, or the value that was set if omega is no number. Models with an embedding of it read it."""
+        """1 + omega, or the value that was set if omega is no number; models that embed it read it."""
         if isinstance(self.omega, float):
             return 1 + self.omega
         if self._scale is None:
@@ -158,19 +166,24 @@ class LearnedGuidance(BaseGuidance):
         else:
             self._scale = float(value)
 
-    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
-        """The conditional inputs, then the unconditional ones; the condition is kept for omega."""
+    def prepare_inputs(self, data: Any) -> list[Any]:
+        """Return the conditional inputs, then the unconditional ones; keep the condition for omega.
+
+        Args:
+            data: `{name: (conditional, unconditional)}`.
+        """
         values = (value[0] if isinstance(value, tuple) else value for value in data.values())
         self._stash(dict(zip(data, values, strict=True)))
         return [self._prepare_batch(data, *which) for which in self._calls()]
 
-    def prepare_inputs_from_block_state(self, data, input_fields: dict[str, str | tuple[str, str]]) -> list:
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, str | tuple[str, str]]) -> list[Any]:
+        """Return the inputs as `prepare_inputs` does, from the state of a modular pipeline."""
         named = {name: field[0] if isinstance(field, tuple) else field for name, field in input_fields.items()}
         self._stash({name: getattr(data, field, None) for name, field in named.items()})
         return [self._prepare_batch_from_block_state(input_fields, data, *which) for which in self._calls()]
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """The guided prediction, `[B, ...]` in the dtype of `pred_cond`."""
+        """Compute the guided prediction, `[B, ...]` in the dtype of `pred_cond`."""
         pred = pred_cond
         if pred_uncond is not None and self._guides():
             pred = lgd.guided_score(pred_cond, pred_uncond, self._omega(pred_cond), rule=self._rule(), impl=self.impl)
@@ -188,16 +201,16 @@ class LearnedGuidance(BaseGuidance):
         return list(enumerate(self._input_predictions))[: self.num_conditions]
 
     def _stash(self, values: dict[str, Tensor | None]) -> None:
+        """Keep the condition of omega."""
         if self.condition is not None and self.condition not in values:
             raise ValueError(
                 f"LearnedGuidance: `condition` is {self.condition!r}, expected one of the pipeline's inputs: "
                 f"{', '.join(values)}"
             )
-        found = next(iter(values.values()), None) if self.condition is None else values[self.condition]
-        self._stashed = found
+        self._stashed = next(iter(values.values()), None) if self.condition is None else values[self.condition]
 
     def _guides(self) -> bool:
-        """Whether the unconditional prediction is of use in this step, as far as the host can know."""
+        """Return whether this step uses the unconditional prediction, as far as the host can know."""
         never = isinstance(self.omega, float) and self.omega == 0 and self.rule is None
         if not self._enabled or never:
             return False
@@ -212,41 +225,46 @@ class LearnedGuidance(BaseGuidance):
         return not isinstance(place, int) or not readable(self._times()) or low < float(self._times()[place]) <= high
 
     def _times(self) -> Tensor:
-        if self._run is None:
+        """Return the times of the run."""
+        run = self._run
+        if run is None:
             with _ordinary():
                 times = (self.times or times_of)(self.scheduler)
-                self._run = times.clone() if times.is_inference() else times
-        return self._run
+                self._run = run = times.clone() if times.is_inference() else times
+        return run
 
     def _place(self) -> int | Tensor:
-        """The index of this call in the run, found once in each step."""
+        """Return the index of this call in the run, found once in each step."""
         if self.scheduler is None:
             raise ValueError(
                 "LearnedGuidance: functions and intervals need times; pass scheduler=pipe or pipe.scheduler"
             )
         if self._step is None:
             raise ValueError("LearnedGuidance: call set_state(step, steps, timestep) before each step, as pipelines do")
-        if self._where is None:
-            self._where = self._found()
-        return self._where
+        place = self._where
+        if place is None:
+            self._where = place = self._found()
+        return place
 
     def _found(self) -> int | Tensor:
-        """The place of the timestep in the scheduler's timesteps. Pipelines pass a view of these, whose offset gives
-        the place. For a copy, count from begin_index, or search for the value if the scheduler has no begin_index.
-        (Pipelines that begin in the middle count their own steps from 0.) If the timestep is not there, another
-        scheduler samples: raise an error if the host can read it; on a device, return the row after the last, which is
-            NaN."""
-        timesteps, at = self.scheduler.timesteps, self._timestep
+        """Find the place of the timestep in the scheduler's timesteps.
+
+        Pipelines pass a view of the timesteps, whose offset gives the place. For a copy, count from begin_index, or
+        search for the value if the scheduler has no begin_index. (Pipelines that begin in the middle count their own
+        steps from 0.) A timestep that is not there is of another scheduler: raise ValueError if the host can read it;
+        on a device, return the index of the row after the last, which is NaN.
+        """
+        timesteps, given = self.scheduler.timesteps, self._timestep
         begin, place = getattr(self.scheduler, "begin_index", None), None
         if begin is not None:
             place = begin + self._step
-        elif at is None or timesteps.numel() == self._num_inference_steps:
+        elif given is None or timesteps.numel() == self._num_inference_steps:
             place = self._step
-        if at is None or (place is not None and torch.compiler.is_compiling()):
+        if place is not None and (given is None or torch.compiler.is_compiling()):
             return place
         if self._unset() or (place is not None and place >= timesteps.numel()):
             raise ValueError(self._another())
-        at = torch.as_tensor(at, device=getattr(at, "device", timesteps.device)).reshape(-1)[:1]
+        at = torch.as_tensor(given, device=getattr(given, "device", timesteps.device)).reshape(-1)[:1]
         if not torch.compiler.is_compiling() and _shares(at, timesteps):
             return (at.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
         compared = at.dtype if at.is_floating_point() else timesteps.dtype
@@ -269,12 +287,13 @@ class LearnedGuidance(BaseGuidance):
         return torch.where(there, place, self._times().numel() - 1)
 
     def _unset(self) -> bool:
-        """Whether the scheduler's timesteps are still those of its training table."""
+        """Return whether the scheduler's timesteps are still those of its training table."""
         unset = getattr(self.scheduler, "num_inference_steps", None) is None
         count = self.scheduler.timesteps.numel()
         return unset and count == self.scheduler.config.get("num_train_timesteps") != self._num_inference_steps
 
     def _another(self) -> str:
+        """Return the error message for a timestep of another scheduler."""
         why = "set_timesteps was never called on it" if self._unset() else "it has another timestep there"
         return (
             f"LearnedGuidance: step {self._step} of {self._num_inference_steps} is no step of the guider's scheduler, "
@@ -283,22 +302,24 @@ class LearnedGuidance(BaseGuidance):
         )
 
     def _omega(self, pred: Tensor) -> float | Tensor:
+        """Return omega of this step."""
         if isinstance(self.omega, float) and self.interval is None:
             return self.omega
         if isinstance(self.omega, Tensor) and self.interval is None:
             return _repeated("omega", self.omega.to(pred.device), pred.shape[0])
         place, c = self._place(), self._stashed if self.condition_value is None else self.condition_value
-        made_for = pred.shape[0], pred.device, torch.is_grad_enabled()
-        stale = self._rows is None or self._made_for[:-1] != made_for or self._made_for[-1] is not c
-        if stale or self._rows.requires_grad:  # a backward pass frees the graph of these rows
+        made_for, rows = (pred.shape[0], pred.device, torch.is_grad_enabled()), self._rows
+        fresh = self._made_for[:-1] == made_for and self._made_for[-1] is c
+        if rows is None or not fresh or rows.requires_grad:  # a backward pass frees the graph of these rows
             with _ordinary():
-                self._rows, self._made_for = self._table(pred, c), (*made_for, c)
+                self._rows = rows = self._table(pred, c)
+            self._made_for = *made_for, c
         if isinstance(place, int):
-            return self._rows[place]
-        return self._rows.index_select(0, place.to(pred.device).view(1))[0]
+            return rows[place]
+        return rows.index_select(0, place.to(pred.device).view(1))[0]
 
     def _table(self, pred: Tensor, c: Tensor | None) -> Tensor:
-        """omega of the whole run, and a row of NaN: `[N + 1, B]`."""
+        """Compute omega of the whole run, and a row of NaN: `[N + 1, B]`."""
         times, batch = self._times().to(pred.device), pred.shape[0]
         t, s = (one.repeat_interleave(batch) for one in (times[:-1], times[1:]))  # [N B]
         steps = times.numel() - 1
@@ -311,7 +332,7 @@ class LearnedGuidance(BaseGuidance):
                 c = c.repeat(steps, *(1,) * (c.ndim - 1))
             found = self.omega(c, s, t)
             if not isinstance(found, Tensor) or found.shape != t.shape:
-                said = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                said = str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(f"LearnedGuidance: `omega` returned {said}, expected a tensor {list(t.shape)}, as t")
         if self.interval is not None:
             low, high = self.interval
@@ -320,6 +341,7 @@ class LearnedGuidance(BaseGuidance):
         return torch.cat((found, torch.full_like(found[:1], torch.nan)))
 
     def _rule(self) -> Rule | None:
+        """Return the rule with its options for this step."""
         if self.rule is None:
             return None
         known = inspect.signature(self.rule).parameters
@@ -333,14 +355,15 @@ class LearnedGuidance(BaseGuidance):
 
 
 def _check_interval(interval: tuple[float, float]) -> None:
+    """Raise ValueError unless the interval is two times in order."""
     try:
         low, high = map(float, interval)
     except (TypeError, ValueError):
         low, high = 0.0, -1.0
     if not low <= high:
         raise ValueError(
-            f"LearnedGuidance: `interval` is {interval!r}, expected two times (low, high) with low <= high, guidance "
-            "being for low < t <= high"
+            f"LearnedGuidance: `interval` is {interval!r}, expected two times (low, high) with low <= high; guidance "
+            "is for low < t <= high"
         )
 
 
@@ -362,14 +385,14 @@ def _repeated(name: str, value: Tensor, batch: int) -> Tensor:
 
 
 def _shares(at: Tensor, timesteps: Tensor) -> bool:
-    """Whether `at` is an entry of `timesteps` in memory, which the host knows without reading values."""
+    """Return whether `at` is an entry of `timesteps` in memory, which the host knows without reading values."""
     same = at.dtype == timesteps.dtype and at.device == timesteps.device and timesteps.ndim == 1
     return same and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
 
 
 @contextlib.contextmanager
-def _ordinary():
-    """Leave inference mode, without grad, so that a later training can use the tensors that are kept between steps."""
+def _ordinary() -> Iterator[None]:
+    """Leave inference mode, without grad, so that training can later use the tensors that are kept between steps."""
     if not torch.is_inference_mode_enabled():
         yield
         return

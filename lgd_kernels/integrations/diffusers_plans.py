@@ -1,17 +1,19 @@
-"""From a diffusers scheduler to the StepPlan that does the same, and to the times that omega is a function of.
+"""Convert a diffusers scheduler to the StepPlan of the same run, and to the times that omega is a function of.
 
-Everything is read off the scheduler's own tables after its `set_timesteps`, and worked out in float64.
+Everything is read from the scheduler's own tables after its `set_timesteps`, and computed in float64.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
 from lgd_kernels.runtime.checks import DIFFUSERS_PREDICTIONS
+from lgd_kernels.runtime.levels import Prediction
 from lgd_kernels.runtime.shown import brief
 from lgd_kernels.sampling import solvers
 from lgd_kernels.sampling.churn import churn_from_eta
@@ -22,7 +24,7 @@ DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 DPM = "DPMSolverMultistepScheduler"
 KINDS = (DDIM, FLOW, EULER, ANCESTRAL, DPM)
-LINEAR = {  # settings with which a step is no longer linear with factors of the times alone, or another solver
+LINEAR: dict[str, dict[str, Any]] = {  # settings of a step that is linear, with factors of the times alone
     DDIM: {"clip_sample": False, "thresholding": False},
     FLOW: {"invert_sigmas": False},
     EULER: {},
@@ -44,11 +46,11 @@ STEP = (  # a subclass with the same step does not override these
     "_sigma_to_alpha_sigma_t",
     "_get_variance",
 )
-ROUNDING = 1e-5  # relative: how far two sigmas may differ where spacings meet
+ROUNDING = 1e-5  # relative: the most that sigmas may rise where spacings meet
 
 
 class VPSigma(Schedule):
-    """Variance preserving, by sigma = noise / signal: signal 1 / sqrt(1 + sigma^2). The time is sigma.
+    """Preserve the variance at sigma = noise / signal: signal 1 / sqrt(1 + sigma^2). The time is sigma.
 
     >>> import torch
     >>> VPSigma().signal_noise(torch.tensor([0.75]))
@@ -65,21 +67,24 @@ class VPSigma(Schedule):
         return (t - s) * torch.rsqrt(1 + t * t) * torch.rsqrt(1 + s * s)
 
 
-def check_kind(kind: str | None) -> None:
+def check_kind(kind: str) -> None:
+    """Raise ValueError unless `kind` is one of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"FusedScheduler: `scheduler` is a {kind}, expected one of {', '.join(KINDS)}")
 
 
-def kind_of(scheduler) -> str | None:
-    """The one of `KINDS` that a scheduler is an instance of, or None."""
-    return next((kind for kind in KINDS if isinstance(scheduler, getattr(diffusers, kind))), None)
+def kind_of(scheduler: Any) -> str:
+    """Return the one of `KINDS` that a scheduler is an instance of, or raise ValueError."""
+    made = type(scheduler)
+    known = (kind for kind in KINDS if isinstance(scheduler, getattr(diffusers, kind)))
+    kind = next(known, f"{made.__module__}.{made.__qualname__}")
+    check_kind(kind)
+    return kind
 
 
-def check(scheduler) -> None:
-    """Whether a scheduler's step is a StepPlan's. Raises ValueError that says what to change."""
+def check(scheduler: Any) -> str:
+    """Raise ValueError that names the remedy unless a StepPlan can take a scheduler's step. Returns the kind."""
     kind, made = kind_of(scheduler), type(scheduler)
-    if kind is None:
-        check_kind(f"{made.__module__}.{made.__qualname__}")
     base, config = getattr(diffusers, kind), scheduler.config
     for name in STEP:
         if getattr(made, name, None) is not getattr(base, name, None):
@@ -93,15 +98,16 @@ def check(scheduler) -> None:
                 f"FusedScheduler: {kind} has {name}={config[name]!r}, expected {value!r}: "
                 f"{kind}.from_config(scheduler.config, {name}=...)"
             )
+    return kind
 
 
-def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
-    """The run that `scheduler.set_timesteps` laid out, as a plan.
+def plan_of(scheduler: Any, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
+    """Convert the run that `scheduler.set_timesteps` defined to a plan.
 
     Args:
         scheduler: of one of `KINDS`.
-        eta: DDIM's.
-        begins: the plan of a first step, wherever it is taken: solvers that remember have nothing to remember yet.
+        eta: of DDIM.
+        begins: whether each step is the first of a run, so that solvers with a history have none yet.
     """
     kind, config = kind_of(scheduler), scheduler.config
     prediction = _prediction(kind, config)
@@ -111,9 +117,9 @@ def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
             raise ValueError(f"timesteps are {brief(t)}, expected 0 to {config['num_train_timesteps'] - 1}")
         s = t - config["num_train_timesteps"] // scheduler.num_inference_steps
         s = s.clamp(min=-1 if config["set_alpha_to_one"] else 0)
-        schedule = Discrete(scheduler.alphas_cumprod.cpu(), dtype=torch.float64)
-        churn = churn_from_eta(float(eta), schedule.levels(t, s)) if eta else 0.0
-        return solvers.one_step(schedule, t, to=s, prediction=prediction, churn=churn)
+        table = Discrete(scheduler.alphas_cumprod.cpu(), dtype=torch.float64)
+        churn = churn_from_eta(float(eta), table.levels(t, s)) if eta else 0.0
+        return solvers.one_step(table, t, to=s, prediction=prediction, churn=churn)
     sigmas = _falling(scheduler.sigmas[: len(scheduler.timesteps) + 1].cpu().double())
     if kind == FLOW and config["stochastic_sampling"]:
         return solvers.consistency(RectifiedFlow(), sigmas, prediction=prediction)
@@ -128,16 +134,16 @@ def plan_of(scheduler, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
             stochastic=config["algorithm_type"] == "sde-dpmsolver++",
             first_order=first,
         )
-    schedule = RectifiedFlow() if kind == FLOW else EDM()
+    schedule: Schedule = RectifiedFlow() if kind == FLOW else EDM()
     return solvers.one_step(schedule, sigmas, prediction=prediction, churn=float(kind == ANCESTRAL))
 
 
-def _prediction(kind: str, config: dict) -> str:
-    """Our name for a scheduler's prediction_type. Raises ValueError if its step takes no such prediction."""
+def _prediction(kind: str, config: dict[str, Any]) -> Prediction:
+    """Return our name for a scheduler's prediction_type. Raises ValueError if its step takes no such prediction."""
     if kind == FLOW:
         return "flow"
     name, flow = config["prediction_type"], kind == DPM and config["use_flow_sigmas"]
-    names = {**DIFFUSERS_PREDICTIONS} | ({"original_sample": "x0"} if kind == EULER else {})
+    names: dict[str, Any] = {**DIFFUSERS_PREDICTIONS, **({"original_sample": "x0"} if kind == EULER else {})}
     names.pop("v_prediction" if flow else "flow_prediction")
     if name not in names:
         when = " with use_flow_sigmas=True" if flow else ""
@@ -148,17 +154,17 @@ def _prediction(kind: str, config: dict) -> str:
 
 
 def _falling(sigmas: Tensor) -> Tensor:
-    """Sigmas that rise by no more than rounding, where a spacing meets its last sigma, made a step of length 0."""
+    """Replace a rise of sigmas within rounding, where a spacing meets its last sigma, by a step of length 0."""
     lowest = sigmas.cummin(0).values
     return lowest if bool((sigmas - lowest <= ROUNDING * lowest).all()) else sigmas
 
 
-def times_of(scheduler) -> Tensor:
-    """What t and s an omega is asked about: `[N + 1]` float32, of any diffusers scheduler's run.
+def times_of(scheduler: Any) -> Tensor:
+    """Return the times of omega(c, s, t) in the run of any diffusers scheduler: `[N + 1]` float32.
 
-    They are times of the model, the same for every scheduler that samples it: `timesteps`, indices of its training
-    table, and at last -1, the data, as in `Discrete`; for flow matching timesteps / num_train_timesteps, t in [0, 1] of
-    `RectifiedFlow`, and at last 0.
+    The times belong to the model, and are the same for every scheduler that samples it: `timesteps`, indices of the
+    training table, and then -1, the data, as in `Discrete`; for flow matching timesteps / num_train_timesteps, t in
+    [0, 1] of `RectifiedFlow`, and then 0.
     """
     times, config = scheduler.timesteps.float(), scheduler.config
     flow = any("FlowMatch" in kind.__name__ for kind in type(getattr(scheduler, "inner", scheduler)).__mro__)

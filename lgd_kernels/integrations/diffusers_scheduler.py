@@ -1,8 +1,10 @@
-"""A diffusers scheduler as a table of factors: one pass over memory for a step."""
+"""A diffusers scheduler that takes a step in one pass over memory, with a table of factors."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -16,10 +18,12 @@ from lgd_kernels.integrations import diffusers_plans as plans
 from lgd_kernels.runtime.impls import Impl
 from lgd_kernels.runtime.levels import OmegaLookup, arithmetic_dtype
 from lgd_kernels.runtime.shown import readable
+from lgd_kernels.sampling.step_plan import StepPlan
 
 
-class FusedScheduler(SchedulerMixin, ConfigMixin):
-    """A diffusers scheduler that steps in one pass over memory, each sample where it is, and waits for nothing.
+class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # config_name differs in these bases
+    """Take the steps of a diffusers scheduler in one pass over memory, without a device sync, also for samples at
+    different steps.
 
         pipe.scheduler = FusedScheduler(pipe.scheduler)
 
@@ -29,15 +33,16 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             linear: no clip_sample, no thresholding. FusedScheduler takes its configuration and forwards all other
             attributes (timesteps, add_noise, ...) to it.
 
-    Steps count up from `begin_index`, or from where the first timestep stands, as diffusers' do. A timestep `[B]`, of
-    the scheduler's timesteps, places each sample by itself, and counts nothing.
+    Steps count up from `begin_index`, or from the place of the first timestep, as in diffusers. Timesteps `[B]` of the
+    run give each sample its own step, and do not change the count.
 
-    Noise is drawn as diffusers draws it, from `generator`: the same numbers, seed for seed. With `scheduler.seed` set
-    (an int, a 0-dim int64 tensor or `[B]`) it is drawn inside the kernel: sample b's from seed + b (or seed[b]) and its
-    step alone, whatever else is in the batch; seeds that are apart by less than 2^32 share none.
+    Noise is drawn as in diffusers, from `generator`: the same numbers for the same seed. With `scheduler.seed` set (an
+    int, a 0-dim int64 tensor or `[B]`) the kernel draws it: the noise of sample b depends on seed + b (or seed[b])
+    and the step, not on the rest of the batch; seeds that differ by less than 2^32 share no noise.
 
-    `FusedScheduler.from_config(pipe.scheduler.config)`, `save_pretrained` and `from_pretrained` work as they do there;
-    the configuration is that of the scheduler, and its class under "fused". `torch.compile` takes a step whole.
+    `FusedScheduler.from_config(pipe.scheduler.config)`, `save_pretrained` and `from_pretrained` work as in diffusers;
+    the configuration is that of the scheduler, with its class under "fused". `torch.compile` compiles a step without
+    graph breaks.
 
     >>> scheduler = FusedScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     >>> scheduler.set_timesteps(4)
@@ -46,34 +51,44 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    inner: Any
+    begin_index: int | None
+    _index: int | Tensor | None  # of the next step
+    _kept: Tensor | tuple[Tensor, ...] | None
+    _listed: list[float]  # the timesteps of the run
+    _times: Tensor | None  # the same, on the device of the samples
+    _scales: Tensor | None  # of the input of the network
+    _made: dict[tuple[Any, ...], StepPlan]
+    _draws: dict[float, bool]  # by eta: whether a step draws noise
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
-        scheduler = scheduler.inner if isinstance(scheduler, FusedScheduler) else scheduler  # a cell that is run twice
-        plans.check(scheduler)
-        kind = plans.kind_of(scheduler)
-        self.inner, self.kind, self.seed = scheduler, kind, None
+        inner: Any = scheduler.inner if isinstance(scheduler, FusedScheduler) else scheduler  # a cell that is run twice
+        self.inner, self.kind = inner, plans.check(inner)
+        self.seed: int | Tensor | None = None
         self._reset()
-        known = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        self.register_to_config(**known | {"fused": kind, "_class_name": type(self).__name__})
+        known = {name: value for name, value in inner.config.items() if not name.startswith("_")}
+        self.register_to_config(**known | {"fused": self.kind, "_class_name": type(self).__name__})
 
     @classmethod
-    def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
-        """From the configuration of a FusedScheduler, or of a scheduler that it takes."""
-        config = {**config, **kwargs}
+    def from_config(
+        cls, config: dict[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Make a FusedScheduler from the configuration of one, or of a scheduler that it takes."""
+        config = {**(config or {}), **kwargs}
         kind, fused = config.get("_class_name"), config.pop("fused", None)
         if kind not in plans.KINDS:  # else "fused" is left from a FusedScheduler that another scheduler was made from
             kind = fused or kind
         if kind is None:
             raise ValueError(
-                "FusedScheduler.from_config: `config` does not say whose it is, as one of a scheduler that was not "
-                "loaded does not; pass the scheduler itself: FusedScheduler(scheduler)"
+                "FusedScheduler.from_config: `config` names no class, expected a `_class_name`, which diffusers writes "
+                "when it saves a scheduler; pass the scheduler itself: FusedScheduler(scheduler)"
             )
         plans.check_kind(kind)
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         scheduler = cls(getattr(diffusers, kind).from_config(config))
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if "inner" not in self.__dict__:
             return super().__getattr__(name)
         found = getattr(self.__dict__["inner"], name)
@@ -82,11 +97,11 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def _at_our_step(self, method):
+    def _at_our_step(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap add_noise or scale_noise, so that they add the noise of the next step once a run has started."""
 
         @functools.wraps(method)
-        def at_our_step(*args, **kwargs):
+        def at_our_step(*args: Any, **kwargs: Any) -> Any:
             if hasattr(self.inner, "_step_index"):
                 self.inner._step_index = self.step_index
             return method(*args, **kwargs)
@@ -95,11 +110,11 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Which step comes next. (It waits for the device.)"""
+        """The index of the next step. Reading it is a device sync."""
         return None if self._index is None else int(self._index)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where the run begins, for pipelines that begin in the middle."""
+        """Set the step at which the run begins, for pipelines that begin in the middle."""
         self.begin_index = begin_index
         if hasattr(self.inner, "set_begin_index"):
             self.inner.set_begin_index(begin_index)
@@ -113,7 +128,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
     ) -> None:
         """Set up a run and compute its factors. The scheduler refuses arguments that it does not take. Raises
-        ValueError for a run without steps, with sigmas that rise or are NaN, or with an epsilon prediction at signal 0.
+        ValueError for a run without steps, with sigmas that rise or are NaN, or with an eps prediction at signal 0.
         """
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(
@@ -125,18 +140,22 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         self._reset()
         self._listed = self.inner.timesteps.tolist()
         if not self._listed:
-            raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} laid out no timesteps, expected 1 or more")
+            raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} made no timesteps, expected 1 or more")
         self._made[0.0, False], self._made[0.0, True] = (self._plan(0.0, begins) for begins in (False, True))
         self._scales = torch.ones(len(self._listed) + 1, device="cpu", dtype=torch.float32)
         if self.kind in (plans.EULER, plans.ANCESTRAL):
             self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1).float()
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network is given: the sample, for sigmas of a variance exploding run over sqrt(1 + sigma^2)."""
+        """Return the input of the network: the sample, for the Euler schedulers divided by sqrt(1 + sigma^2)."""
         if self.kind not in (plans.EULER, plans.ANCESTRAL):
             return sample
-        index = self._place(timestep, sample)
-        index = torch.tensor([index], device="cpu") if isinstance(index, int) else index
+        if self._scales is None:
+            raise ValueError(
+                "FusedScheduler.scale_model_input: no run is set up; call set_timesteps(steps, device=...) first"
+            )
+        place = self._place(timestep, sample)
+        index = torch.tensor([place], device="cpu") if isinstance(place, int) else place
         if self._scales.device != sample.device:
             self._scales = self._scales.to(sample.device)
         scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)
@@ -157,20 +176,20 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         rule: Rule | None = None,
         impl: Impl | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The next sample, in the dtype of `sample`.
+        """Return the next sample, in the dtype of `sample`.
 
         Args:
-            model_output: the prediction, guided or, with `uncond`, conditional: then guided on the way, in the same
-                pass, with `omega` and `rule` as in `guided_step`.
+            model_output: the guided prediction; or, with `uncond`, the conditional prediction, guided in the same pass
+                with `omega` and `rule` as in `guided_step`.
             timestep: of this run: a number, 0-dim, or `[B]`.
-            eta: for DDIM, in [0, 1]; others ignore it, since pipelines pass it to every scheduler that takes it.
+            eta: for DDIM, in [0, 1]. The others ignore eta, since pipelines pass it to every scheduler that takes it.
             generator, variance_noise: of schedulers that draw; or set `seed`.
 
-        Raises ValueError for a timestep that is not the one to come (`[B]`: not of this run), where the host can see
-        it; elsewhere a `[B]` timestep that is not there gives NaN.
+        Raises ValueError for a timestep other than the next one (`[B]`: not of this run), if the host can read the
+        timestep without a device sync; otherwise timesteps `[B]` that are not of this run give NaN.
         """
         if not self._made:
-            raise ValueError("FusedScheduler.step: no run was laid out; call set_timesteps(steps, device=...) first")
+            raise ValueError("FusedScheduler.step: no run is set up; call set_timesteps(steps, device=...) first")
         index, eta = self._place(timestep, sample), float(eta) if self.kind == plans.DDIM else 0.0
         plan = self._on(eta, self._kept is None, sample)
         drawn = self._noise(eta, index, sample, model_output, generator, variance_noise)
@@ -182,21 +201,22 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def _reset(self) -> None:
+        """Forget the run."""
         self._index, self._kept, self.begin_index = None, None, None
         self._listed, self._scales, self._times, self._made, self._draws = [], None, None, {}, {}
 
-    def _plan(self, eta: float, begins: bool):
-        """In float64, with a row of NaN for what is not in this run."""
+    def _plan(self, eta: float, begins: bool) -> StepPlan:
+        """Make the plan of this run in float64, with a row of NaN for timesteps that are not in the run."""
         try:
             plan = plans.plan_of(self.inner, eta, begins=begins)
         except ValueError as error:
-            raise ValueError(f"FusedScheduler: {self.kind} laid out a run that is refused: {error}") from error
+            raise ValueError(f"FusedScheduler: the run of {self.kind} is refused: {error}") from error
         self._draws[eta] = bool((plan.table[:, 0, 3] != 0).any())
         nothing = torch.full_like(plan.table[:1], torch.nan)
-        return plans.StepPlan(plan.times, torch.cat((plan.table, nothing)))
+        return StepPlan(plan.times, torch.cat((plan.table, nothing)))
 
-    def _on(self, eta: float, begins: bool, sample: Tensor):
-        """The plan where it is used, copied there once."""
+    def _on(self, eta: float, begins: bool, sample: Tensor) -> StepPlan:
+        """Return the plan on the device of the sample, copied there once."""
         key = eta, begins, sample.device, sample.dtype
         plan = self._made.get(key)
         if plan is None:
@@ -206,29 +226,32 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return plan
 
     def _place(self, timestep: float | Tensor, sample: Tensor) -> int | Tensor:
-        """The step of the run: an int where the host can know it; else, on the device of the sample, 0-dim; `[B]` for
-        timesteps `[B]`."""
+        """Return the step of a timestep: an int if the host can know it, else 0-dim on the device of the sample; `[B]`
+        for timesteps `[B]`."""
         many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
-        if many or (self._index is None and self.begin_index is None):
-            place = self._found(timestep, sample, many)
-            return int(place) if not many and readable(place) else place
-        on_host = sample.device.type == "cpu" and not torch.compiler.is_compiling()
         place = self.begin_index if self._index is None else self._index
-        if isinstance(place, int) != on_host:
-            place = int(place) if on_host else torch.full((), place, dtype=torch.int64, device=sample.device)
+        if many or place is None:
+            found = self._found(timestep, sample, many)
+            return int(found) if not many and readable(found) else found
+        on_host = sample.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host:
+            place = int(place)
+        elif isinstance(place, int):
+            place = torch.full((), place, dtype=torch.int64, device=sample.device)
         self._index = place
         if on_host and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
             self._expect(timestep)
         return place
 
     def _found(self, timestep: float | Tensor, sample: Tensor, many: bool) -> Tensor:
-        """Where it stands; the second place of a timestep that repeats, as diffusers takes it."""
+        """Find the place of timesteps in the run; of a repeated timestep the second place, as in diffusers."""
         if many and len(set(self._listed)) < len(self._listed):
             raise ValueError("FusedScheduler: `timestep` is [B], but this run has timesteps twice: they name no step")
-        if self._times is None or self._times.device != sample.device:
-            self._times = self.inner.timesteps.to(sample.device)
-        at = torch.as_tensor(timestep, dtype=self._times.dtype, device=sample.device).reshape(-1, 1)
-        hits = (at == self._times).int()
+        times = self._times
+        if times is None or times.device != sample.device:
+            self._times = times = self.inner.timesteps.to(sample.device)
+        at = torch.as_tensor(timestep, dtype=times.dtype, device=sample.device).reshape(-1, 1)
+        hits = torch.eq(at, times).int()
         seen = hits.cumsum(1)
         place = (hits * (seen == seen[:, -1:].clamp(max=2))).argmax(1)
         there = seen[:, -1] > 0
@@ -240,20 +263,28 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return place if many else place[0]
 
     def _expect(self, timestep: float | Tensor) -> None:
-        """That the run goes on with this timestep."""
-        index = self._index
+        """Raise ValueError unless the timestep is that of the next step."""
+        index = self.step_index or 0
         wanted = self._listed[index] if index < len(self._listed) else None
         if float(timestep) != wanted:
             twice = len(set(self._listed)) < len(self._listed)
             hint = "; timesteps repeat here, and set_begin_index(0) begins at the first of them" if twice else ""
             raise ValueError(
                 f"FusedScheduler: `timestep` is {float(timestep)}, expected {wanted}, step {index} of this run; "
-                "set_timesteps(n) starts anew, and set_begin_index(k) right after it at step k; for two samples or "
-                "more a timestep [B] goes anywhere" + hint
+                "set_timesteps(n) starts at the first, and set_begin_index(k) right after it at step k; timesteps [B] "
+                "of two samples or more may be any of the run" + hint
             )
 
-    def _noise(self, eta: float, index: Tensor, sample: Tensor, prediction: Tensor, generator, noise) -> dict:
-        """What a step draws: nothing, noise that was given, a seed for each sample, or diffusers' own noise."""
+    def _noise(
+        self,
+        eta: float,
+        index: int | Tensor,
+        sample: Tensor,
+        prediction: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: Tensor | None,
+    ) -> dict[str, Any]:
+        """Return the noise arguments of a step: none, the given noise, a seed for each sample, or diffusers' noise."""
         if not self._draws[eta]:
             return {}
         if noise is not None:
