@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgd_kernels.ops.guided_energy.reference import powered, squared_distances
+from lgd_kernels.ops.guided_energy.api import guided_energy
 from lgd_kernels.runtime import checks
+from lgd_kernels.runtime.levels import Levels
 
 
 def particle_energy(
@@ -55,16 +56,15 @@ def particle_energy(
         )
     if len(x_s) != len(targets):
         raise ValueError(f"particle_energy: x_s holds {len(x_s)} items, targets {len(targets)}")
-    m = x_s.shape[1]
-    checks.power("particle_energy", beta, lam, unbiased, m)
+    checks.power("particle_energy", beta, lam, unbiased, x_s.shape[1])
     dtype = torch.promote_types(torch.promote_types(x_s.dtype, targets.dtype), torch.float32)
-    x_s, targets = (points[..., None].flatten(2).to(dtype) for points in (x_s, targets))
-    attraction = powered(squared_distances(x_s, targets), beta).mean((1, 2))  # [B]
-    if lam == 0:
-        return attraction
-    pairs = m * (m - 1) if unbiased else m * m  # the diagonal adds nothing to the sum
-    repulsion = powered(squared_distances(x_s, x_s), beta).sum((1, 2)) / pairs  # [B]
-    return attraction - lam / 2 * repulsion
+    x_s, targets = x_s.to(dtype), targets.to(dtype)
+    nothing = x_s.new_zeros(()).expand_as(x_s)
+    one = x_s.new_ones(len(x_s))
+    stay = Levels(one, one, one, one, torch.zeros_like(one))  # a step from s to s is the identity
+    return guided_energy(
+        x_s, nothing, nothing, 0.0, stay, targets, beta=beta, lam=lam, unbiased=unbiased, impl="reference"
+    )
 
 
 def sample_times(
