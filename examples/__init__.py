@@ -1,1 +1,1 @@
-"""The main job on real data, `python -m examples.digits`, and where all is known, `python -m examples.mixture`."""
+"""Studies that run from a checkout, outside the wheel: `python -m examples.digits`, `.mixture`, `.photographs`."""

@@ -26,7 +26,7 @@ ALLOWED = {
     "omega/forms.py",
     "learn/sources.py: from_numpy",
 }  # modules, made where torch makes modules; always on the CPU
-SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if "demo" not in path.parts]  # demos are run, not called
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 def names_no_device(tree):

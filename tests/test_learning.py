@@ -1,14 +1,15 @@
-"""The self-consistency loss, its times, and learning with a denoiser that is known exactly."""
+"""Test the self-consistency loss, its times, and learning with a denoiser that is known exactly."""
 
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
 import lgd_kernels as lgd
-from examples import guidance, timing
-from examples.measures import energy_distance
+from benchmarks.learning import eager_loss
+from examples.shared import guidance
 from lgd_kernels import learn
 from lgd_kernels.learn import Frozen, Settings, particle_energy, sample_s, sample_times
+from lgd_kernels.metrics import energy_distance
 
 # x1 = (0, 0), x2 = (3, 4); y1 = (0, 0), y2 = (3, 0): distances 0, 3, 5, 4, and 5 between the particles
 X = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
@@ -170,7 +171,7 @@ def test_learning_leaves_an_exact_denoiser_alone_and_guides_a_noisy_one(learned)
 def test_learned_guidance_lowers_the_distance_to_real_data(learned):
     wrong, frozen, net = learned
     generator = seeded(2)
-    tables = torch.stack([torch.zeros(STEPS, 2), guidance.learned_table(net, SCHEDULE, STEPS, 2)])
+    tables = torch.stack([torch.zeros(STEPS, 2), guidance.path_table(net, SCHEDULE, STEPS, 2)])
     samples = guidance.sample_classes(frozen.predict, tables, 500, 2, SCHEDULE, generator)  # [2, 2, 500, 2]
     x, c = draw(2000, generator)
     unguided, guided = (
@@ -182,14 +183,14 @@ def test_learned_guidance_lowers_the_distance_to_real_data(learned):
         assert guided < unguided / 3 and unguided > 0.05
 
 
-def test_the_demos_eager_loss_has_the_law_of_the_fused_one():
+def test_the_eager_loss_of_the_benchmark_has_the_law_of_the_fused_one():
     """It is what the time of a step is measured against: the same mean and slope, on noise of its own."""
     x0, c = (part[:1].expand(40000, *part.shape[1:]) for part in draw(1, seeded()))
     s, t = torch.full((40000,), 0.3), torch.full((40000,), 0.7)
     particles = learn.draw(exact_denoiser(0.3), x0, c, s, t, seed=6)
     torch.manual_seed(0)
     found = []
-    for loss in (learn.self_consistency_loss, timing.eager_loss):
+    for loss in (learn.self_consistency_loss, eager_loss):
         omega = torch.full((40000,), 0.8, requires_grad=True)
         each = loss(particles, omega)
         found.append((each.detach(), torch.autograd.grad(each.sum(), omega)[0]))

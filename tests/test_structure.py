@@ -32,6 +32,7 @@ def files(*endings, under=ROOT):
 
 MEANS = files(".py", under=PACKAGE)
 MEASURES = files(".py", under=ROOT / "benchmarks")
+STUDIES = files(".py", under=ROOT / "examples")
 COMPUTES = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "csrc")
 BINDS = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "python")
 each_room = pytest.mark.parametrize("room", ROOMS)
@@ -43,6 +44,7 @@ def name_of(path):
 
 
 MODULES = {name_of(path): path for path in MEANS}
+OUTSIDE = {name_of(path): path for path in MEASURES + STUDIES}
 
 
 def imports(path, lazily=True):
@@ -55,7 +57,8 @@ def imports(path, lazily=True):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name} imports relatively; a full name can be searched for"
             inner = (f"{node.module}.{alias.name}" for alias in node.names)
-            found.update(name if name in MODULES or name.endswith("._C") else node.module for name in inner)
+            known = MODULES.keys() | OUTSIDE.keys()
+            found.update(name if name in known or name.endswith("._C") else node.module for name in inner)
         elif isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             nodes.extend(node.orelse)
         elif lazily or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -158,9 +161,10 @@ def test_every_group_is_listed():
     assert {group_of(name) for name in MODULES} == {*GROUPS, "__init__"}
 
 
-def test_no_import_circles():
+@pytest.mark.parametrize("modules", [MODULES, OUTSIDE], ids=["lgd_kernels", "outside"])
+def test_no_import_circles(modules):
     """Not even between functions that import when they are called. A package's own file counts as what it imports."""
-    arrows = {name: (imports(path) & MODULES.keys()) - {name} for name, path in MODULES.items()}
+    arrows = {name: (imports(path) & modules.keys()) - {name} for name, path in modules.items()}
     while leaves := {name for name, reached in arrows.items() if not reached}:
         arrows = {name: reached - leaves for name, reached in arrows.items() if name not in leaves}
     while sources := arrows.keys() - set().union(*arrows.values()):
@@ -309,7 +313,7 @@ def test_workloads_of_rules_only_declare():
     """Likewise, beside rooms and other libraries."""
     imported = imports(ROOT / "benchmarks" / "rules.py")
     beside = {
-        "benchmarks",
+        "benchmarks.providers",
         "benchmarks.workload",
         "lgd_kernels",
         "lgd_kernels.runtime.levels",
@@ -319,10 +323,11 @@ def test_workloads_of_rules_only_declare():
     assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
 
 
-def test_benchmarks_stay_small_and_outside():
-    """The package does not know that it is measured."""
+def test_benchmarks_and_examples_stay_outside():
+    """The package imports neither; examples import benchmarks, and not the other way round."""
     assert [path.name for path in MEASURES if len(path.read_text().splitlines()) > 200] == []
-    assert [name_of(path) for path in MEANS if any(name.startswith("benchmarks") for name in imports(path))] == []
+    for paths, outside in ((MEANS, ("benchmarks", "examples")), (MEASURES, ("examples",))):
+        assert [name_of(path) for path in paths if any(name.startswith(outside) for name in imports(path))] == []
 
 
 @each_room
@@ -334,7 +339,7 @@ def test_python_binds_its_room(room):
     assert "const Binding binding(" in binding.read_text()
 
 
-@pytest.mark.parametrize("path", [path for path in MEANS + MEASURES if path.stat().st_size], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in MEANS + MEASURES + STUDIES if path.stat().st_size], ids=name_of)
 def test_modules_say_what_they_are_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 

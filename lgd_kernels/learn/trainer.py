@@ -171,7 +171,7 @@ class Trainer:
                 )
         if isinstance(self.omega, TableModule):
             self.omega.project()
-        self._average()
+        self.average()
         self.step += 1
         return loss, norm
 
@@ -259,7 +259,7 @@ class Trainer:
         frozen = f"{self.batches.frozen.schedule!r}, {self.batches.frozen.prediction}"
         return {**asdict(self.settings), "omega": weights, "denoiser": frozen, "data": size_of(self.batches.data)}
 
-    def _average(self) -> None:
+    def average(self) -> None:
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.means, self.weights, 1 - decay)

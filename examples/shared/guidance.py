@@ -1,18 +1,19 @@
-"""Learning omega, sampling with it, and the hand-made guidance it is compared with.
+"""Learn omega, and sample with it.
 
-Times are unit times u in [0, 1] (0 data, 1 noise); a sampling run takes `steps` equal steps from 1 to 0. Guidance for
-a run is a table [steps, classes], known before the loop, since omega does not depend on x_t.
+Times are unit times u in [0, 1] (0 data, 1 noise). A sampling run takes `steps` equal steps from 1 to 0. omega does not
+depend on x_t, so the guidance of a run is a table [steps, classes] that is known before the loop.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lgd_kernels as lgd
-from examples.denoiser import Predict
+from examples.shared.denoiser import Predict
 from lgd_kernels.learn import Frozen, Settings, Trainer, self_consistency_loss
 from lgd_kernels.learn.reward import Loss
 from lgd_kernels.omega.network import OmegaNetwork
@@ -26,16 +27,16 @@ def learn_omega(
     data: tuple[Tensor, Tensor],
     settings: Settings,
     *,
-    classes: int = 10,
+    classes: int,
     loss: Loss = self_consistency_loss,
     steps: int = 900,
     every: int = 150,
     track: Track = silent,
     label: str = "omega",
 ) -> list[OmegaNetwork]:
-    """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]): its running average, after each `every` steps."""
+    """Learn omega(c, s, t) on clean pairs (x0 [N, D], c [N]); return its running average after each `every` steps."""
     trainer = Trainer(OmegaNetwork(frozen.schedule, classes), frozen, data, settings, loss=loss)
-    found = []
+    found: list[Any] = []
     for done in track(range(every, steps + 1, every), label):
         trainer.train(done)
         found.append(copy.deepcopy(trainer.ema))
@@ -46,11 +47,11 @@ def learn_omega(
 def sample(
     predict: Predict, z: Tensor, c: Tensor, table: Tensor, schedule: Schedule, setting: Tensor | None = None
 ) -> Tensor:
-    """Samples from noise z [N, D] for labels c [N], one guided step (churn 0) per row of the table.
+    """Return samples from noise z [N, D] for labels c [N]: one guided step (churn 0) for each row of the table.
 
     Args:
-        table: guidance [steps, classes], or [settings, steps, classes] with `setting` [N] saying which one a sample
-            takes: a whole grid of settings is one batch, since the step takes a weight per sample.
+        table: guidance [steps, classes]; or [settings, steps, classes], with `setting` [N], the setting of each sample.
+            A step takes a weight for each sample, so a whole grid of settings is one batch.
     """
     if setting is None:
         table, setting = table[None], torch.zeros_like(c)
@@ -78,10 +79,10 @@ def sample_classes(
     track: Track = silent,
     label: str = "sampling",
 ) -> Tensor:
-    """[settings, classes, per_class, D] samples for tables [settings, steps, classes].
+    """Return samples [settings, classes, per_class, D] for tables [settings, steps, classes].
 
-    Every setting starts from the same noise, so that settings differ by their guidance and not by luck. A batch holds
-    `chunk` settings: it fits the cache.
+    Every setting starts from the same noise, so settings differ by their guidance alone. A batch holds `chunk` settings
+    and fits the cache.
     """
     classes = tables.shape[2]
     z = torch.randn(classes * per_class, dim, generator=generator)
@@ -95,24 +96,24 @@ def sample_classes(
 
 
 @torch.no_grad()
-def learned_table(omega: OmegaNetwork | OmegaTable, schedule: Schedule, steps: int, classes: int = 10) -> Tensor:
-    """omega [steps, classes] along the sampling path."""
+def path_table(omega: OmegaNetwork | OmegaTable, schedule: Schedule, steps: int, classes: int) -> Tensor:
+    """Return omega [steps, classes] along the sampling path."""
     u = torch.linspace(1, 0, steps + 1)
     return omega_grid(omega, schedule, u[1:], u[:-1], classes)
 
 
 @torch.no_grad()
-def omega_grid(
-    omega: OmegaNetwork | OmegaTable, schedule: Schedule, u_s: Tensor, u_t: Tensor, classes: int = 10
-) -> Tensor:
-    """omega [..., classes] at unit times u_s, u_t of any one shape; that of s = t where s would be after t."""
+def omega_square(omega: OmegaNetwork | OmegaTable, schedule: Schedule, points: int, classes: int) -> Tensor:
+    """Return omega [points (s), points (t), classes] on an even grid of unit times."""
+    u = torch.linspace(0, 1, points)
+    u_s, u_t = torch.meshgrid(u, u, indexing="ij")
+    return omega_grid(omega, schedule, u_s, u_t, classes)
+
+
+@torch.no_grad()
+def omega_grid(omega: OmegaNetwork | OmegaTable, schedule: Schedule, u_s: Tensor, u_t: Tensor, classes: int) -> Tensor:
+    """Return omega [..., classes] at unit times u_s, u_t of one shape; where s would be after t, omega at s = t."""
     u_s = torch.minimum(u_s, u_t)
     s, t = (schedule.from_unit(u).flatten().repeat_interleave(classes) for u in (u_s, u_t))
     c = torch.arange(classes).repeat(u_s.numel())
     return omega(c, s, t).view(*u_s.shape, classes)
-
-
-def interval_table(omega: float, low: float, high: float, steps: int, classes: int = 10) -> Tensor:
-    """A limited interval: omega in the steps whose middle lies in [low, high], 0 elsewhere. [steps, classes]."""
-    middle = 1 - (torch.arange(steps) + 0.5) / steps
-    return (omega * ((middle >= low) & (middle <= high)))[:, None].expand(-1, classes)

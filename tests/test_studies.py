@@ -1,4 +1,4 @@
-"""The studies beside the demo, in miniature: a model for the command, the fitted table, the parts of a step."""
+"""Run the smaller studies in miniature: a model for the command, the fitted table, the parts of a training step."""
 
 import json
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 
 for module in ("sklearn", "matplotlib"):
-    pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")
+    pytest.importorskip(module, reason="the examples need pip install -e '.[examples]'")
 pytest.importorskip("safetensors")
 
-from examples import fitting, patches, timing  # noqa: E402
-from examples.unet import UNet  # noqa: E402
+from benchmarks import learning  # noqa: E402
+from examples.digits import fitting  # noqa: E402
+from examples.photographs import model as photographs  # noqa: E402
+from examples.photographs.__main__ import main as make  # noqa: E402
+from examples.photographs.unet import UNet  # noqa: E402
 from lgd_kernels.__main__ import main  # noqa: E402
 
 
@@ -21,13 +24,13 @@ def one_thread():
 
 def test_crops_share_no_pixel():
     """Splits come from rows of their own, and every class has as many."""
-    found = patches.crops()
+    found = photographs.crops()
     assert [len(found[split].x) for split in ("train", "validation", "test")] == [3920, 980, 1960]
     for x, c in found.values():
         assert x.shape[1:] == (3, 32, 32) and x.min() >= -1 and x.max() <= 1
         assert torch.equal(c.bincount(), torch.full((4,), len(c) // 4))
-    bands = sorted(band for split in patches.BANDS.values() for band in split)
-    assert bands == list(range(7)) and 7 * patches.BAND <= 427
+    bands = sorted(band for split in photographs.BANDS.values() for band in split)
+    assert bands == list(range(7)) and 7 * photographs.BAND <= 427
 
 
 def test_the_unet_tells_conditions_apart():
@@ -42,19 +45,19 @@ def test_the_unet_tells_conditions_apart():
 
 
 def test_the_command_learns_on_the_crops(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(patches, "STRIDE", 29)  # fewer of them
-    folder = str(tmp_path / "patches")
-    assert patches.main(["train", "--folder", folder, "--steps", "2"]) == 0
+    monkeypatch.setattr(photographs, "STRIDE", 29)  # fewer of them
+    folder = str(tmp_path / "photographs")
+    assert make(["train", "--folder", folder, "--steps", "2"]) == 0
     out = str(tmp_path / "omega")
-    model = ["--model", f"examples.patches:load({folder})", "--prediction", "flow"]
+    model = ["--model", f"examples.photographs.model:load({folder})", "--prediction", "flow"]
     options = ["--cache", "32", "--batch", "16", "--m", "2", "--steps", "2", "--held-out", "0.05", "--out", out]
     assert main(["learn", "--data", f"{folder}/train.npz", *model, *options]) == 0
     files = [f"{out}/{name}.safetensors" for name in ("omega", "interval")]
     few = ["--samples", "2", "--sampling-steps", "2", "--constants", "0", "1"]
-    assert patches.main(["measure", *files, "--folder", folder, *few]) == 0
+    assert make(["measure", *files, "--folder", folder, *few]) == 0
     said = capsys.readouterr().out
     assert "best on the validation split: constant " in said
-    rows = json.loads((tmp_path / "patches" / "measured.json").read_text())
+    rows = json.loads((tmp_path / "photographs" / "measured.json").read_text())
     assert list(rows) == ["constant 0", "constant 1", *files]
     assert all(len(row["test"]) == 4 and min(row["test"]) > 0 for row in rows.values())
 
@@ -75,7 +78,7 @@ def test_fitting_compares_over_seeds(tmp_path, capsys):
 
 
 def test_the_parts_of_a_step(capsys):
-    assert timing.main(["--rounds", "2"]) == 0
+    assert learning.main(["--rounds", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and "cached predictions: the loss takes" in lines[1]
     assert sum(float(line.split()[-2]) for line in lines[2:]) == pytest.approx(100, abs=0.5)

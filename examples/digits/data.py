@@ -1,4 +1,4 @@
-"""Handwritten digits with wrong labels: the data of the demo."""
+"""Load handwritten digits, and replace some of their labels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import torch
 from torch import Tensor
 
 CLASSES = 10
+NULL = CLASSES  # the index of the null condition
 PIXELS = 64  # 8 x 8
 TRAIN, VALIDATION = 1000, 400  # the rest, 397, is the test split
 
 
 class Labelled(NamedTuple):
+    """Hold images with their labels."""
+
     x: Tensor  # [N, 64] in [-1, 1]
     c: Tensor  # [N] int64
 
-    def of_class(self, c: int) -> Tensor:
-        return self.x[self.c == c]
+    def by_class(self) -> list[Tensor]:
+        """Return the images of each class."""
+        return [self.x[self.c == c] for c in range(CLASSES)]
 
 
 class Digits(NamedTuple):
+    """Hold the three splits, and the wrong labels of the first."""
+
     train: Labelled  # with its true labels
     captions: Tensor  # [N] int64: the labels that the denoiser is trained with
     validation: Labelled
@@ -29,7 +35,7 @@ class Digits(NamedTuple):
 
 
 def load_digits(noise: str, wrong: str, generator: torch.Generator) -> Digits:
-    """scikit-learn's 1797 digits, shuffled by the generator into train, validation and test.
+    """Return scikit-learn's 1797 digits, shuffled by the generator into train, validation and test.
 
     Args:
         noise: "rising", where the labels of class c are replaced with probability 0.75 c / 9, or "uniform", 0.4
@@ -52,8 +58,8 @@ def load_digits(noise: str, wrong: str, generator: torch.Generator) -> Digits:
 def replace_labels(c: Tensor, rates: Tensor, wrong: str, generator: torch.Generator) -> Tensor:
     """Replace each label with the probability of its class.
 
-    "swapped": the chosen images pass their labels around at random. Every caption stays as frequent as it was, and
-    the caption of a class is wrong as often as its images are miscaptioned: caption 0 stays clean.
+    "swapped": the chosen images exchange their labels at random. Every caption stays as frequent as it was, and the
+    caption of a class is wrong as often as its images have a wrong caption: caption 0 stays clean.
     "any": one of the ten classes, uniformly. Wrong labels then fall on every caption, those of clean classes too.
     """
     chosen = (torch.rand(len(c), generator=generator) < rates[c]).nonzero().squeeze(1)

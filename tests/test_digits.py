@@ -1,4 +1,4 @@
-"""The main job in miniature: from labels to a report, through the function that the command line calls."""
+"""Run the digits example in miniature: from labels to a report, through the function that the command line calls."""
 
 import contextlib
 import importlib.util
@@ -10,13 +10,16 @@ import re
 import pytest
 import torch
 
-from examples import digits, guidance, measures
-from examples.data import Labelled, load_digits, replace_labels
-from examples.report import text_table
+from examples.digits import judge, study
+from examples.digits.__main__ import main
+from examples.digits.data import Labelled, load_digits, replace_labels
+from examples.shared import by_hand, guidance, measures
 from lgd_kernels.sampling.schedules import RectifiedFlow
 
-for module in ("sklearn", "matplotlib"):
-    pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")
+for module in ("sklearn", "matplotlib", "jinja2"):
+    pytest.importorskip(module, reason="the examples need pip install -e '.[examples]'")
+
+from examples.digits.report import text_table  # noqa: E402
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -29,7 +32,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
     printed, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-        status = digits.main(["--quick", "--seeds", "2", "--ablate", "--out", str(out)])
+        status = main(["--quick", "--seeds", "2", "--ablate", "--out", str(out)])
     assert status == 0
     return out, printed.getvalue(), errors.getvalue()
 
@@ -39,7 +42,7 @@ def test_prints_the_table_and_nothing_else(finished):
     assert errors == ""  # no bars in a pipe
     lines = printed.splitlines()
     assert lines[0].startswith("held-out digits, 2 seeds, noise rising")
-    assert [line[:10].strip() for line in lines[3:11]] == list(digits.METHODS)
+    assert [line[:10].strip() for line in lines[3:11]] == list(study.METHODS)
     assert "figures mean nothing" in printed and "of a training step in eager PyTorch" in printed
     assert lines[-1] == f"report: {out / 'report.html'}"
 
@@ -73,7 +76,7 @@ def test_metrics(finished):
     assert summary["methods"]["learned"]["energy"]["mean"] == pytest.approx(
         (test[0]["learned"]["energy"] + test[1]["learned"]["energy"]) / 2
     )
-    assert list(summary["paired"]) == [f"learned - {other}" for other in digits.METHODS if other != "learned"]
+    assert list(summary["paired"]) == [f"learned - {other}" for other in study.METHODS if other != "learned"]
     assert summary["paired"]["learned - constant"]["energy"]["values"] == pytest.approx(
         [values["learned"]["energy"] - values["constant"]["energy"] for values in test]
     )
@@ -81,11 +84,11 @@ def test_metrics(finished):
 
 def test_report_is_self_contained(finished):
     page = (finished[0] / "report.html").read_text()
-    assert "http" not in page and "<script" not in page and "<link" not in page
+    assert "http" not in page and "<script" not in page and "<link" not in page and "prefers-color-scheme: dark" in page
     sources = re.findall(r'src="([^"]{0,22})', page)
     assert len(sources) == 7 and set(sources) == {"data:image/png;base64,"}
     for name in (
-        *digits.METHODS,
+        *study.METHODS,
         "Paired differences",
         "wrong",
         "of a training step in eager PyTorch",
@@ -98,7 +101,7 @@ def test_report_is_self_contained(finished):
 def test_one_seed_has_no_interval(finished):
     metrics = json.loads((finished[0] / "metrics.json").read_text())
     metrics["seeds"] = metrics["seeds"][:1]
-    metrics["summary"] = digits.summarise(metrics["seeds"])
+    metrics["summary"] = study.summarise(metrics["seeds"])
     assert metrics["summary"]["methods"]["learned"]["energy"]["std"] is None
     table = text_table(metrics)
     assert "1 seed," in table and "[" not in table and table.count("±") == 1
@@ -107,19 +110,19 @@ def test_one_seed_has_no_interval(finished):
 def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name))
-    assert digits.main(["--quick", "--out", str(tmp_path / "none")]) == 1
-    assert "sklearn" in (error := capsys.readouterr().err) and "pip install 'lgd_kernels[demo]'" in error
+    assert main(["--quick", "--out", str(tmp_path / "none")]) == 1
+    assert "sklearn" in (error := capsys.readouterr().err) and "pip install -e '.[examples]'" in error
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("argv", [["--seeds", "0"], ["--noise", "some"], ["--threads", "0"], ["--what"]])
 def test_refuses(argv, capsys):
     with pytest.raises(SystemExit):
-        digits.main(argv)
+        main(argv)
 
 
 def test_default_grid_is_fair():
-    config = digits.Config()
+    config = study.Config()
     intervals = len(config.interval_omegas) * len(config.interval_lows) * len(config.interval_highs)
     assert intervals >= 100 and intervals > len(config.learning) * config.omega_steps // config.checkpoint_every
 
@@ -148,26 +151,19 @@ def test_replaced_labels():
     assert bool((share - 0.9 * rates).abs().max() < 0.03) and bool((c[anything == 0] != 0).any())
 
 
-def test_energy_distance():
-    x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [4.0]])
-    # 2 * (1 + 4 + 1 + 2) / 4 - 2 - 3
-    assert float(measures.energy_distance(x, y)) == pytest.approx(-1.0)
-    x, y = torch.randn(2, 3000, 3, generator=seeded())
-    assert abs(float(measures.energy_distance(x, y))) < 0.01 < float(measures.energy_distance(x + 0.5, y))
-    stacked = measures.energy_distance(torch.stack([x, x + 0.5]), y)
-    assert float(stacked[1]) == pytest.approx(float(measures.energy_distance(x + 0.5, y)), abs=1e-6)
+def test_figures_are_those_of_the_metrics():
+    """The distances of lgd_kernels.metrics, class by class: of shifted copies, and of one class alone."""
+    y = torch.randn(3000, 64, generator=seeded())
     real = Labelled(torch.cat([y + k for k in range(10)]), torch.arange(10).repeat_interleave(3000))
-    per_class = measures.energy_per_class(torch.stack([y + k for k in range(9)] + [y])[None, :, :200], real)
+    samples = torch.stack([y + k for k in range(9)] + [y])[:, :200]
+    per_class = measures.energy_per_class(samples[None], real.by_class())
     assert per_class.shape == (1, 10) and bool(per_class[0, :9].abs().max() < 0.1) and per_class[0, 9] > 1
-
-
-def test_frechet_distance():
-    x = torch.randn(500, 4, generator=seeded(), dtype=torch.float64)
-    assert measures.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert measures.frechet_distance(x + 2, x) == pytest.approx(4 * 4)
-    assert measures.frechet_distance(3 * x - 3 * x.mean(0), x - x.mean(0)) == pytest.approx(
-        4 * float(x.T.cov().trace())
-    )
+    apart = torch.cdist(samples[9].double(), (y + 9).double())
+    within = (torch.pdist(one.double()).mean() for one in (samples[9], y))
+    assert float(per_class[0, 9]) == pytest.approx(float(2 * apart.mean() - sum(within)), rel=1e-5)
+    figures = judge.measure(samples, real, judge.fit_classifier(Labelled(real.x[::50], real.c[::50])))
+    assert figures["energy_per_class"] == pytest.approx(per_class[0].tolist()) and figures["accuracy"] > 0.8
+    assert figures["frechet"] > 1 and figures["energy_overall"] > 0.1
 
 
 def test_spread():
@@ -177,9 +173,9 @@ def test_spread():
 
 
 def test_interval_table():
-    table = guidance.interval_table(2.0, 0.4, 0.8, steps=5, classes=3)
+    table = by_hand.interval_table(2.0, 0.4, 0.8, steps=5, classes=3)
     assert table.tolist() == [[0.0] * 3, [2.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]  # middles .9 .7 .5 .3 .1
-    assert bool((guidance.interval_table(1.0, 0.0, 1.0, steps=50) == 1).all())
+    assert bool((by_hand.interval_table(1.0, 0.0, 1.0, steps=50, classes=3) == 1).all())
 
 
 def test_sampling_takes_each_samples_own_weight():

@@ -1,4 +1,4 @@
-"""The study in the plane: closed forms against what they stand for, statistics, and a short run from end to end."""
+"""Test the study in the plane: its closed forms, its statistics, and a short run from end to end."""
 
 import contextlib
 import io
@@ -8,14 +8,16 @@ import re
 import pytest
 import torch
 
-from examples import measures, mixture, mixture_claims, mixture_study
-from examples.plane import CLASSES, NULL, Mixture, mislabelled_shares, pinwheel, undoing
+from examples.mixture import claims, seed, study
+from examples.mixture.__main__ import main
+from examples.mixture.plane import CLASSES, NULL, Mixture, mislabelled_shares, pinwheel, undoing
+from examples.shared import command, measures
 from lgd_kernels.learn import Frozen
 from lgd_kernels.runtime.progress import silent
 from lgd_kernels.sampling.schedules import RectifiedFlow
 
-for module in ("sklearn", "matplotlib"):
-    pytest.importorskip(module, reason="the demo needs pip install 'lgd_kernels[demo]'")
+for module in ("sklearn", "matplotlib", "jinja2"):
+    pytest.importorskip(module, reason="the examples need pip install -e '.[examples]'")
 
 FALLS = torch.tensor([0.0, 1 / 3, 2 / 3], dtype=torch.float64)
 
@@ -133,14 +135,14 @@ def test_samples_follow_the_density():
 
 def test_verdicts():
     below, across, above, none = ({"interval95": one} for one in ([-3.0, -1.0], [-1.0, 2.0], [1.0, 2.0], None))
-    said = [mixture_claims.verdict(value) for value in (below, across, above, none)]
+    said = [claims.verdict(value) for value in (below, across, above, none)]
     assert said == ["holds", "not shown", "does not hold", "not shown"]
-    said = [mixture_claims.verdict(value, above=True) for value in (below, across, above, none)]
+    said = [claims.verdict(value, above=True) for value in (below, across, above, none)]
     assert said == ["does not hold", "not shown", "holds", "not shown"]
-    said = [mixture_claims.around(value, 1.5) for value in (below, across, above, none)]
+    said = [claims.around(value, 1.5) for value in (below, across, above, none)]
     assert said == ["does not hold", "holds", "holds", "not shown"]
-    assert mixture_claims.at_most(above, 2.0) == "holds" and mixture_claims.at_most(across, 1.0) == "not shown"
-    assert mixture_claims.at_most(above) == "does not hold" and mixture_claims.at_most(none) == "not shown"
+    assert claims.at_most(above, 2.0) == "holds" and claims.at_most(across, 1.0) == "not shown"
+    assert claims.at_most(above) == "does not hold" and claims.at_most(none) == "not shown"
 
 
 def test_differences_are_paired_by_seed():
@@ -150,21 +152,21 @@ def test_differences_are_paired_by_seed():
         {"denoisers": {"exact": {"test": {"learned": {"energy": one}, "constant": {"energy": other}}}}}
         for one, other in tested
     ]
-    value = mixture_claims.difference(seeds, "exact", "learned", "constant")
+    value = claims.difference(seeds, "exact", "learned", "constant")
     assert value["mean"] == pytest.approx(0.1) and value["std"] == pytest.approx(0.001 * (8 / 7) ** 0.5, rel=1e-6)
     half = 2.364624 * value["std"] / 8**0.5  # the t-quantile of 7 degrees of freedom
     assert value["interval95"] == pytest.approx([0.1 - half, 0.1 + half])
-    assert mixture_claims.verdict(value) == "does not hold"
+    assert claims.verdict(value) == "does not hold"
 
 
 def test_energy_is_the_energy_distance_of_each_class():
-    truth = pinwheel()
+    truth = pinwheel(torch.float64)
     x, real = truth.per_class(50, seeded()), truth.per_class(70, seeded(1))
-    found = mixture_study.energy(torch.stack((x, x + 0.5)), real)
+    found = measures.energy_per_class(torch.stack((x, x + 0.5)), real)
     for i, shift in enumerate((0.0, 0.5)):
         for c in range(CLASSES):
-            expected = measures.energy_distance(x[c].double() + shift, real[c].double())
-            assert float(found[i, c]) == pytest.approx(float(expected), abs=1e-5)
+            within = torch.pdist(x[c]).mean() + torch.pdist(real[c]).mean()
+            assert float(found[i, c]) == pytest.approx(float(2 * torch.cdist(x[c] + shift, real[c]).mean() - within))
 
 
 def test_l2_bias_of_an_exact_denoiser():
@@ -172,16 +174,16 @@ def test_l2_bias_of_an_exact_denoiser():
     truth, schedule = pinwheel(), RectifiedFlow()
     frozen = Frozen(lambda x, t, c: truth.denoise(x, *schedule.signal_noise(t), c), schedule, null=NULL)
     c = torch.randint(0, CLASSES, (6000,), generator=seeded())
-    rows = mixture_study.l2_bias(frozen, (truth.sample(c, seeded(1)), c), 0, items=6000)
-    for row in rows[: len(mixture_study.STEPS)]:
+    rows = study.l2_bias(frozen, (truth.sample(c, seeded(1)), c), 0, items=6000)
+    for row in rows[: len(study.STEPS)]:
         assert row["churn"] == 0
         assert row["expected"] == pytest.approx(row["s"] * (1 - row["t"]) / (row["t"] - row["s"]), rel=1e-4)
     for churn in (0.0, 1.0):
-        assert mixture_claims.ratio([row for row in rows if row["churn"] == churn]) == pytest.approx(1, abs=0.08)
+        assert claims.ratio([row for row in rows if row["churn"] == churn]) == pytest.approx(1, abs=0.08)
 
 
 def test_undecided_network_ignores_its_condition():
-    net = mixture.undecided(16).eval()
+    net = seed.undecided(16).eval()
     x, u = torch.randn(4, 2, generator=seeded()), torch.full((4,), 0.5)
     first, null = (net(x, u, torch.full((4,), c)) for c in (0, NULL))
     assert torch.equal(first, null) and net.null == NULL
@@ -193,7 +195,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("mixture")
     printed, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-        assert mixture.main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
+        assert main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
     assert errors.getvalue() == ""
     return out, printed.getvalue()
 
@@ -201,10 +203,10 @@ def finished(tmp_path_factory):
 def test_metrics(finished):
     metrics = json.loads((finished[0] / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert set(metrics) == {"config", "versions", "quick", "seeds", "summary", "claims"} and metrics["quick"]
-    for number, seed in enumerate(metrics["seeds"]):
-        assert seed["seed"] == number and list(seed["denoisers"]) == list(mixture.DENOISERS)
-        for found in seed["denoisers"].values():
-            assert list(found["test"]) == list(mixture_study.METHODS)
+    for number, ran in enumerate(metrics["seeds"]):
+        assert ran["seed"] == number and list(ran["denoisers"]) == list(seed.DENOISERS)
+        for found in ran["denoisers"].values():
+            assert list(found["test"]) == list(study.METHODS)
             for values in found["test"].values():
                 assert values["energy"] == pytest.approx(sum(values["energy_per_class"]) / CLASSES, abs=1e-5)
             # the unguided method is the constant 0: one noise for all, so the same samples
@@ -215,22 +217,22 @@ def test_metrics(finished):
             for path in found["omega_path"].values():
                 assert len(path) == metrics["config"]["sampling_steps"] and min(map(min, path)) >= 0
             assert set(found["seconds"]) == {"predicted", "fitted", "network"}
-    test = [seed["denoisers"]["even labels"]["test"] for seed in metrics["seeds"]]
+    test = [ran["denoisers"]["even labels"]["test"] for ran in metrics["seeds"]]
     assert metrics["summary"]["paired"]["even labels"]["learned - constant"]["values"] == pytest.approx(
         [values["learned"]["energy"] - values["constant"]["energy"] for values in test]
     )
     assert {row["verdict"] for row in metrics["claims"]} <= {"holds", "does not hold", "not shown"}
-    assert {row["denoiser"] for row in metrics["claims"]} == set(mixture.DENOISERS)
+    assert {row["denoiser"] for row in metrics["claims"]} == set(seed.DENOISERS)
 
 
 def test_a_seed_says_the_same_twice(finished):
     """But for the seconds."""
     once = json.loads((finished[0] / "metrics.json").read_text())["seeds"][1]
-    again, _ = mixture.run_seed(1, mixture.Config.quick(), silent)
+    again, _ = seed.run_seed(1, study.Config.quick(), silent)
     again = json.loads(json.dumps(again))
-    for seed in (once, again):
-        seed.pop("seconds")
-        for found in seed["denoisers"].values():
+    for ran in (once, again):
+        ran.pop("seconds")
+        for found in ran["denoisers"].values():
             found.pop("seconds")
     assert once == again
 
@@ -239,20 +241,20 @@ def test_prints_the_tables_and_nothing_else(finished):
     out, printed = finished
     lines = printed.splitlines()
     assert lines[0].startswith("energy distance from held-out data in the plane, 2 seeds")
-    assert [line[:14].strip() for line in lines[3:13]] == list(mixture_study.METHODS)
+    assert [line[:14].strip() for line in lines[3:13]] == list(study.METHODS)
     assert "figures mean nothing" in printed and lines[-1] == f"report: {out / 'report.html'}"
 
 
 def test_report_is_self_contained(finished):
     page = (finished[0] / "report.html").read_text()
-    assert "http" not in page and "<script" not in page and "<link" not in page
+    assert "http" not in page and "<script" not in page and "<link" not in page and "prefers-color-scheme: dark" in page
     sources = re.findall(r'src="([^"]{0,22})', page)
     assert len(sources) == 6 and set(sources) == {"data:image/png;base64,"}
-    assert all(name in page for name in (*mixture.DENOISERS, *mixture_study.METHODS, "signal_t A / B"))
+    assert all(name in page for name in (*seed.DENOISERS, *study.METHODS, "signal_t A / B"))
 
 
 def test_one_seed_has_no_verdict_on_differences(tmp_path, capsys):
-    assert mixture.main(["--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert main(["--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
     assert "[" not in capsys.readouterr().out.split("report:")[0]
     rows = json.loads((tmp_path / "metrics.json").read_text())["claims"]
     assert {row["verdict"] for row in rows[1:]} == {"not shown"}
@@ -261,11 +263,11 @@ def test_one_seed_has_no_verdict_on_differences(tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["--seeds", "0"], ["--threads", "0"], ["--what"]])
 def test_refuses(argv):
     with pytest.raises(SystemExit):
-        mixture.main(argv)
+        main(argv)
 
 
 def test_default_is_fair():
     """Guidance by hand is searched finely, and there are seeds enough for an interval."""
-    config = mixture.Config()
-    assert len(config.constants) >= 10 and mixture.command.parser("mixture", "x", seeds=8).parse_args([]).seeds == 8
+    config = study.Config()
+    assert len(config.constants) >= 10 and command.parser("mixture", "x", seeds=8).parse_args([]).seeds == 8
     assert sum(config.even) == pytest.approx(1) and sum(config.uneven) == pytest.approx(1)

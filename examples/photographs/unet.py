@@ -1,4 +1,4 @@
-"""A small class-conditional U-Net for images of 32 x 32; it works on squares of 4 x 4 pixels, and so costs little."""
+"""Define a small class-conditional U-Net for images of 32 x 32, which works on squares of 4 x 4 pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SQUARE = 4
 
 
 class Block(nn.Module):
-    """Two convolutions with a skip; time and class scale and shift what is between them."""
+    """Apply two convolutions with a skip; time and class scale and shift the values between them."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -24,13 +24,16 @@ class Block(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor, known: Tensor) -> Tensor:
+        """Return x [N, outputs, H, W] for an embedding of time and class [N, 64]."""
         scale, shift = self.modulation(known)[:, :, None, None].chunk(2, 1)
         hidden = self.first(functional.silu(self.norms[0](x)))
         return self.skip(x) + self.second(functional.silu(self.norms[1](hidden) * (1 + scale) + shift))
 
 
 class UNet(nn.Module):
-    """x [N, 3, 32, 32] at unit times t [N], labels c [N] -> flow z - x0, shaped like x. The last label means none."""
+    """Predict the flow z - x0, shaped like x. The last label means none."""
+
+    frequencies: Tensor
 
     def __init__(self, labels: int, width: int = 48) -> None:
         super().__init__()
@@ -45,6 +48,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Return the flow for x [N, 3, 32, 32] at unit times t [N] with labels c [N]."""
         phase = t[:, None] * self.frequencies
         known = functional.silu(self.time(torch.cat((phase.sin(), phase.cos()), 1)) + self.label(c))
         hidden = self.enter(functional.pixel_unshuffle(x, SQUARE))  # 8 x 8

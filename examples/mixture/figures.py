@@ -1,46 +1,41 @@
-"""The pictures of the study in the plane, as PNG data URIs."""
+"""Draw the pictures of the study in the plane."""
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from examples.figures import COLOURS, STYLE, png
-from examples.measures import spread
-from examples.mixture_claims import tested
-from examples.mixture_study import METHODS
-from examples.plane import undoing
+from examples.mixture.claims import tested
+from examples.mixture.plane import undoing
+from examples.mixture.study import METHODS
+from examples.shared.measures import Spread, spread
+from examples.shared.pictures import BLUE, COLOURS, GREY, INK, drawn, half_width
 from lgd_kernels.omega.plot import heat as omega_heat
 
 OF_METHOD = {**COLOURS, "loss constant": "#e3bd7c", "loss interval": "#8fb8d1"}
 OF_CLASS = ("#2a7f8e", "#c8553d", "#6a4c93")
 BESIDE = ("interval", "loss constant", "loss interval", "learned", "fitted", "L2")  # beside the curve of constants
 SCATTERED = ("unguided", "constant", "interval", "learned", "L2")
-GREY, INK = "#8a8f98", "#222222"
 
 
 def draw(metrics: dict, shown: list[dict]) -> dict[str, str]:
-    """All pictures by name. `shown` holds, per seed, what `mixture.run_seed` returns for the pictures."""
-    with matplotlib.rc_context(STYLE):
-        return {name: png(picture) for name, picture in pictures(metrics, shown).items()}
-
-
-def pictures(metrics: dict, shown: list[dict]) -> dict[str, Figure]:
+    """Return all pictures by name. `shown` holds, for each seed, what `run_seed` returns for the pictures."""
     seeds, config = metrics["seeds"], metrics["config"]
-    return {
-        "curves": curves(seeds, config["constants"]),
-        "paired": paired(metrics["summary"]["paired"]),
-        "samples": samples(shown[0]),
-        "path": paths(seeds, config),
-        "heat": heat(shown, config["sampling_steps"]),
-        "bias": bias(metrics["summary"]["l2_bias"]),
-    }
+    return drawn(
+        lambda: {
+            "curves": curves(seeds, config["constants"]),
+            "paired": differences(metrics["summary"]["paired"]),
+            "samples": samples(shown[0]),
+            "path": paths(seeds, config),
+            "heat": heat(shown, config["sampling_steps"]),
+            "bias": bias(metrics["summary"]["l2_bias"]),
+        }
+    )
 
 
 def curves(seeds: list[dict], constants: list[float]) -> Figure:
-    """Whole runs and the loss against a constant omega, a column for each denoiser."""
+    """Draw whole runs and the loss against a constant omega, a column for each denoiser."""
     names = list(seeds[0]["denoisers"])
     figure = Figure(figsize=(13.5, 5.6))
     grid = figure.subplots(2, len(names), height_ratios=(1.7, 1), squeeze=False)
@@ -59,9 +54,8 @@ def curves(seeds: list[dict], constants: list[float]) -> Figure:
             panel.set_xticks([0, 0.5, 1, 1.5, 2] if end == 2 else constants)
         for i, method in enumerate(BESIDE):
             value = spread(tested(seeds, name, method))
-            half = value["interval95"][1] - value["mean"] if value["interval95"] else 0
-            above.errorbar(end * (1.09 + 0.07 * i), value["mean"], half, fmt="o", ms=5, color=OF_METHOD[method],
-                           label=method)  # fmt: skip
+            at, colour = end * (1.09 + 0.07 * i), OF_METHOD[method]
+            above.errorbar(at, value["mean"], half_width(value), fmt="o", ms=5, color=colour, label=method)
         floor = max(1e-4, min(runs.mean(0).min(), *(np.mean(tested(seeds, name, m)) for m in BESIDE)))
         top = max(runs.mean(0).max(), *(np.mean(tested(seeds, name, m)) for m in BESIDE))
         above.set_yscale("symlog", linthresh=3e-3)
@@ -76,16 +70,15 @@ def curves(seeds: list[dict], constants: list[float]) -> Figure:
     return figure
 
 
-def paired(differences: dict) -> Figure:
-    """Learned - other of each denoiser: a row for each method."""
+def differences(paired: dict) -> Figure:
+    """Draw learned - other for each denoiser, a row for each method."""
     figure = Figure(figsize=(13.5, 3.3))
-    panels = figure.subplots(1, len(differences), sharey=True)
+    panels = figure.subplots(1, len(paired), sharey=True)
     others = [method for method in METHODS if method not in ("learned", "baked")]
-    for panel, (name, found) in zip(panels, differences.items(), strict=True):
+    for panel, (name, found) in zip(panels, paired.items(), strict=True):
         for i, method in enumerate(others):
             value = found[f"learned - {method}"]
-            half = value["interval95"][1] - value["mean"] if value["interval95"] else 0
-            panel.errorbar(value["mean"], i, xerr=half, fmt="o", ms=5, color=OF_METHOD[method], capsize=2)
+            panel.errorbar(value["mean"], i, xerr=half_width(value), fmt="o", ms=5, color=OF_METHOD[method], capsize=2)
         panel.axvline(0, color=INK, lw=0.8)
         panel.set_title(name)
         panel.set_xscale("symlog", linthresh=0.02)
@@ -103,12 +96,13 @@ def paired(differences: dict) -> Figure:
     return figure
 
 
-def ends(value: dict) -> list[float]:
+def ends(value: Spread) -> list[float]:
+    """Return the ends of the interval of a mean; the mean, for a single value."""
     return value["interval95"] or [value["mean"]]
 
 
 def samples(shown: dict) -> Figure:
-    """Data, and samples of some methods: a row for each denoiser."""
+    """Draw data and the samples of some methods, a row for each denoiser."""
     names = [name for name in shown if name != "real"]
     figure = Figure(figsize=(11.5, 1.9 * len(names)))
     grid = figure.subplots(len(names), 1 + len(SCATTERED), sharex=True, sharey=True, squeeze=False)
@@ -127,7 +121,7 @@ def samples(shown: dict) -> Figure:
 
 
 def paths(seeds: list[dict], config: dict) -> Figure:
-    """omega along the sampling path of each denoiser."""
+    """Draw omega along the sampling path of each denoiser."""
     names = list(seeds[0]["denoisers"])
     figure = Figure(figsize=(13.5, 3.2))
     panels = figure.subplots(1, len(names))
@@ -157,7 +151,7 @@ def paths(seeds: list[dict], config: dict) -> Figure:
 
 
 def heat(shown: list[dict], steps: int) -> Figure:
-    """Learned omega over (s, t), mean over the seeds."""
+    """Draw learned omega over (s, t), mean over the seeds."""
     names = [name for name in shown[0] if name != "real"]
     mean = {name: torch.stack([show[name]["omega"] for show in shown]).mean(0).numpy() for name in names}
     sheets = {name: mean[name].mean(2) for name in names[:-1]}
@@ -167,7 +161,7 @@ def heat(shown: list[dict], steps: int) -> Figure:
     for panel, (title, sheet) in zip(panels, sheets.items(), strict=True):
         held = np.triu(np.ones_like(sheet, bool), 1)
         image = omega_heat(panel, sheet, title, max(1.0, float(sheet[held].max())))
-        panel.plot([1 / steps, 1], [0, 1 - 1 / steps], color="#3a7ca5", lw=1)
+        panel.plot([1 / steps, 1], [0, 1 - 1 / steps], color=BLUE, lw=1)
         panel.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         figure.colorbar(image, ax=panel, shrink=0.55)
     panels[0].set_ylabel("s")
@@ -175,16 +169,14 @@ def heat(shown: list[dict], steps: int) -> Figure:
 
 
 def bias(rows: list[dict]) -> Figure:
-    """Found against the formula, at churn 0 and 1."""
+    """Draw the L2 bias that was found against the formula, at churn 0 and 1."""
     figure = Figure(figsize=(4.8, 3.8))
     panel = figure.subplots()
-    for churn, colour in ((0.0, "#3a7ca5"), (1.0, "#b3263e")):
-        for row in rows:
-            if row["churn"] == churn:
-                value = row["found"]
-                half = value["interval95"][1] - value["mean"] if value["interval95"] else 0
-                panel.errorbar(row["expected"], value["mean"], half, fmt="o", ms=5, color=colour, capsize=2,
-                               label=f"churn {churn:g}" if row is rows[-1] or row is rows[0] else None)  # fmt: skip
+    for churn, colour in ((0.0, BLUE), (1.0, "#b3263e")):
+        some = [row for row in rows if row["churn"] == churn]
+        expected, means = [row["expected"] for row in some], [row["found"]["mean"] for row in some]
+        halves = [half_width(row["found"]) for row in some]
+        panel.errorbar(expected, means, halves, fmt="o", ms=5, color=colour, capsize=2, label=f"churn {churn:g}")
     top = 1.1 * max(row["expected"] for row in rows)
     panel.plot([0, top], [0, top], color=INK, lw=0.8, ls="--")
     panel.set(xlabel="signal_t A / B", ylabel="omega of the least L2 loss", xlim=(0, top), ylim=(0, top))

@@ -1,0 +1,1 @@
+"""Learned guidance on real data with wrong labels: `python -m examples.digits`."""

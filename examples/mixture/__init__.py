@@ -1,0 +1,1 @@
+"""Learned guidance where the truth is known in closed form: `python -m examples.mixture`."""

@@ -1,0 +1,1 @@
+"""A model and data for `python -m lgd_kernels learn`: a small U-Net on crops of two photographs."""
