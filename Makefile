@@ -16,7 +16,7 @@ SANITIZED_TESTS = $(wildcard $(foreach op,combine combine_moments dynamic_thresh
 	tests/test_$(op).py)) -n auto --maxprocesses 4
 SANITIZED_CALLS = 10000
 
-.PHONY: demo test slow fuzz sanitize bench peers gpu aot aot-matrix docs lint format install
+.PHONY: demo test slow fuzz sanitize bench peers gpu aot aot-matrix docs wheel lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m examples.digits $(ARGS)
@@ -58,6 +58,14 @@ docs: install            # README, docs/ and a page for each op, from its docstr
 	@mkdir -p build
 	@# Without --quiet, which would hide warnings from --strict too; the log is printed only if the build fails.
 	$(VENV)/bin/mkdocs build --strict >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+
+# auditwheel copies the libraries that a wheel needs into it, and tags it with the oldest glibc that it runs on. libgomp is
+# left out: torch has loaded one before the extension is imported, and a second one would have threads of its own.
+wheel: install           # for a package index: a manylinux wheel for this Python, and the sources, in dist/
+	rm -rf build/wheel
+	$(RUN) -m build --outdir build/wheel .
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
 
 lint: install
 	$(RUN) -m ruff check .

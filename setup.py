@@ -172,6 +172,14 @@ def nvcc_version():
     return next((line.split("release ")[1].split(",")[0] for line in lines if "release " in line), "unknown")
 
 
+def readme():
+    """Return README.md for a package index. Relative links lead nowhere there, so they become text."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(
+        r"(?<!!)\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", re.sub(r"^!\[.*\n\n\*[^*]+\*\n", "", text, flags=re.M)
+    )
+
+
 cpu = Pybind11Extension(
     "lgd_kernels._C",
     sorted(glob("csrc/*/*_cpu.cpp") + glob("python/*.cpp")),
@@ -189,4 +197,9 @@ cuda = Pybind11Extension(
     cxx_std=17,  # said, so that pybind11 does not ask a compiler that may be missing
     optional=True,
 )
-setup(ext_modules=[cpu, *([cuda] if NVCC else [])], cmdclass={"build_ext": BuildExtensions})
+setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    ext_modules=[cpu, *([cuda] if NVCC else [])],
+    cmdclass={"build_ext": BuildExtensions},
+)

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-compile", action="store_true", help="without the torch.compile baselines")
     add("--json", type=Path, metavar="FILE", help="write everything, with every sample")
     add("--plot", type=Path, metavar="FILE", help="write a picture, time against bytes; into a FOLDER: all pictures")
-    add("--markdown", action="store_true", help="print the short table that the README shows")
+    add("--markdown", action="store_true", help="print the short table of docs/benchmarks.md")
     add("--show", type=Path, metavar="FILE", help="measure nothing: --plot, --markdown or --compare an earlier --json")
     add("--compare", type=Path, metavar="OLD", help="against an older --json: ratios of the same run only")
     add("--list", action="store_true", help="what would be measured")

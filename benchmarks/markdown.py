@@ -1,4 +1,4 @@
-"""The short table of a run, as the README and the docs carry it: between two comments, by which a test finds it and the
+"""The short table of a run, as docs/benchmarks.md carries it: between two comments, by which a test finds it and the
 run that it came from."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What mkdocs.yml asks for beside the pages of this folder: README.md as the first one, and a page for each op and each
-module that users import, made of their docstrings."""
+"""Add to the site what mkdocs.yml cannot: the pages that lie outside this folder, a page of docstrings for each op and
+module that users import, and the navigation."""
 
 from __future__ import annotations
 
@@ -11,39 +11,106 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lgd_kernels"
-INSIDE = {"api", "kernels", "bandwidth", "targets", "curve"}  # of a room: what its users see
-BESIDE = (
-    "sampling.schedules runtime.levels sampling.churn runtime.philox guidance.rules guidance.stateful "
-    "sampling.solvers sampling.step_plan sampling.sampler sampling.log_prob "
-    "metrics.distance metrics.permutation metrics.kid metrics.frechet metrics.bandwidth runtime.impls "
-    "omega.table omega.network omega.forms omega.files "
-    "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward "
-    "learn.fit learn.trainer learn.batches learn.logs learn.distributed runtime.progress "
-    "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion integrations.comfyui"
-).split()
+INSIDE = {"api", "kernels", "bandwidth", "targets", "curve"}  # of an op: the modules with public names
+ABOVE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+GUIDES = {
+    "Learn guidance": "learning.md",
+    "Where omega comes from": "omega.md",
+    "Every function": "functions.md",
+    "Guidance rules and solvers": "rules.md",
+    "diffusers, k-diffusion, ComfyUI": "integrations.md",
+    "energy_mmd": "energy_mmd.md",
+    "Metrics": "metrics.md",
+    "Study: digits": "digits.md",
+    "Study: a mixture": "mixture.md",
+}
+REFERENCE = {  # a group of the navigation: ops, and modules of the package
+    "Guide and sample": "guidance guidance.rules guidance.stateful runtime.levels sampling.schedules sampling.churn "
+    "sampling.solvers sampling.step_plan sampling.sampler sampling.log_prob",
+    "Losses and distances": "guided_energy energy_mmd metrics.distance metrics.permutation metrics.kid metrics.frechet "
+    "metrics.bandwidth",
+    "Sums and combinations": "moments combine dynamic_threshold",
+    "omega": "omega.table omega.network omega.forms omega.files",
+    "Learn": "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward learn.fit "
+    "learn.trainer learn.batches learn.logs learn.distributed",
+    "Other libraries": "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion "
+    "integrations.comfyui",
+    "Noise, implementations": "runtime.philox runtime.impls runtime.progress",
+}
+INTERNALS = {
+    "The mathematics": "math.md",
+    "Rounding and noise": "numerics.md",
+    "Design": "design.md",
+    "Benchmarks": "benchmarks.md",
+    "Contributing": "contributing.md",
+    "Changelog": "changelog.md",
+}
+
+
+def on_config(config):
+    """Set the navigation."""
+    reference = [{group: [_label(name) for name in names.split()]} for group, names in REFERENCE.items()]
+    guides, internals = ([{label: page} for label, page in pages.items()] for pages in (GUIDES, INTERNALS))
+    config.nav = [
+        {"Start": "index.md"},
+        {"Guides": guides},
+        {"Reference": reference},
+        {"Internals": internals},
+    ]
+    return config
 
 
 def on_files(files, config):
-    def page(name, text):
-        files.append(File.generated(config, name, content=text))
-
-    readme = (ROOT / "README.md").read_text()
-    page("index.md", re.sub(r"\]\(docs/", "](", readme))
-    page("api/guidance.md", _members("guidance", ["lgd_kernels.guidance.api"]))
-    for room in sorted(path.parent for path in PACKAGE.glob("ops/*/api.py")):
-        modules = sorted(path.stem for path in room.glob("*.py") if path.stem in INSIDE)
-        page(f"api/{room.name}.md", _members(room.name, [f"lgd_kernels.ops.{room.name}.{one}" for one in modules]))
-    for module in BESIDE:
-        page(f"api/{module}.md", _members(module, [f"lgd_kernels.{module}"]))
+    """Add the pages that lie outside docs/, and those of docstrings."""
+    for name, source in ABOVE.items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+    named = {name for names in REFERENCE.values() for name in names.split()}
+    missing = {path.parent.name for path in PACKAGE.glob("ops/*/api.py")} - named
+    if missing:
+        raise ValueError(f"docs/pages.py: no group of REFERENCE holds the ops {sorted(missing)}")
+    for name in sorted(named):
+        files.append(File.generated(config, f"api/{name}.md", content=_members(name)))
     return files
 
 
-def _members(title: str, modules: list[str]) -> str:
-    return f"# {title}\n" + "".join(f"\n::: {module}\n" for module in modules)
+def on_page_markdown(markdown, page, **others):
+    """Make a link to a page outside docs/ one to its copy here, and a link to a file of the source plain text."""
+    here = page.file.src_uri
+
+    def link(found):
+        text, target = found[1], found[2]
+        path, _, anchor = target.partition("#")
+        path = path.removeprefix("../")
+        if here in ABOVE:
+            path = path.removeprefix("docs/")
+        for name, source in ABOVE.items():
+            path = name if path == source else path
+        if re.match(r"https?:|$", path):
+            return found[0]
+        if path.endswith((".md", ".png")):
+            return f"[{text}]({path}{'#' * bool(anchor)}{anchor})"
+        return text
+
+    return markdown if here.startswith("api/") else re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, markdown)
+
+
+def _label(name: str) -> dict[str, str]:
+    return {name.rpartition(".")[2]: f"api/{name}.md"}
+
+
+def _members(name: str) -> str:
+    """Return the page of an op, of the functions that take a rule, or of a module."""
+    if name == "guidance":
+        modules = ["guidance.api"]
+    elif (op := PACKAGE / "ops" / name).is_dir():
+        modules = [f"ops.{name}.{path.stem}" for path in sorted(op.glob("*.py")) if path.stem in INSIDE]
+    else:
+        modules = [name]
+    return f"# {name}\n" + "".join(f"\n::: lgd_kernels.{module}\n" for module in modules)
 
 
 class Fences(griffe.Extension):
-    """Examples, `>>> `, are code; Markdown would read them as quotations."""
+    """Fence examples, `>>> `, as code: Markdown would read them as quotations."""
 
     def on_object(self, *, obj, **others) -> None:
         if obj.is_module and obj.name == "api":

@@ -44,7 +44,7 @@ def script(path, text):
 def checkout(tmp_path):
     """A checkout with one source of each kind."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "lgd_kernels/runtime/builds.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("csrc/one/one_cpu.cpp", "csrc/one/one_cuda.cu", "python/bindings.cpp", "lgd_kernels/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

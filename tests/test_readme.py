@@ -1,4 +1,4 @@
-"""What the README and docs say: their snippets run, their commands exist, their links lead somewhere."""
+"""Check the README and docs: their snippets run, their commands exist, their links lead somewhere."""
 
 import os
 import re
@@ -12,7 +12,8 @@ import pytest
 import lgd_kernels as lgd
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+ABOVE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES = [*ABOVE, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -47,20 +48,28 @@ sys.exit(pytest.main(["-q", "-p", "no:xdist", f"{sys.argv[1]}::test_python_snipp
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_readme_has_snippets_and_they_do_what_they_say():
-    snippets = blocks(ROOT / "README.md", "python")
-    namespace = {}
-    exec(snippets[0], namespace)
-    # the toy denoiser predicts the condition, so guided samples end at (1 + omega) condition
+def test_the_first_snippet_of_the_readme_is_short_and_does_what_it_says():
+    """The model predicts the condition, so guided samples end at (1 + omega) condition."""
+    hero, namespace = blocks(ROOT / "README.md", "python")[0], {}
+    exec(hero, namespace)
     expected = (1 + namespace["omega"]) * namespace["condition"]
     assert (namespace["x"] - expected[:, None]).abs().max() < 1e-5
-    assert len(snippets) >= 2
+    assert len([line for line in hero.splitlines() if line]) <= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    """To a file, and to a heading of it if there is a #."""
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+            assert not anchor or anchor in headings(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
 def test_make_targets_exist():
@@ -80,8 +89,8 @@ def test_make_understands_its_file():
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("link", ["other.md", "absent.md", "other.md#absent"])
 def test_make_docs_fails_on_a_broken_link(tmp_path, link):
-    """The verb and the settings as they are, on two pages; a good build says nothing."""
-    pytest.importorskip("mkdocs")
+    """Run the target with the settings as they are, on two pages; a good build prints nothing."""
+    pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")
     for name in ("Makefile", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -104,7 +113,7 @@ def test_make_docs_fails_on_a_broken_link(tmp_path, link):
 
 
 def test_paths_in_the_docs_exist():
-    """`lgd_kernels/...`, `csrc/...` and the like; `<op>` stands for any room."""
+    """Check `lgd_kernels/...`, `csrc/...` and the like; `<op>` stands for any op."""
     for page in PAGES:
         for path in re.findall(r"`((?:lgd_kernels|csrc|python|tests|docs|benchmarks)/[\w./<>]*)`", page.read_text()):
             assert (ROOT / path.replace("<op>", "guided_step")).exists(), f"{page.name}: {path}"
@@ -113,3 +122,12 @@ def test_paths_in_the_docs_exist():
 def test_every_public_name_is_in_the_docs():
     text = "".join(page.read_text() for page in PAGES)
     assert [name for name in lgd.__all__ if name not in text] == []
+
+
+def test_the_readme_of_a_package_index_has_no_relative_links():
+    """They would lead nowhere there."""
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--long-description"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.stdout.startswith("# lgd_kernels"), run.stdout + run.stderr
+    assert set(re.findall(r"\]\((\w+)", run.stdout)) == {"https"} and "![" not in run.stdout
