@@ -64,3 +64,4 @@ WORKLOADS = [
     workload(IMAGE, torch.float32),
     workload(BATCH, torch.bfloat16),
 ]
+HOST = workload((1, 4, 2, 2), torch.float32)  # for `benchmarks host`: a call that is all overhead

@@ -94,3 +94,4 @@ WORKLOADS = [
     workload(5000, 64, torch.float32),
     workload(10000, 2048, torch.float32, backward=()),
 ]
+HOST = workload(4, 2, torch.float32)  # for `benchmarks host`: a call that is all overhead

@@ -133,3 +133,4 @@ WORKLOADS = [
     workload((256, 16, 12288), torch.float32, devices=("cuda",)),
     workload((256, 16, 12288), torch.bfloat16, devices=("cuda",)),
 ]
+HOST = workload((1, 4, 16), torch.float32)  # for `benchmarks host`: a call that is all overhead

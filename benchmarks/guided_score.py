@@ -37,3 +37,4 @@ WORKLOADS = [
     workload("omega [B]", BATCH, torch.bfloat16),
     workload("omega [B]", LARGE, torch.float32, devices=("cuda",)),
 ]
+HOST = workload("omega [B]", (1, 4, 2, 2), torch.float32)  # for `benchmarks host`: a call that is all overhead

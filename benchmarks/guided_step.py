@@ -66,3 +66,6 @@ WORKLOADS = [  # what says most comes first, should a run be cut short
     workload(BATCH, torch.bfloat16, "v"),
     workload(BATCH, torch.float32, omega="table", gradients=(TO_OMEGA,)),
 ]
+HOST = workload(
+    (1, 4, 2, 2), torch.float32, gradients=(TO_OMEGA,)
+)  # for `benchmarks host`: a call that is all overhead

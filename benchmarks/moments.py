@@ -58,3 +58,4 @@ WORKLOADS = [
     workload(LATENTS, torch.float32, quick=True),
     workload(BATCH, torch.bfloat16),
 ]
+HOST = workload((1, 4, 2, 2), torch.float32)  # for `benchmarks host`: a call that is all overhead

@@ -1,16 +1,16 @@
 """Compiles every GPU kernel ahead of time, for real targets, without a GPU; `python tests/aot.py` prints the table.
 
-Triton's kernels are compiled by its JIT from what their launchers pass, as at a first call on that GPU, with tensors of
-the CPU in the place of a GPU's; CUDA kernels are read out of the built extension. What comes out is machine code, so
-registers, spills and the widths of the loads are facts, not estimates.
+Triton's JIT compiles its kernels from the arguments that their launchers pass, as at a first call on that GPU, with
+tensors of the CPU in the place of a GPU's. CUDA kernels are read from the built extension. Registers, spills and widths
+of loads are those of the machine code. Each op declares its calls in `tests/ahead/<op>.py`.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import itertools
-import math
 import re
 import shutil
 import subprocess
@@ -19,15 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, TypeVar
 from unittest import mock
 
 import torch
+from torch import Tensor
 
-from lgd_kernels.ops.guided_score.structs import GuidedScore, GuidedScoreBackward
-from lgd_kernels.ops.guided_step.structs import GuidedStep, GuidedStepBackward
 from lgd_kernels.runtime.arguments import Number, Omega, Seed, StepScalars
-from lgd_kernels.runtime.columns import triangle
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1] / "lgd_kernels"
@@ -39,7 +38,7 @@ PAUSES = (0.5, 1, 2, 4, 8)  # seconds between attempts to start a process
 
 
 class Variant(NamedTuple):
-    """A call: one that wants every gradient, where it is of a backward."""
+    """A call, and one that wants every gradient where it is a backward."""
 
     shape: tuple[int, int]
     omega: str  # "number", "tensor" or "table"
@@ -48,23 +47,70 @@ class Variant(NamedTuple):
     churn: str  # "number" or "tensor"
     noise: str  # "none", "tensor", "seed" (a number) or "seeds" (one for each sample)
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    particles: int = 0  # m and k, where only rooms that have them take the variant; else these take 4
-    samples: int = 0  # of a row each: only kernels of samples take the variant, and no other
+    particles: int = 4  # and targets, where an op has them
 
 
-VARIANTS = {  # the plainest call, the one that asks for most, and what changes the types: levels, seeds, sizes of 1
+VARIANTS = {  # the plainest call, the one with most arguments, and what changes types: levels, seeds, sizes of 1
     "plain": Variant((2, 4096), "number", torch.float32, "x0", "number", "none"),
     "table, drawn": Variant((2, 4096), "table", torch.float32, "v", "tensor", "seed"),
     "float64 levels": Variant((2, 4096), "tensor", torch.float64, "eps", "number", "seeds", ("bf16",)),
     "single elements": Variant((300, 1), "table", torch.float32, "flow", "tensor", "tensor", ("bf16",)),
-    "16 particles": Variant((2, 4096), "number", torch.float32, "x0", "number", "none", particles=16),
-    "16 particles, drawn": Variant((2, 4096), "number", torch.float32, "x0", "number", "seed", ("bf16",), 16),
-    "samples in 2": Variant((1, 2), "number", torch.float32, "x0", "number", "none", samples=300),
-    "samples in 2048": Variant((1, 2048), "number", torch.float32, "x0", "number", "none", ("bf16",), samples=300),
 }
-OF_PARTICLES = ("guided_energy",)
-OF_SAMPLES = {"energy_mmd_points_kernel": "samples in 2", "energy_mmd_pairs_kernel": "samples in 2048",
-              "energy_mmd_turn_kernel": "samples in 2048"}  # fmt: skip
+
+
+class Inputs:
+    """Arguments as a variant wants them: tensors of the CPU in the place of a GPU's."""
+
+    def __init__(self, variant: Variant, dtype: torch.dtype) -> None:
+        self.variant, self.dtype, self.shape = variant, dtype, variant.shape
+        self.batch = self.shape[0]
+        self.numbers = torch.zeros(self.batch)
+        self.few = variant.omega == "number"  # as few arguments as there can be
+        knots = torch.arange(16.0)
+        table = [torch.zeros(8, 16, 16), knots, knots, self.numbers.long(), self.numbers, self.numbers]
+        self.omega = {
+            "number": Omega(None, 1.5, []),
+            "tensor": Omega(self.numbers, 0.0, []),
+            "table": Omega(None, 0.0, table),
+        }[variant.omega]
+        churn = Number(self.numbers, 0.0) if variant.churn == "tensor" else Number(None, 0.5)
+        levels = [torch.zeros(self.batch, dtype=variant.levels)] * 5
+        self.scalars = StepScalars(self.omega, levels, variant.prediction, churn)
+        seeds = {"seed": Seed(None, 1, 0), "seeds": Seed(self.numbers.long(), None, 0)}
+        self.seed = seeds.get(variant.noise, Seed(None, None, 0))
+
+    def data(self, *shape: int) -> Tensor:
+        return torch.zeros(shape or self.shape, dtype=self.dtype)
+
+    @property
+    def noise(self) -> Tensor | None:
+        return self.data() if self.variant.noise == "tensor" else None
+
+
+class Kernel(NamedTuple):
+    """How a Triton kernel is compiled: what `CALLS` of `tests/ahead/<op>.py` gives by the kernel's name."""
+
+    launch: Callable[[Inputs], None]  # calls the launcher
+    loads: Callable[[str, str, str], int]  # (variant, dtype, target) -> 128-bit loads that there must be
+    variants: dict[str, Variant] = VARIANTS
+
+
+def of_rows(tensors: int) -> Callable[[str, str, str], int]:
+    """Return `loads` of a kernel that reads that many tensors, eight elements to a thread; on gfx942 four."""
+
+    def loads(variant: str, dtype: str, target: str) -> int:
+        if VARIANTS[variant].shape[1] % 16:  # nothing aligns these rows
+            return 0
+        if target.startswith("gfx"):
+            return tensors if dtype == "fp32" else 0
+        return tensors * (2 if dtype == "fp32" else 1)
+
+    return loads
+
+
+def narrow(variant: str, dtype: str, target: str) -> int:
+    """Require no wide loads."""
+    return 0
 
 
 class Compiled(NamedTuple):
@@ -76,99 +122,28 @@ class Compiled(NamedTuple):
     wide_loads: int  # 128 bits
 
 
-def triton_kernels() -> list[str]:
-    """Every kernel of every room that offers Triton: the functions of its triton.py whose names end in _kernel."""
+@functools.cache
+def declared(op: str) -> ModuleType:
+    """Return tests/ahead/<op>.py: `CALLS`, and for CUDA `LOADS`, 128-bit loads by name of a kernel and dtype."""
+    return importlib.import_module(f"ahead.{op}")
+
+
+def triton_kernels() -> dict[str, str]:
+    """Return the op of every kernel: the functions of its triton.py whose names end in _kernel."""
     from lgd_kernels.runtime import impls
 
-    rooms = (room for room in impls.rooms() if "triton" in impls._implementations(room))
-    modules = (importlib.import_module(f"lgd_kernels.ops.{room}.triton") for room in rooms)
-    return [name for module in modules for name in vars(module) if name.endswith("_kernel")]
+    ops = (op for op in impls.rooms() if "triton" in impls._implementations(op))
+    modules = {op: importlib.import_module(f"lgd_kernels.ops.{op}.triton") for op in ops}
+    return {name: op for op, module in modules.items() for name in vars(module) if name.endswith("_kernel")}
 
 
-def cases(kernel: str) -> list[tuple[str, str]]:
-    """(variant, dtype) of the calls that launch `kernel`."""
-    takes = kernel.startswith(OF_PARTICLES)
-    names = [name for name, one in VARIANTS.items() if not one.samples and (takes or not one.particles)]
-    names = [OF_SAMPLES[kernel]] if kernel in OF_SAMPLES else names
-    return [(name, dtype) for name in names for dtype in VARIANTS[name].dtypes]
+def kernel_of(name: str) -> Kernel:
+    return declared(triton_kernels()[name]).CALLS[name]
 
 
-def launch(kernel: str, variant: Variant, dtype: torch.dtype) -> None:
-    """The call of a launcher that launches `kernel`."""
-    room, backward = re.fullmatch(
-        r"(?:centred_)?(\w+?)(_backward|_finish|_points|_pairs|_turn|_select)?_kernel", kernel
-    ).groups()
-    batch, data = variant.shape[0], lambda: torch.zeros(variant.shape, dtype=dtype)
-    numbers = torch.zeros(batch)
-    knots = torch.arange(16.0)
-    table = [torch.zeros(8, 16, 16), knots, knots, numbers.long(), numbers, numbers]
-    omega = {"number": (None, 1.5, []), "tensor": (numbers, 0.0, []), "table": (None, 0.0, table)}[variant.omega]
-    churn = (numbers, 0.0) if variant.churn == "tensor" else (None, 0.5)
-    step = [torch.zeros(batch, dtype=variant.levels)] * 5, variant.prediction, *churn
-    noise = data() if variant.noise == "tensor" else None
-    seed = {"seed": (None, 1), "seeds": (numbers.long(), None)}.get(variant.noise, (None, None))
-    launcher = importlib.import_module(f"lgd_kernels.ops.{room}.triton")
-    scalars = StepScalars(Omega(*omega), step[0], step[1], Number(*churn))
-    if kernel == "guided_score_kernel":
-        launcher.forward(data(), GuidedScore(data(), data(), Omega(*omega)))
-    elif kernel == "guided_score_backward_kernel":
-        launcher.backward(
-            (data(), data(), numbers),
-            GuidedScoreBackward(data(), data(), data(), Omega(*omega), dtype, dtype, [True] * 3),
-        )
-    elif kernel == "guided_step_kernel":
-        launcher.forward(data(), GuidedStep(data(), data(), data(), noise, scalars, Seed(*seed, 0)))
-    elif kernel == "guided_step_backward_kernel":
-        launcher.backward(
-            (data(), data(), data(), data(), numbers),
-            GuidedStepBackward(data(), data(), data(), scalars, dtype, dtype, dtype, [True] * 5),
-        )
-    elif room == "moments":  # c, u and c - u; or all that a combine's backward may ask for, with a source
-        few = variant.omega == "number"
-        columns = [0, -1, 1, -1, 0, 1] if few else [n for k in range(5) for n in (k, -1)]
-        size = len(columns) // 2
-        pairs = [n for i in range(size) for j in range(size) for n in (i, j)] + [
-            n for i in range(size) for n in (i, -1)
-        ]
-        tensors = [data() for _ in range(2 if few else 5)]
-        if kernel == "centred_moments_kernel":
-            return launcher.centred(torch.zeros(batch, len(pairs) // 2, dtype=torch.float64), tensors, columns)
-        found = torch.zeros(batch, len(pairs) // 2)
-        launcher.forward(found, tensors, columns, pairs, None if few else numbers.long(), 2)
-    elif room == "combine":
-        few, columns = variant.omega == "number", [0, -1, 1, -1, 1, 2]
-        count = 1 if few else 3
-        scalars = torch.zeros(batch, count, 3), columns, *(None if few else torch.zeros(batch, count) for _ in range(2))
-        seed = seed if seed != (None, None) or few else (None, 1)
-        source = None if few else numbers.long()
-        outputs = torch.zeros((count, *variant.shape), dtype=dtype)
-        sums = torch.zeros(batch, len(triangle(count)) // 2)
-        # without moments and with them, in float32 and in float64, of one output that is not written, or of three
-        for found in (None, sums, sums.double()):
-            written = outputs if found is None or not few else outputs[:0]
-            launcher.forward(written, [data() for _ in range(3)], *scalars, *seed, 0, source, -1.0, 1.0, found)
-    elif room == "dynamic_threshold":
-        launcher.forward(data(), torch.zeros(batch, 2), data(), variant.shape[1] // 2, 0.5, math.inf)
-    elif room == "energy_mmd":
-        x, y = (torch.zeros((1, variant.samples, variant.shape[1]), dtype=dtype) for _ in range(2))
-        slopes, loss = (torch.zeros(x.shape) for _ in range(2)), torch.zeros(1, dtype=torch.float64)
-        launcher.forward(loss, *slopes, x, y, None, None, "energy", [1.0], 1.0, True, True, None)
-    elif room == "guided_energy":
-        m = variant.particles or 4
-        data = torch.zeros((batch, m, *variant.shape[1:]), dtype=dtype)
-        kind = {"none": "tensor", "tensor": "expected"}.get(variant.noise, "renoise")
-        target, k = (data, m) if kind == "tensor" else (data[:, 0].contiguous(), 1 if kind == "expected" else m)
-        noise = data if variant.noise == "tensor" else None
-        pairs = m * (m - 1) // 2
-        given = data, data, data, noise, *omega, *step, *seed, 0, target, kind, k, *seed
-        if kernel == "guided_energy_backward_kernel":
-            weights = torch.zeros((batch, m, k), dtype=torch.float64), torch.zeros((batch, pairs), dtype=torch.float64)
-            launcher.backward(data, data, data, noise, target, *weights, *given)
-        else:
-            found = torch.zeros((batch, 2 * m * k + m + 3 * pairs), dtype=torch.float64)
-            launcher.forward(numbers, numbers, found, *given, 1.75, 1.0, True)
-    else:
-        raise NotImplementedError(f"aot.launch does not know how {kernel} is called")
+def cases(name: str) -> list[tuple[str, str]]:
+    """Return (variant, dtype) of the calls that launch a kernel."""
+    return [(variant, dtype) for variant, one in kernel_of(name).variants.items() for dtype in one.dtypes]
 
 
 class AbsentGPU:
@@ -203,7 +178,8 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
         mock.patch.object(triton_old, "_truncates", lambda out: False),  # as on a GPU
         mock.patch.object(torch.version, "hip", "7.0" if target.startswith("gfx") else None),
     ):
-        launch(kernel, VARIANTS[variant], DTYPES[dtype])
+        one = kernel_of(kernel)
+        one.launch(Inputs(one.variants[variant], DTYPES[dtype]))
     found = [resources(one.asm) for one in built if one.name == kernel]
     assert found, [one.name for one in built]
     registers, spills, wide = zip(*found, strict=True)  # a launcher may launch a kernel in several shapes
@@ -244,9 +220,9 @@ def cuda_kernels() -> list[Compiled]:
         target = resources.split()[0]
         accesses = {part.split(maxsplit=1)[0]: memory(part) for part in instructions.split("Function : ")[1:]}
         for name, registers in re.findall(r"Function (\S+):\s*REG:(\d+)", resources):
-            op, way, dtype, sizes = re.search(
-                r"(guided_\w+?)_cuda_cu_\w+?\d(forward|backward|few|many|finish)(?:I(f|NS_\w+?)E?((?:Li\d+E)*)E)?", name
-            ).groups()
+            op, length, rest = re.search(r"\d_(\w+?)_cuda_cu_[0-9a-f]{8}(\d+)(\w+)", name).groups()
+            way, rest = rest[: int(length)], rest[int(length) :]
+            dtype, sizes = re.match(r"(?:I(f|NS_\w+?)E?((?:Li\d+E)*)E)?", rest).groups()
             dtype = {"f": "fp32", "NS_4bf16": "bf16", "NS_3f16": "fp16"}.get(dtype, "mixed")
             op = op.removesuffix("_backward")  # which has a file of its own
             kernel = " ".join(filter(None, (op, way, "x".join(re.findall(r"\d+", sizes or "")), "(CUDA)")))

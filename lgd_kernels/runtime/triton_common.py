@@ -112,7 +112,7 @@ def number_at(number, rows, mask):
 
 @triton.jit
 def keys_of(seeds, seed_low, seed_high, first_sample, rows, mask):
-    """Return each row's key (low, high) and sample index, uint32. With a seed for each sample the index is 0."""
+    """Return key (low, high) and sample index of each row, uint32. With a seed for each sample the index is 0."""
     if seed_low is not None:
         nothing = tl.zeros_like(rows).to(tl.uint32)
         return nothing + seed_low.to(tl.uint32), nothing + seed_high.to(tl.uint32), (first_sample + rows).to(tl.uint32)

@@ -1,12 +1,12 @@
 """Turn the structs of ops into arguments of Triton kernels, and launch.
 
-Triton's binder pays for every parameter of a kernel, and for every keyword. So a tensor and its stride are one tuple,
-an absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic: `cdiv`
-and `next_power_of_2` of Triton cost the host 2 us a call.
+Triton's binder takes time for every parameter of a kernel and for every keyword. So a tensor and its stride are one
+tuple, an absent argument is None, and launchers pass arguments by position. Sizes are computed by integer arithmetic,
+because `cdiv` and `next_power_of_2` of Triton cost the host 2 us a call.
 
-Three limits of Triton shape the arguments. `do_not_specialize` does not reach into a tuple: the words of a seed are
+Three limits of Triton shape the arguments. `do_not_specialize` does not reach into a tuple, so the words of a seed are
 parameters of their own. A parameter that may be None has no annotation. Triton 3.6 cannot compile `t is None` for a
-tuple t that contains None: a kernel asks for an element, as in `t[0] is None`.
+tuple t that contains None, so a kernel asks for an element: `t[0] is None`.
 """
 
 from __future__ import annotations

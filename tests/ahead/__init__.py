@@ -1,0 +1,1 @@
+"""Calls that launch the GPU kernels of each op, for tests/aot.py."""
