@@ -13,7 +13,7 @@ from lgd_kernels.runtime.triton_launch import launch, omega_arguments, rows_argu
 
 @triton.jit
 def guided_score_kernel(
-    guided, batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr, cond, uncond, omega, KNOTS: tl.constexpr
+    guided, cond, uncond, batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr, omega, KNOTS: tl.constexpr
 ):
     rows, present, first, columns = tile(batch, row, ROWS, BLOCK)
     mask = present[:, None] & (first + columns < row)[None, :]
@@ -25,7 +25,7 @@ def guided_score_kernel(
 
 @triton.jit
 def guided_score_backward_kernel(
-    grads, batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr, upstream, cond, uncond, omega, KNOTS: tl.constexpr
+    grads, upstream, cond, uncond, batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr, omega, KNOTS: tl.constexpr
 ):
     """`grads` are d_cond, d_uncond and d_omega, [B, column blocks]: this program's part of each sum."""
     d_cond, d_uncond, d_omega = grads
@@ -47,7 +47,7 @@ def guided_score_backward_kernel(
 def forward(guided, a: GuidedScore) -> None:
     grid, _, tiles = tiling(*sizes(guided))
     data = rows_argument(a.cond), rows_argument(a.uncond)
-    launch(guided_score_kernel, grid, guided, *tiles, *data, *omega_arguments(a.omega), like=guided)
+    launch(guided_score_kernel, grid, guided, *data, *tiles, *omega_arguments(a.omega), like=guided)
 
 
 def backward(grads, b: GuidedScoreBackward) -> None:
@@ -56,4 +56,4 @@ def backward(grads, b: GuidedScoreBackward) -> None:
     with partial_sums(grads[2], blocks) as parts:
         outputs = (*grads[:2], parts)
         omega = omega_arguments(b.omega)
-        launch(guided_score_backward_kernel, grid, outputs, *tiles, *data, *omega, like=b.upstream)
+        launch(guided_score_backward_kernel, grid, outputs, *data, *tiles, *omega, like=b.upstream)
