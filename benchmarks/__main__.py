@@ -55,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         run = json.loads(options.show.read_text())
         show(options, run, options.show.name)
         return 0
+    if options.ops[:1] == ["host"]:
+        from benchmarks import host
+
+        return host.main(options.ops[1:], options.rounds or 15)
     there = [*rooms(), *COMPARED]
     if unknown := set(options.ops) - set(there):
         parser().error(f"unknown workload: {', '.join(sorted(unknown))}; there are {', '.join(there)}")

@@ -6,8 +6,15 @@ import torch
 
 from benchmarks.workload import Workload
 from lgd_kernels import testing
+from lgd_kernels.ops.guided_score import reference
+from lgd_kernels.ops.guided_score.structs import GuidedScore
+from lgd_kernels.runtime.arguments import Omega
 
 LATENTS, BATCH, LARGE = (1, 4, 64, 64), (64, 4, 64, 64), (1024, 4, 64, 64)
+
+
+def formula(cond, uncond, omega):
+    return reference.guided_score(GuidedScore(cond, uncond, Omega.of(omega, cond)))
 
 
 def workload(case, shape, dtype, **options):
@@ -22,6 +29,7 @@ def workload(case, shape, dtype, **options):
         shape=shape,
         dtype=dtype,
         arguments=arguments,
+        formula=formula,
         bytes=3 * one,  # reads cond, uncond; writes guided
         backward={
             ("omega",): 3 * one,  # reads upstream, cond, uncond

@@ -8,10 +8,16 @@ import torch
 import lgd_kernels as lgd
 from benchmarks.workload import Workload
 from lgd_kernels import testing
+from lgd_kernels.ops.guided_step import reference
+from lgd_kernels.ops.guided_step.structs import GuidedStep
 
 LATENTS, BATCH, LARGE = (1, 4, 64, 64), (64, 4, 64, 64), (1024, 4, 64, 64)  # the last: 256 MB in float32
 TO_OMEGA = ("omega",)
 TO_ALL = ("x", "cond", "uncond", "omega")
+
+
+def formula(x, cond, uncond, omega, levels, **options):
+    return reference.guided_step(GuidedStep.of(x, cond, uncond, omega, levels, **options))
 
 
 def workload(shape, dtype, prediction="x0", noise="", omega="[B]", gradients=(), **options):
@@ -42,6 +48,7 @@ def workload(shape, dtype, prediction="x0", noise="", omega="[B]", gradients=(),
         shape=shape,
         dtype=dtype,
         arguments=arguments,
+        formula=formula,
         bytes=(5 if noise == "noise tensor" else 4) * one,  # reads x, cond, uncond (and noise); writes x_s
         backward={wanted: moved[wanted] for wanted in gradients},
         **options,

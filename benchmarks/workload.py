@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -58,7 +59,9 @@ class Workload:
     providers: Mapping[str, Provider] = field(default_factory=dict)
     seconds: float = math.inf  # of a row's rounds, where calls are long: then 5 have to do
     parts: tuple[str, ...] = ("forward", "backward", "both")  # what is timed; "recording" is a part of "backward"
-    # (what is timed, its specification) instead of the room's public function and reference
+    # The specification as a function of the public arguments; otherwise the public function with impl="reference".
+    formula: Callable[..., Tensor] | None = None
+    # (what is timed, its specification) instead of the op's public function and reference
     functions: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
 
@@ -117,10 +120,10 @@ def public(workload: Workload) -> Callable[..., Tensor]:
 
 
 def reference(workload: Workload) -> Callable[..., Tensor]:
-    """The specification: it takes every argument of the public function but `impl`."""
+    """Return the specification, which takes every argument of the public function but `impl`."""
     if workload.functions:
         return workload.functions[1]
-    return getattr(importlib.import_module(f"lgd_kernels.ops.{workload.op}.reference"), workload.op)
+    return workload.formula or functools.partial(public(workload), impl="reference")
 
 
 def complete(workload: Workload, arguments: dict) -> dict:

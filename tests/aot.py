@@ -164,7 +164,7 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     """One specialisation."""
     from triton.runtime import JITFunction, driver
 
-    from lgd_kernels.runtime import triton_launch, triton_old
+    from lgd_kernels.runtime import memory, triton_old
 
     built, run = [], JITFunction.run
 
@@ -174,7 +174,7 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     with (
         mock.patch.object(driver, "_active", AbsentGPU(target)),
         mock.patch.object(JITFunction, "run", compiled),
-        mock.patch.object(triton_launch, "_on_current_device", lambda tensor: True),
+        mock.patch.object(memory, "on_current_device", lambda tensor: True),
         mock.patch.object(triton_old, "_truncates", lambda out: False),  # as on a GPU
         mock.patch.object(torch.version, "hip", "7.0" if target.startswith("gfx") else None),
     ):
@@ -196,10 +196,10 @@ def resources(asm: dict) -> tuple[int, int, int]:
         file.write(asm["cubin"])
         file.flush()
         usage, code = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
-    return int(re.search(r"REG:(\d+)", usage)[1]), *memory(code)
+    return int(re.search(r"REG:(\d+)", usage)[1]), *accesses(code)
 
 
-def memory(sass: str) -> tuple[int, int]:
+def accesses(sass: str) -> tuple[int, int]:
     """(spills, wide loads). A stack frame alone is no spill: some ptxas reserve one that nothing uses."""
     return len(re.findall(r"\b(?:LDL|STL)\b", sass)), len(re.findall(r"\bLDG\.E\.128\b", sass))
 
@@ -218,7 +218,7 @@ def cuda_kernels() -> list[Compiled]:
     )
     for resources, instructions in zip(usage, code, strict=True):
         target = resources.split()[0]
-        accesses = {part.split(maxsplit=1)[0]: memory(part) for part in instructions.split("Function : ")[1:]}
+        found_in = {part.split(maxsplit=1)[0]: accesses(part) for part in instructions.split("Function : ")[1:]}
         for name, registers in re.findall(r"Function (\S+):\s*REG:(\d+)", resources):
             op, length, rest = re.search(r"\d_(\w+?)_cuda_cu_[0-9a-f]{8}(\d+)(\w+)", name).groups()
             way, rest = rest[: int(length)], rest[int(length) :]
@@ -226,7 +226,7 @@ def cuda_kernels() -> list[Compiled]:
             dtype = {"f": "fp32", "NS_4bf16": "bf16", "NS_3f16": "fp16"}.get(dtype, "mixed")
             op = op.removesuffix("_backward")  # which has a file of its own
             kernel = " ".join(filter(None, (op, way, "x".join(re.findall(r"\d+", sizes or "")), "(CUDA)")))
-            found.append(Compiled(kernel, dtype, target, int(registers), *accesses[name]))
+            found.append(Compiled(kernel, dtype, target, int(registers), *found_in[name]))
     return found
 
 

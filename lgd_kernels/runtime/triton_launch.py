@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lgd_kernels.runtime import memory
 from lgd_kernels.runtime.arguments import Number, Omega, Seed
-from lgd_kernels.runtime.memory import with_contiguous_rows
 
 TILE = 1024  # elements of a program: 8 for each of 128 threads
 
@@ -45,7 +45,7 @@ def rows_argument(tensor: Tensor | None) -> tuple[Tensor, int] | None:
     """Return (tensor, stride between samples) with contiguous rows, for `load_tile(*argument, ...)`."""
     if tensor is None:
         return None
-    tensor = with_contiguous_rows(tensor)
+    tensor = memory.with_contiguous_rows(tensor)
     return tensor, tensor.stride(0)
 
 
@@ -103,7 +103,7 @@ def launch(
     `outputs` are the kernel's first argument: a tensor, or a tuple of tensors and None. The interpreter needs to know
     them, because it truncates float32 to bfloat16: there the kernel writes float32, and torch rounds."""
     # Fusion is set explicitly: its default differs between versions of Triton.
-    if _on_current_device(like):
+    if memory.on_current_device(like):
         kernel[grid](outputs, *arguments, num_warps=num_warps, enable_fp_fusion=True, **named)
     elif like.is_cuda:
         with torch.cuda.device(like.device):
@@ -115,10 +115,6 @@ def launch(
         for out, stored in zip(narrow, wide, strict=True):
             if stored is not out:
                 out.copy_(stored)
-
-
-def _on_current_device(tensor: Tensor) -> bool:
-    return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()
 
 
 def _truncates(out: Tensor | None) -> bool:

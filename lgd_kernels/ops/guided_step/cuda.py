@@ -9,12 +9,11 @@ from lgd_kernels.runtime import impls, memory
 
 
 def forward(x_s: Tensor, a: GuidedStep) -> None:
-    with memory.current_stream(x_s) as stream:
-        impls.cuda_extension().guided_step(x_s, a, stream)
+    memory.launch_cuda(impls.cuda_extension().guided_step, x_s, a, like=x_s)
 
 
 def backward(grads: tuple[Tensor | None, ...], b: GuidedStepBackward) -> None:
     *to_data, d_omega = grads
     blocks = memory.cuda_column_blocks(b.upstream)
-    with memory.current_stream(b.upstream) as stream, memory.partial_sums(d_omega, blocks) as parts:
-        impls.cuda_extension().guided_step_backward((*to_data, parts), b, stream)
+    with memory.partial_sums(d_omega, blocks) as parts:
+        memory.launch_cuda(impls.cuda_extension().guided_step_backward, (*to_data, parts), b, like=b.upstream)
