@@ -3,14 +3,14 @@
 Launchers run as on a GPU up to the driver (stubs.py): Triton's binder and C launch on a libcuda that does nothing, and
 the bindings of the CUDA kernels on launchers that do nothing. What is missing is the time of the driver. Each time is
 compared, round by round, with Triton's launch of a kernel of four parameters, and with the eager formula of the op on a
-few elements of the CPU, which is all dispatch.
+few elements of the CPU, which is all dispatch. Times are CPU time of the thread.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -104,7 +104,7 @@ def measure(op: str, implementations: tuple[str, ...], rounds: int) -> list[Row]
     calls[EAGER] = functools.partial(reference(workload), **complete(workload, arguments))
     calls[SMALLEST] = smallest()
     with torch.no_grad():
-        samples = timing.alternate({name: timing.wall(call, False) for name, call in calls.items()}, rounds)
+        samples = timing.alternate({name: timing.busy(call) for name, call in calls.items()}, rounds)
     return [
         Row(
             op,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib.util
 import os
 import re
@@ -39,6 +40,7 @@ def triton_launches() -> Iterator[None]:
     """Let Triton compile for sm_90 and launch on the stub of libcuda."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
+    from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +49,7 @@ def triton_launches() -> Iterator[None]:
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", soname, LIBCUDA, "-o", library], check=True)
         library.with_name("libcuda.so").symlink_to(library)
         cuda = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        here = {"TRITON_LIBCUDA_PATH": folder, "TRITON_CACHE_DIR": str(Path(folder, "cache"))}
+        here = {"TRITON_LIBCUDA_PATH": folder, "TRITON_CACHE_DIR": f"{folder}/cache", "TRITON_DEFAULT_FP_FUSION": "1"}
         with mock.patch.dict(os.environ, here):
             target = GPUTarget("cuda", 90, 32)
             gpu = SimpleNamespace(
@@ -60,6 +62,9 @@ def triton_launches() -> Iterator[None]:
             )
             with mock.patch.object(driver, "_active", gpu), _tensors_on_a_gpu("triton"):
                 yield
+        for kernel in gc.get_objects():
+            if type(kernel) is CompiledKernel:
+                kernel.module = None  # or it would unload it where there is no driver any more
         if not ctypes.c_int.in_dll(cuda, "launches").value:
             raise RuntimeError("nothing was launched on the stub of libcuda")
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Without the Stream object that torch.cuda.current_stream makes. Triton calls it too, but the name is private to torch.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -38,7 +37,7 @@ def particle_rows(tensor: Tensor | None) -> Tensor | None:
 
 
 def with_particle_rows(tensor: Tensor | None) -> Tensor | None:
-    """Return [B, m, ...] whose particles are rows that a kernel can walk across all items, copied only if they are not."""
+    """Return [B, m, ...] whose particles a kernel can walk as rows of all items, copied only if it cannot."""
     if tensor is None or tensor.is_contiguous():
         return tensor
     return with_contiguous_rows(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
@@ -54,7 +53,7 @@ def launch_cuda(function: Callable[..., None], *arguments: Any, like: Tensor) ->
 
 
 def on_current_device(tensor: Tensor) -> bool:
-    """Return whether the tensor is on the current GPU. (Switching to a device costs the host more than this question.)"""
+    """Return whether the tensor is on the current GPU. (`torch.cuda.device` costs the host more than this question.)"""
     return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()
 
 
