@@ -1,4 +1,4 @@
-"""churn_from_eta: the churn whose step adds the noise of DDIM's eta."""
+"""Test churn_from_eta: the churn whose step adds the noise of DDIM's eta."""
 
 import decimal
 import math
@@ -20,15 +20,15 @@ ETAS = (0.0, 1e-6, 0.3, 0.7, 1 - 1e-6, 1.0)
 
 
 def levels_at(q, dtype=torch.float64):
-    """Levels of which r = 1 - q, with nothing rounded but q."""
+    """Return levels with r = 1 - q, where only q is rounded."""
     q = torch.tensor(q, dtype=dtype)
     one = torch.ones_like(q)
     return lgd.Levels(one, one, one, 1 - q, q)
 
 
 def test_by_hand():
-    """r = 1/3, eta^2 = 1/2: h = sqrt(5) / 3, churn^2 = (3 - sqrt(5)) / 2, the square of the golden ratio less one.
-    At s = 0, r = 0, and eta = 3/5: h = 4/5, churn^2 = 1/5."""
+    """Check r = 1/3, eta^2 = 1/2: h = sqrt(5) / 3, churn^2 = (3 - sqrt(5)) / 2, the square of the golden ratio less
+    one; and s = 0, r = 0, eta = 3/5: h = 4/5, churn^2 = 1/5."""
     levels = lgd.RectifiedFlow().levels(torch.tensor([0.5, 0.5]).double(), torch.tensor([0.25, 0.0]).double())
     found = lgd.churn_from_eta(torch.tensor([math.sqrt(0.5), 0.6], dtype=torch.float64), levels)
     assert found.tolist() == pytest.approx([(math.sqrt(5) - 1) / 2, math.sqrt(0.2)], rel=1e-15)
@@ -37,7 +37,8 @@ def test_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("eta", ETAS)
 def test_agrees_with_the_definition(eta, dtype):
-    """churn^2 = (1 - sqrt(1 - eta^2 (1 - r^2))) / (1 - r) in 60 digits, from r = 0 to r = 1, its limit eta^2."""
+    """Compare with churn^2 = (1 - sqrt(1 - eta^2 (1 - r^2))) / (1 - r) in 60 digits, from r = 0 to the limit eta^2 at r
+    = 1."""
     levels = levels_at(Q, dtype)
     found = lgd.churn_from_eta(eta, levels)
     assert found.dtype == dtype
@@ -52,7 +53,7 @@ def test_agrees_with_the_definition(eta, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_ends_are_exact(dtype):
-    """0 and 1, at every r, s = t and the ends of a schedule among them."""
+    """Check 0 and 1 at every r, with s = t and the ends of a schedule included."""
     q = torch.rand(10_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
     at = torch.tensor([0.0, 0.4, 1.0], dtype=dtype)
     still = lgd.Levels(1 - at, at, 1 - at, at, torch.zeros_like(at))
@@ -64,7 +65,7 @@ def test_the_ends_are_exact(dtype):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_noise_is_that_of_eta(name):
-    """V = eta noise_s sqrt(1 - r^2), DDIM's sigma, with an eta and times of its own for each sample."""
+    """Check V = eta noise_s sqrt(1 - r^2), DDIM's sigma, with eta and times for each sample."""
     at = SCHEDULES[name].from_unit(torch.linspace(0, 0.999, 40, dtype=torch.float64))
     levels = SCHEDULES[name].levels(at[1:], at[:-1])
     eta = torch.linspace(0, 1, 39, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""The ComfyUI node, with a stand-in that keeps ModelPatcher's contract and calls as ComfyUI's sampler does."""
+"""Test the ComfyUI node, with a stand-in that keeps ModelPatcher's contract and calls the node as ComfyUI's sampler
+does."""
 
 import contextlib
 import copy
@@ -22,7 +23,7 @@ SIGMAS = torch.tensor([14.0, 5.0, 1.0, 0.2, 0.0])
 
 
 class Patcher:
-    """What the node and the sampler touch of a ModelPatcher."""
+    """Stand in for what the node and the sampler use of a ModelPatcher."""
 
     def __init__(self):
         self.model_options = {"transformer_options": {}}
@@ -45,9 +46,10 @@ NEGATIVE = [{"uuid": 1}]  # conditionings
 
 
 def denoised(patcher, x, sigma, cond, uncond, scale, negative=NEGATIVE, sigmas=SIGMAS, **changes):
-    """The guided x0 of one call of the sampler; the unconditional call is left out at scale 1, but for the option.
+    """Return the guided x0 of one call of the sampler; at scale 1 the unconditional call is skipped, without the
+    option.
 
-    `negative` are conditionings; None, as of BasicGuider, or limits that exclude sigma leave zeros.
+    `negative` are conditionings; None, as from BasicGuider, or limits that exclude sigma leave zeros.
     """
     options = {**patcher.model_options, "transformer_options": {"sample_sigmas": sigmas}}
     if math.isclose(scale, 1.0) and not options.get("disable_cfg1_optimization", False):
@@ -59,10 +61,19 @@ def denoised(patcher, x, sigma, cond, uncond, scale, negative=NEGATIVE, sigmas=S
         return uncond + (cond - uncond) * scale
     sampling = SimpleNamespace(timestep=lambda sigma: sigma.log() * 100 + 500)
     args = {
-        "cond": x - cond, "uncond": x - uncond, "cond_scale": scale, "timestep": sigma, "input": x, "sigma": sigma,
-        "cond_denoised": cond, "uncond_denoised": uncond, "model": SimpleNamespace(model_sampling=sampling),
-        "model_options": options, "input_cond": [{"uuid": 0}], "input_uncond": negative,
-    }  # fmt: skip
+        "cond": x - cond,
+        "uncond": x - uncond,
+        "cond_scale": scale,
+        "timestep": sigma,
+        "input": x,
+        "sigma": sigma,
+        "cond_denoised": cond,
+        "uncond_denoised": uncond,
+        "model": SimpleNamespace(model_sampling=sampling),
+        "model_options": options,
+        "input_cond": [{"uuid": 0}],
+        "input_uncond": negative,
+    }
     args = {name: value for name, value in (args | changes).items() if value is not ...}
     return x - options["sampler_cfg_function"](args)
 
@@ -83,7 +94,7 @@ def tensors(count=3, batch=2):
 @pytest.mark.parametrize("scale", [7.5, 1.0])
 @pytest.mark.parametrize("step", range(4))
 def test_the_node(table, tmp_path, times, scale, step):
-    """The x0 of guided_score, with omega at the sigmas of the step, whatever the sampler's cfg."""
+    """Compare with the x0 of guided_score, with omega at the sigmas of the step, for any cfg of the sampler."""
     before = Patcher()
     (model,) = comfyui.LearnedGuidance().patch(before, str(tmp_path / "omega.pt"), 2, 1.5, times)
     x, cond, uncond = tensors()
@@ -130,7 +141,7 @@ def test_what_is_refused(table, tmp_path):
 
 
 def test_the_file_alone(tmp_path):
-    """Copied, and imported from there as ComfyUI does, where triton cannot be."""
+    """Copy the file, and import it from there as ComfyUI does, where triton is not installed."""
     copied = tmp_path / "learned_guidance.py"
     shutil.copy(comfyui.__file__, copied)
     spec = importlib.util.spec_from_file_location("learned_guidance", copied)
@@ -186,7 +197,7 @@ def test_without_a_negative_it_is_the_conditional_prediction(table, negative, ch
     ],
 )
 def test_a_negative_that_was_evaluated_guides(table, negative, uncond, changes):
-    """Even where all of it is 0."""
+    """Check a negative whose prediction is 0 everywhere."""
     model = Patcher()
     model.set_model_sampler_cfg_function(comfyui.CFGFunction(table), disable_cfg1_optimization=True)
     x, cond, _ = tensors()
@@ -211,7 +222,7 @@ def test_a_negative_that_was_evaluated_guides(table, negative, uncond, changes):
 )
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_sigma_that_was_rounded(table, around, order):
-    """As ancestral samplers of second order call; each sample at a sigma of its own."""
+    """Check sigmas of second order ancestral samplers; each sample has its own sigma."""
     model = Patcher()
     model.set_model_sampler_cfg_function(comfyui.CFGFunction(table), disable_cfg1_optimization=True)
     x, cond, uncond = tensors(batch=4)
@@ -245,7 +256,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", [*BAD, "missing"])
 def test_a_bad_path_is_one_line(tmp_path, kind, capsys):
-    """And all alike, so that a workflow cannot ask what is on a disk."""
+    """Check that all bad paths have the same message, so that a workflow cannot explore a disk."""
     if kind in BAD:
         BAD[kind](tmp_path / "omega.pt")
     path = str(tmp_path / "omega.pt")
@@ -266,7 +277,7 @@ def test_a_bad_path_is_one_line(tmp_path, kind, capsys):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """ComfyUI's folder_paths, with a second folder of tables."""
+    """Stand in for ComfyUI's folder_paths, with a second folder of tables."""
     module = ModuleType("folder_paths")
     module.models_dir = str(tmp_path / "models")
     module.folder_names_and_paths = {"omega": ([str(tmp_path / "more")], set())}
@@ -284,13 +295,11 @@ def test_in_comfyui_only_its_folders_are_read(table, folders):
     for path in named:
         assert torch.equal(comfyui.load_table(path).values, table.values)
         assert comfyui.LearnedGuidance.IS_CHANGED(path, condition=0) > 0
-    (folders / "models/omega/link.pt").symlink_to(folders / "elsewhere/e.pt")  # whoever keeps the disk allows it
+    (folders / "models/omega/link.pt").symlink_to(folders / "elsewhere/e.pt")  # links are allowed
     comfyui.load_table("link.pt")
-    refused = [
-        "missing.pt", "sub", "", "..", "\0", "/etc/passwd", "../../../etc/passwd", "../../elsewhere/e.pt",
-        "../../elsewhere/missing.pt", "../omega2/d.pt", str(folders / "elsewhere/e.pt"),
-        str(folders / "models/omega2/d.pt"), str(folders / "models/omega"),
-    ]  # fmt: skip
+    elsewhere = "../../../etc/passwd ../../elsewhere/e.pt ../../elsewhere/missing.pt ../omega2/d.pt"
+    refused = ["", "\0", *f"missing.pt sub .. /etc/passwd {elsewhere}".split()]
+    refused += [str(folders / path) for path in ("elsewhere/e.pt", "models/omega2/d.pt", "models/omega")]
     for path in (None, 3, b"a.pt"):
         with pytest.raises(ValueError, match=f"`path` is a {type(path).__name__}, expected the name of a file"):
             comfyui.load_table(path)
@@ -321,7 +330,7 @@ def test_tables_that_are_not_finite(tmp_path, name, value):
 
 
 class Sampling:
-    """A model_sampling, up to `sigma_max`; its timesteps are `timestep(sigma)`."""
+    """Stand in for a model_sampling, up to `sigma_max`; its timesteps are `timestep(sigma)`."""
 
     def __init__(self, sigma_max, timestep):
         self.sigma_max, self.timestep = torch.tensor(sigma_max), timestep
@@ -355,7 +364,7 @@ FLOW_1000 = Sampling(1.0, lambda sigma: sigma * 1000)
     ],
 )
 def test_knots_of_another_scale(tmp_path, last, times, sampling, said):
-    """Refused by the node, and by the function where it is set without the node; what the hint says works."""
+    """Check that the node refuses such knots, and the function if it is set without the node; the remedy works."""
     knots = torch.linspace(0, last, 4)
     table = lgd.OmegaTable(torch.ones(1, 4, 4), knots, knots)
     comfyui.save_table(table, tmp_path / "omega.pt")
@@ -381,7 +390,7 @@ def test_knots_of_another_scale(tmp_path, last, times, sampling, said):
 
 
 def test_knots_of_another_scale_than_the_run():
-    """Without a model to ask; a run may begin anywhere below the model's largest sigma."""
+    """Check the scale without a model; a run may begin anywhere below the model's largest sigma."""
     for last, refused in ((1.0, True), (14.0, False), (999.0, False)):
         knots = torch.linspace(0, last, 4)
         model = Patcher()

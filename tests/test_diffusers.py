@@ -1,6 +1,6 @@
-"""Full runs of diffusers' schedulers and of guided_step, with the same start, network, omega and noise.
+"""Compare full runs of diffusers' schedulers and of guided_step, with the same start, network, omega and noise.
 
-Each run goes on from its own sample, and after every step the two differ by at most 1e-5 of the largest value of
+Each run continues from its own sample, and after every step the two differ by at most 1e-5 of the largest value of
 diffusers' sample. Levels come from the scheduler's own tables, which are float32.
 """
 
@@ -18,7 +18,7 @@ from lgd_kernels.runtime.levels import step_coefficients
 diffusers = pytest.importorskip("diffusers")
 
 SHAPE = BATCH, *_ = 3, 4, 8, 8
-NAMES = {"x0": "sample", "eps": "epsilon", "v": "v_prediction"}  # what diffusers calls them
+NAMES = {"x0": "sample", "eps": "epsilon", "v": "v_prediction"}  # diffusers' names
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 RUNNERS = [target for target in TARGETS if target.id != "triton-interpreted"]
@@ -30,15 +30,16 @@ each_betas = pytest.mark.parametrize("betas", [STABLE, DDPM], ids=["stable diffu
 
 @pytest.fixture(autouse=True)
 def one_thread(same_threads_after):
-    """The samples are small; on a busy machine, threads that wait for each other take six times as long."""
+    """Use one thread: the samples are small, and on a busy machine threads that wait for each other take six times as
+    long."""
     torch.set_num_threads(1)
 
 
 def network(x, levels, condition, prediction):
-    """A prediction at x, from a tanh as guess of x0. VE samples come scaled to variance preserving ones.
+    """Return a prediction at x, with a tanh as guess of x0. VE samples are scaled to variance preserving ones.
 
-    Its slope is at most 1, since a steep one is a test of itself: at 4, guided, moving the start of diffusers' own run
-    by one ulp moves its end by up to 5e-5.
+    The slope is at most 1, since a steep network tests itself: at 4, guided, a change of the start of diffusers' own
+    run by one ulp changes its end by up to 5e-5.
     """
     signal, noise = (level.view(-1, 1, 1, 1) for level in levels[:2])
     size = 1 if prediction == "flow" else torch.hypot(signal, noise)
@@ -49,17 +50,18 @@ def network(x, levels, condition, prediction):
 
 
 def omega_of(step):
-    """Another one at every call; by turns one number and one for each sample."""
+    """Return another omega at every call; by turns a number, and one for each sample."""
     return 0.5 + step % 4 if step % 2 else torch.linspace(0, 3, BATCH).roll(step // 2)
 
 
 def noise_generator():
-    """Two of them draw the same noise: one for us, one for diffusers."""
+    """Return a generator. Two of them draw the same noise: one for us, one for diffusers."""
     return torch.Generator().manual_seed(1)
 
 
 def assert_same_run(runner, prediction, levels, their_step, churn=lambda levels: 0.0, scaled=lambda step, x: x):
-    """`levels` of each step and `churn(levels)` are ours; `their_step(step, guided, x, z)` is diffusers'."""
+    """Compare two runs: `levels` of each step and `churn(levels)` are ours; `their_step(step, guided, x, z)` is
+    diffusers'."""
     generator, noise = torch.Generator().manual_seed(0), noise_generator()
     there = functools.partial(testing.moved, device=runner.device)
     condition, start = (torch.randn(SHAPE, generator=generator) for _ in range(2))
@@ -80,17 +82,17 @@ def assert_same_run(runner, prediction, levels, their_step, churn=lambda levels:
 
 
 def follow(scheduler, **options):
-    """`their_step` of a scheduler that goes through its timesteps."""
+    """Return the `their_step` of a scheduler that goes through its timesteps."""
     return lambda step, guided, x, z: scheduler.step(guided, scheduler.timesteps[step], x, **options).prev_sample
 
 
 def scaled_by(scheduler):
-    """What a network for variance preserving samples is given of a VE one."""
+    """Scale a VE sample to the input of a network for variance preserving samples."""
     return lambda step, x: scheduler.scale_model_input(x, scheduler.timesteps[step])
 
 
 def along(schedule, sigmas):
-    """Levels of each step, every sample at the same sigmas."""
+    """Return the levels of each step, with the same sigmas for every sample."""
     return [schedule.levels(t.expand(BATCH), s.expand(BATCH)) for t, s in itertools.pairwise(sigmas)]
 
 
@@ -101,7 +103,8 @@ def ddim(prediction, betas, steps=20, **options):
 
 
 def ddim_levels(scheduler, t):
-    """DDIM goes to t - 1000 / steps. Below index 0 it takes the data, or with set_alpha_to_one=False index 0."""
+    """Return DDIM's levels, from t to t - 1000 / steps. Below index 0 DDIM takes the data, or with
+    set_alpha_to_one=False index 0."""
     s = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     last = -1 if scheduler.config.set_alpha_to_one else 0
     return lgd.Discrete(scheduler.alphas_cumprod).levels(t, s.clamp(min=last))
@@ -128,7 +131,7 @@ def test_ddim(runner, betas, prediction, eta):
 @each_runner
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
 def test_ddim_that_ends_before_the_data(runner, eta):
-    """Stable Diffusion's own settings: the last step goes from index 1 to index 0."""
+    """Compare Stable Diffusion's own settings: the last step goes from index 1 to index 0."""
     scheduler = ddim("eps", STABLE, steps=50, set_alpha_to_one=False, steps_offset=1)
     assert_same_ddim(runner, "eps", scheduler, eta)
 
@@ -137,8 +140,8 @@ def test_ddim_that_ends_before_the_data(runner, eta):
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_from_pure_noise(runner, prediction, eta):
-    """Signal 0 at the start. With eta 1 the first step has h = r = 0, and it is diffusers that is off, by 3e-4 (ours,
-    by 2e-7, against float64): it takes the root of 1 - alpha - sigma^2, of which rounding leaves 6e-8."""
+    """Compare from signal 0. With eta 1 the first step has h = r = 0, where diffusers has an error of 3e-4 (ours 2e-7,
+    against float64): it takes the root of 1 - alpha - sigma^2, of which rounding leaves 6e-8."""
     scheduler = ddim(prediction, STABLE, timestep_spacing="trailing", rescale_betas_zero_snr=True)
     assert scheduler.alphas_cumprod[scheduler.timesteps[0]] == 0
     assert_same_ddim(runner, prediction, scheduler, eta)
@@ -147,8 +150,9 @@ def test_ddim_from_pure_noise(runner, prediction, eta):
 @each_betas
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_of_the_named_tables(betas, eta):
-    """diffusers, given our table. Its own is float32: 1 - alphas_cumprod is 2e-4 off at index 0 (Stable Diffusion:
-    3e-5), which the last step of an eps run shows as 5e-5 (9e-6); ours is 5e-7 from float64."""
+    """Compare with diffusers on our table. Its own is float32: 1 - alphas_cumprod has an error of 2e-4 at index 0
+    (Stable Diffusion: 3e-5), which shows in the last step of an eps run as 5e-5 (9e-6); our error is 5e-7 against
+    float64."""
     scheduler = ddim("eps", betas)
     table = lgd.Discrete.ddpm() if betas == DDPM else lgd.Discrete.stable_diffusion()
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), table.alphas_cumprod, rtol=1e-6, atol=0)
@@ -158,7 +162,7 @@ def test_ddim_of_the_named_tables(betas, eta):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_times_of_their_own(target, prediction):
-    """One batch of samples that are 50, 40 and 25 indices from step to step, from 951, 760 and 475, with an eta each;
+    """Compare one batch of samples whose steps are 50, 40 and 25 indices, from 951, 760 and 475, with an eta each;
     diffusers takes three runs."""
     schedulers, etas, count = [ddim(prediction, STABLE, steps) for steps in (20, 25, 40)], [0.0, 0.6, 1.0], 20
     times = [scheduler.timesteps[-count:] for scheduler in schedulers]
@@ -190,10 +194,11 @@ def test_times_of_their_own(target, prediction):
     ids=["stable diffusion", "karras", "edm"],
 )
 def test_euler(runner, prediction, options):
-    """Its v belongs to the scaled sample x / sqrt(1 + sigma^2), and ours at signal 1, noise sigma is the same one."""
+    """Compare Euler. Its v belongs to the scaled sample x / sqrt(1 + sigma^2), and equals ours at signal 1, noise
+    sigma."""
     scheduler = diffusers.EulerDiscreteScheduler(prediction_type=NAMES[prediction], **STABLE, **options)
     scheduler.set_timesteps(20)
-    scheduler.set_begin_index(0)  # sigmas above the table's last share its index, by which the first step is looked up
+    scheduler.set_begin_index(0)  # sigmas above the table's last have its index: the first step is ambiguous
     assert_same_run(
         runner, prediction, along(lgd.EDM(), scheduler.sigmas), follow(scheduler), scaled=scaled_by(scheduler)
     )
@@ -201,7 +206,7 @@ def test_euler(runner, prediction, options):
 
 @each_runner
 @each_betas
-@pytest.mark.parametrize("prediction", ["eps", "v"])  # it refuses x0
+@pytest.mark.parametrize("prediction", ["eps", "v"])  # diffusers refuses x0
 def test_euler_ancestral(runner, betas, prediction):
     scheduler = diffusers.EulerAncestralDiscreteScheduler(prediction_type=NAMES[prediction], **betas)
     scheduler.set_timesteps(20)
@@ -216,8 +221,9 @@ def test_euler_ancestral(runner, betas, prediction):
 
 
 def test_ancestral_is_churn_one():
-    """sigma_up^2 = s^2 (t^2 - s^2) / t^2 and sigma_down^2 = s^2 - sigma_up^2 = (s^2 / t)^2, for any two sigmas: with
-    q = 1 - s/t, V = s sqrt(q (2 - q)) = s sqrt(1 - (s/t)^2), and x goes with A = (s/t)^2 = sigma_down / t."""
+    """Compare ancestral Euler with churn 1. sigma_up^2 = s^2 (t^2 - s^2) / t^2 and sigma_down^2 = s^2 - sigma_up^2 =
+    (s^2 / t)^2, for any two sigmas: with q = 1 - s/t, V = s sqrt(q (2 - q)) = s sqrt(1 - (s/t)^2), and the factor of x
+    is A = (s/t)^2 = sigma_down / t."""
     t, s = torch.tensor([[14.6, 80.0, 2.0, 0.03], [9.0, 0.1, 1.99, 0.0]], dtype=torch.float64)
     levels = lgd.EDM().levels(t, s)
     a, b, v = step_coefficients(levels, "x0", 1.0)

@@ -1,4 +1,4 @@
-"""LearnedGuidance in diffusers' denoising loop, with real models, tiny and at random."""
+"""Test LearnedGuidance in diffusers' denoising loop, with tiny random models."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ each_model = pytest.mark.parametrize("model", REAL)
 @each_model
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_constant_omega_is_classifier_free_guidance(model, fused):
-    """20 steps, seed for seed, w = 1 + omega; on diffusers' scheduler and on ours."""
+    """Compare 20 steps with the same seed at w = 1 + omega; with diffusers' scheduler and with ours."""
     network, run = REAL[model]
     theirs, ours, _ = pair(run)
     expected = denoise(network, theirs, guiders.ClassifierFreeGuidance(guidance_scale=4.5))
@@ -44,7 +44,7 @@ def test_a_constant_omega_is_classifier_free_guidance(model, fused):
 
 @each_model
 def test_guidance_of_each_sample(model):
-    """Each sample as in a run at its own weight; diffusers' guider takes one weight for all."""
+    """Compare each sample with a run at its own weight; diffusers' guider takes one weight for all."""
     network, run = REAL[model]
     scheduler, fused, _ = pair(run)
     omega = torch.tensor([0.5, 2.0, 4.0])
@@ -57,7 +57,7 @@ def test_guidance_of_each_sample(model):
 
 
 class Recorder:
-    """An omega that remembers what it was asked."""
+    """Record the arguments of omega."""
 
     def __init__(self, function):
         self.function, self.asked = function, []
@@ -69,7 +69,7 @@ class Recorder:
 
 @pytest.mark.parametrize("run", ["flow", "ddim"])
 def test_omega_is_asked_once_for_the_whole_run(run):
-    """N * B rows: c as stashed from the inputs, t and s neighbours in the scheduler's run."""
+    """Check one call with N * B rows: c from the inputs, t and s neighbours in the scheduler's run."""
     network = call_transformer if run == "flow" else call_unet
     scheduler, fused, _ = pair(run, 5)
     omega = Recorder(lambda c, s, t: c.mean((1, 2)).abs() + s - t)
@@ -82,7 +82,7 @@ def test_omega_is_asked_once_for_the_whole_run(run):
 
 
 def test_a_table_and_labels():
-    """The same as its values given step by step."""
+    """Compare with the values of the table given step by step."""
     scheduler, _, _ = pair("ddim", 4)
     knots = torch.linspace(-1, 1000, 6)
     values = torch.rand(7, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_a_table_and_labels():
 
 
 def test_a_run_of_the_guider_that_begins_in_the_middle():
-    """Pipelines then count from 0; the times are found by the timestep, or from begin_index."""
+    """Check a run that counts from 0 in the middle of the timesteps; found by the timestep, or from begin_index."""
     for run in ("ddim", "euler"):
         scheduler, _, _ = pair(run)
         if run == "euler":
@@ -110,7 +110,7 @@ def test_a_run_of_the_guider_that_begins_in_the_middle():
 
 
 def test_an_interval():
-    """Outside nothing is guided, and the network is not called without the prompt."""
+    """Check that outside the interval there is no guidance, and no call of the network without the prompt."""
     scheduler, _, _ = pair("ddim")
     guider, calls = LearnedGuidance(2.0, scheduler=scheduler, interval=(200.0, 700.0)), []
     found = denoise(call_unet, scheduler, guider, calls=calls)
@@ -194,18 +194,28 @@ def test_guiders_that_are_refused():
 
 
 def test_a_modular_pipeline():
-    """Stable Diffusion XL's own denoising blocks."""
+    """Run Stable Diffusion XL's own denoising blocks."""
     pytest.importorskip("transformers")
     from diffusers.modular_pipelines.modular_pipeline import PipelineState, SequentialPipelineBlocks
     from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 
     torch.manual_seed(0)
     sdxl = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
-        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 8,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 8,
+    ).eval()
     blocks = SequentialPipelineBlocks.from_blocks_dict({"denoise": StableDiffusionXLDenoiseStep()})
     pipe = blocks.init_pipeline()
 

@@ -1,4 +1,4 @@
-"""What LearnedGuidance keeps between steps and runs: the scheduler, the samples, the grad mode, and its scale."""
+"""Test what LearnedGuidance keeps between steps and runs: the scheduler, the samples, the grad mode, and its scale."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def weight(c, s, t):
 
 
 def run_of(guider, scheduler, steps=None):
-    """omega at every step of a run, where the predictions are 1 and 0; steps counted as a pipeline does."""
+    """Return omega at every step of a run, from predictions 1 and 0; steps are counted as in a pipeline."""
     timesteps = scheduler.timesteps if steps is None else scheduler.timesteps[steps]
     found = []
     for step, t in enumerate(timesteps):
@@ -69,7 +69,7 @@ READABLE = pytest.mark.parametrize("readable", [True, False], ids=["host", "devi
 @pytest.mark.parametrize("new", OTHERS)
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_scheduler_that_is_replaced_is_followed(new, fuse):
-    """Where the pipeline was given: before a run, between runs, and where the same one is set again."""
+    """Replace the scheduler of a pipeline before a run, between runs, and by the same one."""
     kind, steps, options = OTHERS[new]
     pipe = SimpleNamespace(scheduler=made(DDIM[0], 20, **DDIM[1]))
     guider = LearnedGuidance(weight, scheduler=pipe)
@@ -88,7 +88,7 @@ def test_a_scheduler_that_is_replaced_is_followed(new, fuse):
 @pytest.mark.parametrize("old", OLD)
 @pytest.mark.parametrize("new", OTHERS)
 def test_a_scheduler_that_was_replaced_is_noticed(old, new, readable, monkeypatch):
-    """The guider still has the old one: an error that names the way out, or NaN where the host sees no values."""
+    """Check a guider with the old scheduler: an error that names the remedy, or NaN where the host reads no values."""
     kind, steps, options = OLD[old]
     scheduler = made(OTHERS[new][0], OTHERS[new][1], **OTHERS[new][2])
     guider = LearnedGuidance(weight, scheduler=made(kind, steps, **options))
@@ -112,7 +112,7 @@ def test_a_scheduler_that_was_replaced_is_noticed(old, new, readable, monkeypatc
 @pytest.mark.parametrize("steps", [slice(None), slice(8, None), slice(0, 12), slice(5, 15)])
 @pytest.mark.parametrize("kind", ["ddim", "euler", "flow"])
 def test_parts_of_a_run(kind, steps, readable, monkeypatch):
-    """As image to image and denoising_end take them, also on timesteps that are a copy."""
+    """Run parts as image-to-image and denoising_end do, also with copies of the timesteps."""
     scheduler, fused, _ = pair(kind)
     if not readable:
         monkeypatch.setattr(module, "readable", lambda tensor: False)
@@ -128,7 +128,7 @@ def test_parts_of_a_run(kind, steps, readable, monkeypatch):
 @pytest.mark.parametrize("begin", [0, 4, 6])
 @pytest.mark.parametrize("told", [False, True])
 def test_timesteps_that_repeat(begin, copied, readable, told, monkeypatch):
-    """Heun's; a run that begins in the middle begins with the second of two, as diffusers' do."""
+    """Run Heun's timesteps; a run from the middle begins with the second of two, as in diffusers."""
     scheduler = made("HeunDiscreteScheduler", 10, **STABLE)
     assert len(set(scheduler.timesteps.tolist())) < len(scheduler.timesteps)
     if told:
@@ -139,7 +139,7 @@ def test_timesteps_that_repeat(begin, copied, readable, told, monkeypatch):
     given = SimpleNamespace(timesteps=scheduler.timesteps.clone()) if copied else scheduler
     steps = slice(begin, None)
     if copied and not (readable or told or begin == 0):
-        steps = slice(begin, begin + 1)  # the device cannot tell which of two comes in later steps
+        steps = slice(begin, begin + 1)  # on a device, later steps are ambiguous
     torch.testing.assert_close(run_of(guider, given, steps), expected_of(scheduler, steps))
 
 
@@ -158,7 +158,7 @@ def test_an_interval_needs_the_right_scheduler_too():
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["tensor", "interval", "labels", "embeds"])
 def test_num_images_per_prompt(kind, count):
-    """Images of a prompt follow each other, as diffusers repeats prompts."""
+    """Check that the images of a prompt are neighbours, as diffusers repeats prompts."""
     scheduler, _, _ = pair("ddim", 4)
     knots = torch.linspace(-1, 1000, 6)
     table = lgd.OmegaTable(torch.rand(7, 6, 6, generator=torch.Generator().manual_seed(0)), knots, knots)
@@ -172,7 +172,7 @@ def test_num_images_per_prompt(kind, count):
         guider = LearnedGuidance(lambda c, s, t: c.mean((1, 2)) + t / 1000, scheduler=scheduler)
     c, u = noise(1, (2 * count, 3)), noise(2, (2 * count, 3))
     embeds = noise(3, (2, 5, 4))
-    repeated = embeds.repeat(1, count, 1).view(2 * count, 5, 4)  # what pipelines do with it
+    repeated = embeds.repeat(1, count, 1).view(2 * count, 5, 4)  # as pipelines do
     times = times_of(scheduler)
     for given in (embeds, repeated) if kind == "embeds" else (repeated,):
         for step, t in enumerate(scheduler.timesteps):
@@ -207,7 +207,7 @@ def test_batches_that_do_not_fit():
 
 
 def test_a_condition_that_changes_within_a_run():
-    """Also its batch: nothing is kept of the one before."""
+    """Change the condition, also its batch: nothing of the old one is kept."""
     scheduler, _, _ = pair("ddim", 4)
     guider = LearnedGuidance(lambda c, s, t: c + 0 * t, scheduler=scheduler)
     guider.set_state(2, 4, scheduler.timesteps[2])
@@ -221,7 +221,8 @@ def test_a_condition_that_changes_within_a_run():
 @pytest.mark.parametrize("step", [0, 5])
 @pytest.mark.parametrize("own_times", [False, True])
 def test_a_run_before_a_training(before, step, own_times):
-    """Its rows and times are not those of the training: it gets gradients, step after step, with or without step 0."""
+    """Run without grad, then train: the kept rows and times are not reused, and every step has gradients, with or
+    without step 0."""
     with torch.inference_mode(before == "inference"):
         scheduler, _, _ = pair("ddim")
         labels, embeds = torch.tensor([0, 2, 1]), noise(1, (BATCH, 4))
@@ -258,7 +259,7 @@ def test_a_run_before_a_training(before, step, own_times):
 
 
 def test_the_scale_that_models_embed():
-    """w = guidance_scale - 1 is omega, as in diffusers' own guiders at the same guidance."""
+    """Check that w = guidance_scale - 1 is omega, as in diffusers' own guiders at the same guidance."""
     for omega in (0.0, 3.5, 7):
         assert LearnedGuidance(omega).guidance_scale == guiders.ClassifierFreeGuidance(1.0 + omega).guidance_scale
     guider = LearnedGuidance(3.5)
@@ -273,17 +274,28 @@ def test_the_scale_that_models_embed():
 
 
 def test_a_consistency_model_reads_its_scale():
-    """Stable Diffusion XL's own block."""
+    """Run Stable Diffusion XL's own block."""
     pytest.importorskip("transformers")
     from diffusers.modular_pipelines.modular_pipeline import PipelineState, SequentialPipelineBlocks
     from diffusers.modular_pipelines.stable_diffusion_xl import before_denoise
 
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
-        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 8, time_cond_proj_dim=8,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 8,
+        time_cond_proj_dim=8,
+    )
     step = before_denoise.StableDiffusionXLPrepareAdditionalConditioningStep()
     pipe = SequentialPipelineBlocks.from_blocks_dict({"condition": step}).init_pipeline()
     state = {"latents": noise(0, (6, 4, 8, 8)), "pooled_prompt_embeds": noise(1, (6, 8)), "batch_size": 3}

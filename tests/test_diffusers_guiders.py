@@ -1,7 +1,8 @@
-"""diffusers' own guider classes and rules.py, on the same predictions: at their precision, by their conventions.
+"""Compare diffusers' own guider classes with rules.py, on the same predictions, in their precision and conventions.
 
 diffusers counts w = 1 + omega from u, and with use_original_formulation omega from c; its rescaling is `rules.rescale`
-around any rule. CFG-Zero* and TCFG compute in float32 there, whatever they are given; the rest in the dtype they get.
+around any rule. Its CFG-Zero* and TCFG compute in float32 for every dtype; the others compute in the dtype of the
+predictions.
 """
 
 import functools
@@ -23,7 +24,7 @@ EXACT, SINGLE, SVD = 1e-11, 3e-6, 1e-5  # of the largest value; the last is that
 
 
 def predictions(generator, count=2, shape=SHAPE):
-    """One direction that all share, and one of each one's own."""
+    """Return predictions with a direction that all samples share, and one for each sample."""
     shared = testing.sample(shape, torch.float64, generator)
     return [0.8 * shared + 0.5 * testing.sample(shape, torch.float64, generator) + 0.1 for _ in range(count)]
 
@@ -51,7 +52,7 @@ def test_cfg_and_rescale(original, phi, generator):
 @pytest.mark.parametrize("options", [{}, {"eta": 0.4, "radius": 6.0}], ids=["plain", "bounded"])
 @pytest.mark.parametrize("momentum", [None, -0.5])
 def test_apg(options, momentum, generator):
-    """Three steps of a run, the momentum from each to the next."""
+    """Compare three steps of a run, which pass the momentum on."""
     guider = guiders.AdaptiveProjectedGuidance(
         guidance_scale=W,
         adaptive_projected_guidance_momentum=momentum,
@@ -70,7 +71,7 @@ def test_apg(options, momentum, generator):
 
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_cfg_zero_star(step, generator):
-    """zero_init_steps=1: step 0 is zeroed."""
+    """Compare with zero_init_steps=1: step 0 is zero."""
     c, u = predictions(generator)
     guider = guiders.ClassifierFreeZeroStarGuidance(guidance_scale=W, zero_init_steps=1)
     rule = functools.partial(rules.cfg_zero_star, zero=step < 1)
@@ -88,7 +89,7 @@ def test_tcfg(original, generator):
 
 @pytest.mark.parametrize("original", [False, True])
 def test_mambo_g(original, generator):
-    """On samples of two dimensions: torch's norm refuses three at once."""
+    """Compare samples of two dimensions: torch's norm refuses three at once."""
     c, u = predictions(generator, shape=(3, 16, 20))
     guider = guiders.MagnitudeAwareGuidance(guidance_scale=W - original, alpha=0.5, use_original_formulation=original)
     rule = functools.partial(rules.mambo_g, alpha=0.5)
@@ -97,23 +98,33 @@ def test_mambo_g(original, generator):
 
 PERTURBED = {
     "pag": lambda **options: guiders.PerturbedAttentionGuidance(
-        perturbed_guidance_scale=2.5, perturbed_guidance_layers=[1], perturbed_guidance_start=0.01,
-        perturbed_guidance_stop=0.9, **options,
+        perturbed_guidance_scale=2.5,
+        perturbed_guidance_layers=[1],
+        perturbed_guidance_start=0.01,
+        perturbed_guidance_stop=0.9,
+        **options,
     ),
     "slg": lambda **options: guiders.SkipLayerGuidance(
-        skip_layer_guidance_scale=2.5, skip_layer_guidance_layers=[1], skip_layer_guidance_start=0.01,
-        skip_layer_guidance_stop=0.9, **options,
+        skip_layer_guidance_scale=2.5,
+        skip_layer_guidance_layers=[1],
+        skip_layer_guidance_start=0.01,
+        skip_layer_guidance_stop=0.9,
+        **options,
     ),
     "seg": lambda **options: guiders.SmoothedEnergyGuidance(
-        seg_guidance_scale=2.5, seg_guidance_layers=[1], seg_guidance_start=0.01, seg_guidance_stop=0.9, **options,
+        seg_guidance_scale=2.5,
+        seg_guidance_layers=[1],
+        seg_guidance_start=0.01,
+        seg_guidance_stop=0.9,
+        **options,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", PERTURBED)
 @pytest.mark.parametrize("w", [W, 1.0])
 def test_perturbed_predictions(kind, w, generator):
-    """With u, and without: at w = 1 diffusers asks for c and p alone, and adds to p."""
+    """Compare with u and without: at w = 1 diffusers takes c and p alone, and adds to p."""
     c, u, p = predictions(generator, 3)
     guider = PERTURBED[kind](guidance_scale=w)
     omega, scale = torch.full((3,), w - 1, dtype=torch.float64), torch.full((3,), 2.5, dtype=torch.float64)

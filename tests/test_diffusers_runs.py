@@ -1,4 +1,5 @@
-"""FusedScheduler in whole runs of every configuration, against diffusers; and in what pipelines do around a step."""
+"""Compare FusedScheduler with diffusers in whole runs of every configuration, and in what pipelines do around a
+step."""
 
 import functools
 
@@ -18,7 +19,7 @@ def one_thread(same_threads_after):
 
 
 def whole_run(scheduler, steps=None, seed=0, **options):
-    """With a network that depends only on x; the first sample has the scale that the scheduler expects."""
+    """Run with a network that depends only on x; the first sample has the scale that the scheduler expects."""
     scheduler.set_timesteps(steps, **options)
     x = noise(seed) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     generator = torch.Generator().manual_seed(7)
@@ -39,27 +40,40 @@ SPACINGS = {
 }
 FLOWS = {name: settings for name, settings in SPACINGS.items() if name in ("linspace", "karras", "exponential", "beta")}
 GRID = [
-    *((EULER, STABLE | one | {"final_sigmas_type": end}) for name, one in SPACINGS.items() if name != "lu"
-      for end in ("zero", "sigma_min")),
-    *((EULER, STABLE | {"interpolation_type": "log_linear", "final_sigmas_type": end})
-      for end in ("zero", "sigma_min")),
+    *(
+        (EULER, STABLE | one | {"final_sigmas_type": end})
+        for name, one in SPACINGS.items()
+        if name != "lu"
+        for end in ("zero", "sigma_min")
+    ),
+    *(
+        (EULER, STABLE | {"interpolation_type": "log_linear", "final_sigmas_type": end})
+        for end in ("zero", "sigma_min")
+    ),
     (EULER, STABLE | {"prediction_type": "v_prediction", "timestep_type": "continuous"}),
     (EULER, STABLE | {"prediction_type": "sample"}),
-    *((DPM, STABLE | one | {"final_sigmas_type": end, "algorithm_type": kind}) for one in SPACINGS.values()
-      for end in ("zero", "sigma_min") for kind in ("dpmsolver++", "sde-dpmsolver++")),
+    *(
+        (DPM, STABLE | one | {"final_sigmas_type": end, "algorithm_type": kind})
+        for one in SPACINGS.values()
+        for end in ("zero", "sigma_min")
+        for kind in ("dpmsolver++", "sde-dpmsolver++")
+    ),
     (DPM, {"use_flow_sigmas": True, "prediction_type": "epsilon", "flow_shift": 3.0}),
     *((ANCESTRAL, STABLE | SPACINGS[name]) for name in ("linspace", "leading", "trailing")),
-    *((DDIM, STABLE | SPACINGS[name] | {"clip_sample": False, "set_alpha_to_one": one})
-      for name in ("linspace", "leading", "trailing") for one in (True, False)),
+    *(
+        (DDIM, STABLE | SPACINGS[name] | {"clip_sample": False, "set_alpha_to_one": one})
+        for name in ("linspace", "leading", "trailing")
+        for one in (True, False)
+    ),
     (DDIM, STABLE | {"clip_sample": False, "set_alpha_to_one": False}),  # prompt-to-prompt's, AnimateDiff's
     *((FLOW, one | {"shift": 3.0, "stochastic_sampling": draws}) for one in FLOWS.values() for draws in (True, False)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, settings", GRID, ids=lambda one: "" if isinstance(one, str) else str(one))
 def test_whole_runs_of_every_length(kind, settings):
-    """Spacings that end where they already are (sigma_min, the first index of a table) take a last step of no length,
-    from sigmas that may be rounded apart. One step is a run too."""
+    """Compare runs of 1 step and more. Spacings that end where they already are (sigma_min, the first index of a table)
+    take a last step of no length, from sigmas that may differ by rounding."""
     if "use_beta_sigmas" in settings:
         pytest.importorskip("scipy")
     make = functools.partial(getattr(diffusers, kind), **settings)
@@ -79,15 +93,21 @@ def test_sigmas_given_twice():
 
 
 def test_runs_that_are_refused():
-    """In set_timesteps, before any step."""
+    """Check that set_timesteps raises, before any step."""
     trailing = {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     ours = FusedScheduler(diffusers.DDIMScheduler(**trailing))
-    with pytest.raises(ValueError, match="FusedScheduler: the run of DDIMScheduler .* an eps prediction says nothing of the data"):
+    with pytest.raises(
+        ValueError, match="FusedScheduler: the run of DDIMScheduler .* an eps prediction says nothing of the data"
+    ):
         ours.set_timesteps(4)
     with pytest.raises(ValueError, match="no run is set up"):
         ours.step(noise(0), 999, noise(0))
-    assert_close(*(whole_run(one(diffusers.DDIMScheduler(**trailing, prediction_type="v_prediction")), 4)
-                   for one in (FusedScheduler, lambda one: one)))  # fmt: skip
+    assert_close(
+        *(
+            whole_run(one(diffusers.DDIMScheduler(**trailing, prediction_type="v_prediction")), 4)
+            for one in (FusedScheduler, lambda one: one)
+        )
+    )
     ours = FusedScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(
         ValueError, match=r"FlowMatchEuler.* refused: one_step: `times` rises at times\[2\], from 0.5 to 0.7"
@@ -99,7 +119,7 @@ def test_runs_that_are_refused():
 
 
 class FromTheEnd(diffusers.EulerDiscreteScheduler):
-    """A subclass that lays out another run, and takes diffusers' steps in it."""
+    """Make other timesteps, and take diffusers' steps."""
 
     def set_timesteps(self, num_inference_steps=None, device=None, **options):
         super().set_timesteps(num_inference_steps, device, **options)
@@ -107,7 +127,7 @@ class FromTheEnd(diffusers.EulerDiscreteScheduler):
 
 
 def test_subclasses():
-    """One that leaves the step alone is taken as it is, and saved as diffusers' class."""
+    """Check that a subclass with diffusers' step is accepted, and saved as diffusers' class."""
     make = functools.partial(FromTheEnd, **STABLE)
     ours = FusedScheduler(make())
     assert_close(whole_run(ours, 8), whole_run(make(), 8))
@@ -118,7 +138,7 @@ def test_subclasses():
 
 @pytest.mark.parametrize("run", ["flow", "euler", "ancestral", "2m"])
 def test_noise_is_added_where_the_run_is(run):
-    """Image-to-image before the first step, inpainting after each: add_noise goes by begin_index, then by the step."""
+    """Check image-to-image before the first step, inpainting after each: add_noise uses begin_index, then the step."""
     theirs, ours, options = pair(run)
     data, z = noise(1), noise(2)
     x, ends = noise(0), []
@@ -141,7 +161,7 @@ def test_noise_is_added_where_the_run_is(run):
 
 @pytest.mark.parametrize("run", ["flow", "euler", "ancestral", "2m"])
 def test_eta_is_ddims(run):
-    """Pipelines pass it to every scheduler that has such a parameter; diffusers' other schedulers have none."""
+    """Check that other schedulers ignore eta: pipelines pass it to every scheduler with such a parameter."""
     steps = []
     for eta in ({}, {"eta": 0.5}):
         _, ours, _ = pair(run)
@@ -154,7 +174,8 @@ def test_eta_is_ddims(run):
 
 
 def test_a_first_timestep_that_repeats():
-    """diffusers begins at the second of them, and runs off its end; both begin at the first where they are told to."""
+    """Check that a run begins at the second of two, where diffusers runs out of timesteps; set_begin_index(0) begins at
+    the first in both."""
     make = functools.partial(getattr(diffusers, DPM), beta_schedule="squaredcos_cap_v2", use_exponential_sigmas=True)
     ends = []
     for one in (make(), FusedScheduler(make())):

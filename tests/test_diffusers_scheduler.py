@@ -1,4 +1,4 @@
-"""FusedScheduler against each scheduler that it takes, in whole runs, and in diffusers' own pipeline."""
+"""Compare FusedScheduler with each scheduler that it takes, in whole runs, and in diffusers' own pipeline."""
 
 import functools
 
@@ -25,7 +25,7 @@ def one_thread(same_threads_after):
 
 @each_run
 def test_a_run_of_each_scheduler(run):
-    """The same start, network and generator; after every step they differ by at most 1e-5 of the largest value."""
+    """Compare with the same start, network and generator; after every step at most 1e-5 of the largest value."""
     theirs, ours, options = pair(run)
     draws = [drawn_from(7), drawn_from(7)] if run in STOCHASTIC else [{}, {}]
     samples = [noise(0) * float(getattr(theirs, "init_noise_sigma", 1.0))] * 2
@@ -38,7 +38,7 @@ def test_a_run_of_each_scheduler(run):
 
 @each_run
 def test_guided_on_the_way(run):
-    """Both predictions to the step, which guides them in its own pass."""
+    """Pass both predictions to the step, which guides them in its own pass."""
     _, one, options = pair(run)
     _, two, _ = pair(run)
     x, omega = noise(0), torch.tensor([0.5, 2.0, 4.0])
@@ -54,7 +54,7 @@ def test_guided_on_the_way(run):
 
 @each_run
 def test_timesteps_of_their_own(run):
-    """A batch of which each sample is at a step of its own, against three runs of diffusers'; which takes no batch."""
+    """Compare a batch with a different step for each sample with three runs of diffusers, which takes no such batch."""
     starts, count = [0, 5, 11], 6
     _, ours, options = pair(run)
     z = [noise(20 + i) for i in range(count)]
@@ -82,7 +82,7 @@ def test_timesteps_of_their_own(run):
 
 
 class fixed_noise:
-    """diffusers' schedulers draw this, whatever they ask for."""
+    """Make diffusers' schedulers draw this noise."""
 
     def __init__(self, z):
         self.z = z
@@ -99,7 +99,7 @@ class fixed_noise:
 
 @pytest.mark.parametrize("run", ["ddim", "2m", "euler"])
 def test_a_run_that_begins_in_the_middle(run):
-    """As in image-to-image; nothing is remembered there, so the first step is of first order."""
+    """Begin as image-to-image does; there is no history, so the first step is of first order."""
     theirs, ours, _ = pair(run)
     ends = []
     for one in (theirs, ours):
@@ -114,7 +114,7 @@ def test_a_run_that_begins_in_the_middle(run):
 
 
 def test_timesteps_that_repeat():
-    """Steps are counted, as diffusers counts them; a batch of such timesteps would name no step."""
+    """Check that steps are counted, as in diffusers; timesteps `[B]` would be ambiguous."""
     theirs, ours, _ = pair("2m karras", 80)
     assert len(theirs.timesteps.unique()) < 80
     x = y = noise(0)
@@ -126,7 +126,7 @@ def test_timesteps_that_repeat():
 
 
 def test_seeds():
-    """Each sample's noise is of its own seed and step, wherever in a batch it is taken."""
+    """Check that the noise of a sample depends on its seed and step, not on its place in a batch."""
     _, ours, _ = pair("ancestral")
     x, start, found = noise(0), torch.tensor([4, 9, 2]), []
     ours.seed = 11
@@ -146,7 +146,7 @@ def test_seeds():
 
 @pytest.mark.parametrize("run", ["ddim", "ancestral", "2m"])
 def test_nothing_waits_for_the_device(run):
-    """On a device without data: whoever looks at a value there, raises."""
+    """Run on a device without data, where reading a value raises."""
     _, ours, _ = pair(run)
     ours.seed = 3
     x = torch.empty(2, 4, 8, 8, device="meta")
@@ -161,7 +161,8 @@ def test_nothing_waits_for_the_device(run):
 
 @pytest.mark.parametrize("run, graphs", [("ddim", 2), ("flow", 2), ("ancestral", 2), ("2m", 3)])
 def test_a_step_compiles_whole(run, graphs):
-    """One graph for a first step, one for all that follow (2M has one more: it remembers, but not where it is yet)."""
+    """Compile one graph for a first step and one for all others (one more for 2M, which has a history before it has a
+    step index)."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -241,7 +242,7 @@ def test_a_scheduler_is_saved_and_loaded(run, tmp_path):
 
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_scheduler_made_from_our_configuration_is_what_it_is(loaded, tmp_path):
-    """Another scheduler takes a FusedScheduler's configuration over, "fused" included."""
+    """Make another scheduler from a FusedScheduler's configuration, which includes "fused"."""
     ours = FusedScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     if loaded:
         ours.save_pretrained(tmp_path)
@@ -249,7 +250,7 @@ def test_a_scheduler_made_from_our_configuration_is_what_it_is(loaded, tmp_path)
     other = diffusers.DPMSolverMultistepScheduler.from_config(ours.config)
     assert type(FusedScheduler.from_config(other.config).inner) is type(FusedScheduler(other).inner) is type(other)
     other.set_timesteps(4)
-    assert times_of(other).tolist() == [*other.timesteps.tolist(), -1]  # no flow, whatever it was made from
+    assert times_of(other).tolist() == [*other.timesteps.tolist(), -1]  # no flow, although made from one
     again = FusedScheduler(FusedScheduler(other))
     assert again.inner is other and again.kind == DPM
 
@@ -263,7 +264,7 @@ dpm = diffusers.DPMSolverMultistepScheduler
 
 
 class DDIMScheduler(diffusers.schedulers.scheduling_utils.SchedulerMixin, diffusers.ConfigMixin):
-    """diffusers' in name only."""
+    """Share only the name of diffusers' class."""
 
     @diffusers.configuration_utils.register_to_config
     def __init__(self, clip_sample=False, thresholding=False, prediction_type="epsilon"):
@@ -318,11 +319,11 @@ def test_steps_that_are_refused():
 
 
 def test_hints_for_a_timestep_that_is_not_the_next():
-    """What the message says to do works."""
+    """Check that each remedy in the message works."""
     scheduler, x = FusedScheduler(diffusers.EulerDiscreteScheduler()), torch.randn(2, 3)
     scheduler.set_timesteps(5)
     scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(ValueError, match=r"set_timesteps\(n\) starts at the first, and set_begin_index\(k\) right after it at"):
+    with pytest.raises(ValueError, match=r"set_timesteps\(n\) starts at the first, and set_begin_index\(k\) right"):
         scheduler.step(x, scheduler.timesteps[3], x)
     scheduler.step(x, scheduler.timesteps[[3, 3]], x)  # a timestep [B]
     scheduler.set_timesteps(5)

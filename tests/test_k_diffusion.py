@@ -1,4 +1,4 @@
-"""k-diffusion's samplers against their formulas, step by step in float64 as the papers and its code state them."""
+"""Compare k-diffusion's samplers with the formulas of the papers and of its code, step by step in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ def sigmas_of(steps=20, last=0.0):
 
 
 def model(x, sigma, shift=0.2):
-    """A denoiser that depends on the sample gently; in the dtype of the sample."""
+    """Denoise with a smooth function of the sample, in the dtype of the sample."""
     sigma = sigma.to(x.dtype).view(-1, 1, 1, 1)
     return torch.tanh(x / (1 + sigma * sigma) + shift)
 
@@ -103,7 +103,7 @@ def test_a_whole_run(name, dtype, limit, eta, last):
 @pytest.mark.parametrize("places", [(0, 0), (1, 2), (2, 2, 2), (5, 5)], ids=str)
 @each_sampler
 def test_sigmas_that_repeat(name, places):
-    """The run without them. (k-diffusion's 2M divides by 0 in the step after one.)"""
+    """Compare with the run without repeats. (k-diffusion's 2M divides by 0 in the step after one.)"""
     once = sigmas_of(5)
     again = torch.cat((once, once[list(places)])).sort(descending=True).values
     given = {float(t): noise(i) for i, t in enumerate(once)}
@@ -140,7 +140,7 @@ def test_the_callback_is_called_once_a_step(name):
 
 
 def test_seeds_are_drawn_inside():
-    """The same as the noise that they stand for."""
+    """Compare a seed with the same noise passed as a tensor."""
     sigmas, seed = sigmas_of(6), 5
     given = (lgd.philox_normal(SHAPE, seed + (i << 32), stream=1) for i in range(6))
     expected = k.sample_euler_ancestral(model, noise(), sigmas, noise_sampler=lambda t, s: next(given))
@@ -159,7 +159,7 @@ def test_randn_is_drawn_by_default():
 
 @pytest.mark.parametrize("name", [name for name in dir(k) if name.startswith("sample_")])
 def test_samplers_run_without_grad_unless_asked(name):
-    """As k-diffusion's are decorated; with grad=True what is set around the call holds."""
+    """Check no_grad as in k-diffusion's decorators; with grad=True the caller's grad mode holds."""
     weight, sampler, seen = torch.ones((), requires_grad=True), getattr(k, name), []
 
     def learned(x, sigma):
@@ -175,7 +175,8 @@ def test_samplers_run_without_grad_unless_asked(name):
 
 
 def churned(x, sigmas, noises, corrected, s_churn, s_tmin, s_tmax, s_noise, called=None):
-    """Algorithm 2 of Karras et al. with or without its correction, one draw for each step, as k-diffusion has it."""
+    """Run Algorithm 2 of Karras et al. with or without its correction, with one draw for each step, as in
+    k-diffusion."""
     steps = len(sigmas) - 1
     for i, (t, s) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         gamma = min(s_churn / steps, 2**0.5 - 1) if s_tmin <= t <= s_tmax else 0.0
@@ -207,7 +208,8 @@ churners = pytest.mark.parametrize("sampler, corrected", [(k.sample_euler, False
 @pytest.mark.parametrize("last", [0.0, 0.01])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_churn(sampler, corrected, churn, last, dtype, limit):
-    """Positional arguments and the global generator as in k-diffusion, which draws in steps that add nothing too."""
+    """Check positional arguments and the global generator as in k-diffusion, which draws also in steps that add
+    nothing."""
     sigmas, start = sigmas_of(last=last).to(dtype), noise() * 10
     torch.manual_seed(11)
     noises = [torch.randn(SHAPE, dtype=dtype) for _ in range(20)]
@@ -227,7 +229,7 @@ def test_churn(sampler, corrected, churn, last, dtype, limit):
 
 @churners
 def test_churn_from_a_seed(sampler, corrected):
-    """The same as the noise that it stands for, wherever a step of the plan adds it."""
+    """Compare a seed with the same noise passed as a tensor, at every place where a plan adds noise."""
     sigmas, seed = sigmas_of(4), 5
     settings = (3.0, 0.0, math.inf, 1.0)
     calls = 2 if corrected else 1
@@ -249,7 +251,7 @@ def test_without_churn_nothing_is_drawn():
 
 
 def test_a_noise_sampler_is_not_asked_for_the_step_to_0():
-    """A Brownian tree ends above 0."""
+    """Check that no noise is drawn for the step to 0, since a Brownian tree ends above 0."""
     asked, sigmas = [], sigmas_of(4)
     k.sample_euler_ancestral(model, noise(), sigmas, noise_sampler=lambda t, s: asked.append((t, s)) or noise(1))
     assert asked == list(zip(sigmas[:-2], sigmas[1:-1], strict=True))

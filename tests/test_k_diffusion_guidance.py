@@ -1,4 +1,4 @@
-"""GuidedDenoiser: how it passes the condition, and which s it finds for the sigma of a call."""
+"""Test GuidedDenoiser: how it passes the condition, and which s it finds for the sigma of a call."""
 
 import math
 
@@ -17,7 +17,7 @@ def conditional(x, sigma, c):
 
 @pytest.mark.parametrize("kind", ["number", "each", "function", "table"])
 def test_the_guided_denoiser(kind):
-    """x0 by x0, omega at the sigmas of the step."""
+    """Check the guided x0, with omega at the sigmas of the step."""
     sigmas, labels = sigmas_of(6), torch.tensor([2, 0, 1])
     knots = torch.linspace(0, 11, 5)
     table = lgd.OmegaTable(torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0)), knots, knots)
@@ -57,14 +57,14 @@ def test_without_guidance_there_is_one_call():
 
 
 class Network(nn.Module):
-    """What k-diffusion's wrappers call: the input first, then sigma, then keywords."""
+    """Take what k-diffusion's wrappers pass: the input first, then sigma, then keywords."""
 
     def forward(self, input, sigma, aug_cond=0.0, class_cond=None):
         return model(input, sigma, class_cond.view(-1, 1, 1, 1)) + aug_cond
 
 
 class Wrapper(nn.Module):
-    """As k-diffusion's: keywords go to the inner model."""
+    """Pass keywords to the inner model, as k-diffusion's wrappers do."""
 
     def __init__(self, inner_model):
         super().__init__()
@@ -106,7 +106,7 @@ def test_the_condition_reaches_every_kind_of_denoiser(denoiser, options):
 
 
 def test_other_keywords_reach_the_denoiser():
-    """Both calls get them; `condition` is for omega."""
+    """Check that both calls get other keywords; `condition` goes to omega."""
     guided = k.GuidedDenoiser(Wrapper(Network()), 1.0, keyword="class_cond")
     given = {"cond": torch.ones(3), "uncond": torch.zeros(3), "condition": torch.tensor([1, 2, 3])}
     found = guided(noise(), torch.ones(3), **given, aug_cond=0.25)
@@ -144,7 +144,7 @@ AROUND = {
 @pytest.mark.parametrize("kept", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("last", [0.0, 0.01])
 def test_the_next_sigma_of_one_that_was_rounded(around, order, kept, last):
-    """Each sample's own; the run in any order and dtype."""
+    """Check the next sigma of each sample, for a run in any order and dtype."""
     sigmas = sigmas_of(last=last)
     places = {"falling": range(21), "rising": range(20, -1, -1), "shuffled": torch.randperm(21).tolist()}[order]
     run = sigmas.to(kept)[list(places)]
@@ -176,7 +176,7 @@ def test_the_next_sigma(sigmas, sigma, expected):
 
 
 class Recorder:
-    """An omega that records the s and t of its calls."""
+    """Record the s and t of the calls of omega."""
 
     def __init__(self):
         self.asked = []
@@ -193,7 +193,7 @@ GIVEN = {"cond": torch.tensor([0.5, 0.1, -0.4]), "uncond": torch.zeros(3)}
 @churners
 @each_churn
 def test_s_with_churn(sampler, corrected, churn):
-    """A step from sigma_hat goes to the sigma that a step from sigma goes to; in Heun's second call t is a sigma."""
+    """Check that a step from sigma_hat goes where a step from sigma goes; in Heun's second call t is a sigma."""
     settings, omega, sigmas = CHURNS[churn], Recorder(), sigmas_of()
     sampler(k.GuidedDenoiser(conditional, omega, sigmas), noise(), sigmas, GIVEN, None, None, *settings)
     calls = []
@@ -212,7 +212,7 @@ def test_s_with_churn(sampler, corrected, churn):
 
 @churners
 def test_s_with_churn_inside_another_model(sampler, corrected):
-    """In a part of the run that omega knows, as image to image takes it."""
+    """Check churn in a run over the last part of the sigmas, as in image-to-image, also inside another model."""
     sigmas, omegas = sigmas_of(), (Recorder(), Recorder())
     for omega in omegas:
         guided = k.GuidedDenoiser(conditional, omega, sigmas)
@@ -224,7 +224,7 @@ def test_s_with_churn_inside_another_model(sampler, corrected):
 
 
 def test_s_in_ancestral_steps_of_second_order():
-    """The middle of the step from t to sigma_down is s itself, one rounding off: what follows s comes next."""
+    """Check the middle of a step from t to sigma_down, which is s up to rounding: the result is the sigma after s."""
     sigmas, omega = sigmas_of(8), Recorder()
     guided = k.GuidedDenoiser(conditional, omega, sigmas)
     for t, s in zip(sigmas[:-2], sigmas[1:-1], strict=True):
@@ -237,7 +237,7 @@ def test_s_in_ancestral_steps_of_second_order():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sigmas_in_half_precision(dtype):
-    """A sampler in half precision; tables take float32."""
+    """Check a sampler in half precision; tables take float32."""
     sigmas, knots = sigmas_of(6), torch.linspace(0, 11, 5)
     table = lgd.OmegaTable(torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(0)), knots, knots)
     guided = k.GuidedDenoiser(conditional, lambda c, s, t: table(None, s, t), sigmas)
@@ -250,7 +250,7 @@ def test_sigmas_in_half_precision(dtype):
 
 
 def test_a_compiled_denoiser():
-    """One graph, which finds s; with churn from the arguments."""
+    """Check that one graph finds s; with churn from the arguments."""
     sigmas, settings = sigmas_of(3), {"s_churn": 0.6}
     guided = k.GuidedDenoiser(conditional, lambda c, s, t: s + t / 10, sigmas, **settings)
     compiled = torch.compile(guided, fullgraph=True, backend="aot_eager")

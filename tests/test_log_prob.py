@@ -1,4 +1,4 @@
-"""A step and its log density, against torch.distributions."""
+"""Compare a step and its log density with torch.distributions."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_is_the_density(prediction, churn, generator):
 
 
 def test_by_every_implementation(target, generator):
-    """The density of the stored x_s, in float64 whatever it is stored as."""
+    """Check the density of the stored x_s, in float64 for every dtype of x_s."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
@@ -52,7 +52,7 @@ def test_by_every_implementation(target, generator):
 
 @pytest.mark.parametrize("given", [True, False], ids=["noise", "seed"])
 def test_a_score_of_ones_own_step(target, given, generator):
-    """A step returns the same bits as scoring its x_s: both score the stored x_s, so a ratio is 1."""
+    """Check that a step and a score of its x_s return the same bits, so that a ratio is 1."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
@@ -65,7 +65,8 @@ def test_a_score_of_ones_own_step(target, given, generator):
 
 @pytest.mark.parametrize(("t", "s"), [(0.6, 0.55), (0.1, 0.05)])
 def test_differences_of_ten_million_elements(t, s, generator):
-    """log p is near -10^7, where float32 steps by 1; float32 residuals are 4e-3 off in the difference of two."""
+    """Check the difference of two scores near -10^7, where neighbouring float32 numbers are 1 apart; float32 residuals
+    would give an error of 4e-3."""
     x, c, u = (torch.randn(1, 10**7, generator=generator) for _ in range(3))
     at = [torch.tensor([time], dtype=torch.float64) for time in (t, s)]
     levels, weights = lgd.RectifiedFlow().levels(*at), (1.5, 1.5 + 2e-5)
@@ -84,7 +85,7 @@ def test_differences_of_ten_million_elements(t, s, generator):
 
 
 def test_omega_as_a_number_keeps_its_digits(generator):
-    """It is no float32, although x is."""
+    """Check that a number for omega is not rounded to float32, although x is float32."""
     x, c, u, levels = problem(generator, torch.float32)
     by_number = step_with_log_prob(x, c, u, 0.1, levels, x_s=x)[1]
     by_tensor = step_with_log_prob(x, c, u, torch.full((3,), 0.1, dtype=torch.float64), levels, x_s=x)[1]
@@ -92,7 +93,7 @@ def test_omega_as_a_number_keeps_its_digits(generator):
 
 
 def test_gradients_keep_their_dtypes(target, generator):
-    """Right to the rounding of each tensor's dtype."""
+    """Check gradients within the rounding of each tensor's dtype."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         x_s = testing.sample(x.shape, dtype, generator)
@@ -110,7 +111,7 @@ def test_gradients_keep_their_dtypes(target, generator):
 
 
 def test_passes(generator, monkeypatch):
-    """One to score, and two to draw: the step, and the score of what was stored."""
+    """Count the passes: one to score, and two to draw (the step, and the score of the stored x_s)."""
     passes = []
 
     def counted(*arguments, **options):
@@ -160,7 +161,7 @@ def test_a_given_point_may_require_grad(generator):
 
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_gradients_of_a_tiny_step(impl, generator):
-    """The residual is a millionth of the sample: in float32 its gradient is 1e-4 off."""
+    """Check the gradient of a residual that is a millionth of the sample; in float32 its error would be 1e-4."""
     x, c, u, _ = problem(generator, torch.float32)
     levels = lgd.RectifiedFlow().levels(torch.full((3,), 0.7), torch.full((3,), 0.6999999))
     x_s = step_with_log_prob(x, c, u, OMEGA, levels, seed=1)[0]
@@ -196,7 +197,7 @@ def test_refuses(generator):
 
 @pytest.mark.parametrize("drawn", ["noise", "seed"])
 def test_forward_mode_takes_x_s_as_it_was_drawn(drawn, generator):
-    """The derivative in omega at a fixed x_s, as backwards."""
+    """Check that forward mode differentiates in omega at a fixed x_s, as backward does."""
     x, c, u, levels = problem(generator)
     options = {"noise": testing.sample(x.shape, torch.float64, generator)} if drawn == "noise" else {"seed": 4}
     call = lambda w: step_with_log_prob(x, c, u, w, levels, impl="reference", **options)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Where omega comes from: the network, its table, and the forms of few numbers."""
+"""Test sources of omega: the network, its table, and the formulas."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ SCHEDULES = [FLOW, lgd.VPCosine(), lgd.VPLinear.stable_diffusion(), lgd.EDM(sigm
 
 
 def times(count, schedule=FLOW):
-    """s < t, both ends of the schedule among them."""
+    """Return times s < t, with both ends of the schedule."""
     u = torch.rand(2, count, generator=torch.Generator().manual_seed(1)) * 0.45 + torch.tensor([[0.0], [0.5]])
     u[0, 0], u[1, 0] = 0.0, 1.0
     return schedule.from_unit(u[0]), schedule.from_unit(u[1])
@@ -25,7 +25,7 @@ def times(count, schedule=FLOW):
 
 @pytest.fixture(params=["classes", "embedding", "neither"])
 def network(request):
-    """(network, conditions for 12 samples)."""
+    """Return (network, conditions for 12 samples)."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(2)
     if request.param == "classes":
@@ -80,7 +80,7 @@ def test_a_weight_that_was_pushed_to_0_comes_back(make):
 
 
 def test_the_noise_of_batches_does_not_lift_a_weight_off_0(generator):
-    """A loss that rises with omega, on average: it ends at 0, and stays there."""
+    """Check that a loss whose mean rises with omega ends at 0, and stays there."""
     module, seen = Constant(1.0), []
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     for _ in range(600):
@@ -163,7 +163,7 @@ def test_baked_table_is_the_network_at_its_knots(network):
 
 
 def test_baking_reports_the_error_that_is_there():
-    """By brute force: at the middles of cells, on a grid cut by the diagonal."""
+    """Compare the error with brute force at the middles of cells, on a grid that the diagonal cuts."""
     torch.manual_seed(0)
     net, knots = OmegaNetwork(FLOW, classes=2).requires_grad_(False), torch.linspace(0, 1, 6)
     table, error = net.bake(knots, knots)
@@ -213,19 +213,19 @@ EACH_OMEGA = {
 
 @pytest.mark.parametrize("name", EACH_OMEGA)
 def test_the_end_of_a_step_comes_first(name):
-    """omega(c, s, t), unlike levels(t, s): exchanged, they are refused where they can be read."""
+    """Check that s and t in the order of levels(t, s), not omega(c, s, t), raise where they are readable."""
     omega, c = EACH_OMEGA[name], torch.tensor([0, 1])
-    s, t = torch.tensor([0.1, 0.6]), torch.tensor([0.5, 0.6])  # s = t is a step of no length
+    s, t = torch.tensor([0.1, 0.6]), torch.tensor([0.5, 0.6])  # s = t: a step of length 0
     expected = omega(c, s, t)
     assert torch.equal(omega(c, t=t, s=s), expected)
     with pytest.raises(ValueError, match="`s` is 0.5 and `t` is 0.1 in sample 0, expected s <= t: .* takes s first"):
         omega(c, t, s)
-    hidden = torch.vmap(lambda t, s: omega(c, t, s))(t[None], s[None])  # not read in a transform
+    hidden = torch.vmap(lambda t, s: omega(c, t, s))(t[None], s[None])  # a transform reads no values
     assert hidden.shape == (1, 2) and hidden.isfinite().all()
 
 
 def test_a_picture_has_t_to_the_right(tmp_path):
-    """omega = t, from the second knot on: what stands further right is larger, and nothing stands where s >= t."""
+    """Draw omega = t from the second knot on: values rise to the right, and the image is blank where s >= t."""
     table = lgd.OmegaTable(KNOTS.expand(2, 4, 4), KNOTS, KNOTS)
     figure = table.plot(tmp_path / "table.png")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
@@ -240,7 +240,7 @@ def test_a_picture_has_t_to_the_right(tmp_path):
 
 
 def test_a_picture_of_other_times():
-    """As far as the knots reach, or in the unit times of a schedule."""
+    """Check the axes: to the last knots, or in the unit times of a schedule."""
     sigmas = torch.tensor([0.0, 1.0, 80.0])
     table = lgd.OmegaTable(torch.ones(1, 3, 2), sigmas, sigmas[1:])
     assert table.plot().axes[0].images[0].get_extent() == [0, 80, 0, 80]

@@ -1,4 +1,4 @@
-"""omega in files: what comes back, what is refused, and how a file is written."""
+"""Test files of omega: what `load` returns, what it refuses, and how `save` writes."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def test_comes_back_bit_for_bit(name, tmp_path):
     where = arguments(omega, schedule)
     assert torch.equal(again(*where), omega(*where))
     if isinstance(again, torch.nn.Module):
-        again(*where).sum().backward()  # and can be learned further
+        again(*where).sum().backward()  # training can continue
         assert all(p.requires_grad and p.grad is not None for p in again.parameters())
         before, after = omega.state_dict(), again.state_dict()
         assert all(before[key].dtype == after[key].dtype for key in before)
@@ -65,7 +65,7 @@ def test_schedules_are_described_exactly(schedule):
 
 
 def rewrite(path, header=None, drop=None, **tensors):
-    """The same file with another header or other tensors."""
+    """Write the same file with another header or other tensors."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -157,7 +157,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_file_that_changes_does_not_reach_what_was_loaded(tmp_path):
-    """Rewritten in place, then truncated: a mapped tensor would change, then end the process."""
+    """Rewrite a loaded file in place, then truncate it: a mapped tensor would change, then end the process."""
     for name, weight in (("omega", 0.5), ("other", 2.0)):
         knots = torch.linspace(0, 1, 64)
         save(tmp_path / name, lgd.OmegaTable(torch.full((10, 64, 64), weight), knots, knots), FLOW)
@@ -167,7 +167,7 @@ def test_a_file_that_changes_does_not_reach_what_was_loaded(tmp_path):
         assert bool((table.values == 0.5).all())
         file.truncate(100)
     assert bool((table.values == 0.5).all()) and table.s_knots[-1] == 1
-    save(tmp_path / "omega", table, FLOW)  # to where it came from
+    save(tmp_path / "omega", table, FLOW)  # to the file that it was loaded from
     assert torch.equal(load(tmp_path / "omega").values, table.values)
 
 
@@ -231,7 +231,7 @@ REFUSED_TABLES = {
 @pytest.mark.parametrize("digest", [True, False])
 @pytest.mark.parametrize("case", REFUSED_TABLES)
 def test_refuses_tables(case, digest, tmp_path):
-    """Also if the digest matches, or there is none."""
+    """Check invalid tables, with a digest that matches and with none."""
     change, message = REFUSED_TABLES[case]
     save(tmp_path / "omega", lgd.OmegaTable(torch.ones(1, 1, 3), torch.zeros(1), torch.tensor([0.1, 0.5, 0.9])), FLOW)
     rewrite(tmp_path / "omega", **({} if digest else {"header": {"digest": None}}), **change)
@@ -303,7 +303,7 @@ def spoiled(network):
 
 
 def test_writes_under_a_name_that_nobody_guesses(tmp_path, monkeypatch):
-    """And leaves nothing there, neither after a failure nor where the target cannot be replaced."""
+    """Check that temporary names are random, and that no file is left after a failure."""
     names = []
 
     def broken(source, target):
@@ -354,7 +354,7 @@ def test_says_how_a_table_that_was_trained_is_saved(tmp_path):
 
 
 def test_files_have_the_cpu_for_their_device(tmp_path):
-    """Whatever device new tensors get elsewhere."""
+    """Check that `load` returns CPU tensors under any default device."""
     save(tmp_path / "omega", everything()["table"], lgd.EDM())
     torch.set_default_device("meta")
     try:

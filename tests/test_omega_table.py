@@ -1,6 +1,6 @@
-"""omega(c, s, t) in a table: what it means, and that every kernel reads the same from it.
+"""Test tables of omega(c, s, t) by hand, and that every kernel reads the same value.
 
-`guided_score(0, -1, omega)` is omega itself: so a test sees what a kernel looked up.
+`guided_score(0, -1, omega)` is omega itself, so a test sees the value that a kernel looked up.
 """
 
 import math
@@ -19,7 +19,7 @@ from lgd_kernels.runtime.levels import OmegaLookup, omega_at, table_gradient
 # [[omega(0, .6), omega(0, 1)], [omega(.4, .6), omega(.4, 1)]]: every corner is a step, s < t.
 PLAIN = lgd.OmegaTable(torch.tensor([[[1.0, 2.0], [3.0, 5.0]]]), torch.tensor([0.0, 0.4]), torch.tensor([0.6, 1.0]))
 
-# One grid for s and t. Only (0, .5), (0, 1) and (.5, 1) are steps; what stands elsewhere must never be read.
+# One grid for s and t. Only (0, .5), (0, 1) and (.5, 1) are steps; no kernel may read the other values.
 NAN = math.nan
 DIAGONAL = lgd.OmegaTable(
     torch.tensor([[[NAN, 1.0, 2.0], [NAN, NAN, 4.0], [NAN, NAN, NAN]]]),
@@ -30,19 +30,19 @@ FILLED = [[1.0, 1.0, 2.0], [1.0, 1.0, 4.0], [1.0, 1.0, 4.0]]  # from the diagona
 
 
 def seen(target, lookup, dtype=torch.float32):
-    """omega as a kernel sees it, `[B]`."""
+    """Return omega as a kernel reads it, `[B]`."""
     nothing = torch.zeros(lookup.c.shape, dtype=dtype, device=target.device)
     return lgd.guided_score(nothing, nothing - 1, testing.moved(lookup, target.device), impl=target.impl).cpu()
 
 
 def at(table, c, s, t):
-    """A lookup at numbers, s after t included."""
+    """Look numbers up, also with s > t."""
     c, (s, t) = torch.as_tensor(c), (torch.as_tensor(time, dtype=table.s_knots.dtype) for time in (s, t))
     return OmegaLookup(table.values, table.s_knots, table.t_knots, c, s, t)
 
 
 def random_table(generator, rows=5, columns=6, conditions=3, dtype=torch.float32, knots_dtype=torch.float32):
-    """Knots at least 0.05 apart, on both sides of the diagonal."""
+    """Return a table whose knots are at least 0.05 apart, on both sides of the diagonal."""
     s_knots, t_knots = (
         (torch.linspace(low, low + 0.2 * (count - 1), count) + 0.1 * torch.rand(count, generator=generator))
         for low, count in ((0.0, rows), (-0.1, columns))
@@ -52,7 +52,7 @@ def random_table(generator, rows=5, columns=6, conditions=3, dtype=torch.float32
 
 
 def random_lookup(table, generator, count=500, dtype=torch.float32):
-    """Anywhere around the table, s after t included."""
+    """Return a lookup anywhere around the table, also with s > t."""
     c = torch.randint(0, table.values.shape[0], (count,), generator=generator)
     s, t = (1.8 * torch.rand(2, count, generator=generator) - 0.4).to(dtype)
     return at(table, c, s, t)._replace(s=s, t=t)
@@ -79,7 +79,7 @@ def test_bilinear_by_hand(target, s, t, expected):
     [
         (0.25, 0.75, 2.0),  # between [1, 2] and [1, 4]: the lower left corner, (.5, .5), takes omega(0, .5)
         (0.75, 1.0, 4.0),  # (1, 1) takes omega(.5, 1)
-        (0.1, 0.3, 1.0),  # column t = 0 holds no step at all: it takes that of t = .5
+        (0.1, 0.3, 1.0),  # column t = 0 holds no step: column t = .5 instead
         (0.5, 1.0, 4.0),
         (0.0, 0.5, 1.0),
         (1.0, 0.0, 1.0),  # far beyond the diagonal: still a number
@@ -96,8 +96,8 @@ def test_diagonal_by_hand(target, s, t, expected):
         ([0.2], [0.7], [[7.0]], [7.0, 7.0, 7.0]),
         ([0.2], [0.4, 0.8], [[1.0, 3.0]], [1.0, 2.0, 3.0]),
         ([0.1, 0.5], [0.9], [[1.0], [5.0]], [1.0, 3.0, 5.0]),
-        ([0.5], [0.5], [[7.0]], [7.0, 7.0, 7.0]),  # no step at all: the only value there is
-        ([0.6], [0.2, 0.4], [[1.0, 7.0]], [7.0, 7.0, 7.0]),  # likewise: the last column's
+        ([0.5], [0.5], [[7.0]], [7.0, 7.0, 7.0]),  # no step at all: the only value
+        ([0.6], [0.2, 0.4], [[1.0, 7.0]], [7.0, 7.0, 7.0]),  # likewise: the last column
     ],
 )
 def test_few_knots_by_hand(target, s_knots, t_knots, values, expected):
@@ -108,7 +108,7 @@ def test_few_knots_by_hand(target, s_knots, t_knots, values, expected):
 
 
 def test_exact_at_knots(target, generator):
-    """At the knots of a step omega is the value itself, to the last bit."""
+    """Check that omega at the knots of a step is the value itself, to the last bit."""
     table = random_table(generator)
     steps = table.s_knots[:, None] < table.t_knots
     row, column = steps.nonzero().unbind(1)
@@ -119,7 +119,7 @@ def test_exact_at_knots(target, generator):
 
 
 def test_reproduces_what_is_linear(target, generator):
-    """a + b s + c t inside the knots, as long as no corner lies across the diagonal."""
+    """Check a + b s + c t inside the knots, where no corner lies beyond the diagonal."""
     s_knots, t_knots = torch.tensor([-1.0, -0.7, -0.2]), torch.tensor([0.1, 0.2, 0.6, 1.0])
     table = lgd.OmegaTable((2 + s_knots[:, None] + 3 * t_knots)[None], s_knots, t_knots)
     s, t = 0.8 * torch.rand(200, generator=generator) - 1, 0.9 * torch.rand(200, generator=generator) + 0.1
@@ -136,7 +136,8 @@ def test_conditions_do_not_mix(target, generator):
 
 
 def filled(values, s_knots, t_knots):
-    """The rule in words: the last row before the diagonal, and where there is none, the first column that has one."""
+    """Fill a table by the rule in words: the last row before the diagonal, or, where there is none, the first column
+    that has one."""
     steps = [[row for row, s in enumerate(s_knots) if s < t] for t in t_knots]
     first = next(column for column, rows in enumerate(steps) if rows)
     table = values.clone()
@@ -153,7 +154,7 @@ def test_filling_by_hand():
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 2), (7, 3), (3, 9)], ids=str)
 def test_filling_is_all_that_the_diagonal_does(target, shape, generator):
-    """The same as the table filled beforehand whose s lies so far below that no corner is beyond the diagonal."""
+    """Compare with a table filled beforehand, whose s is so far below that no corner lies beyond the diagonal."""
     table = random_table(generator, *shape)
     lookup = random_lookup(table, generator)
     below = lookup._replace(
@@ -166,7 +167,7 @@ def test_filling_is_all_that_the_diagonal_does(target, shape, generator):
 @pytest.mark.parametrize("knots", [torch.float32, torch.float64])
 @pytest.mark.parametrize("values", testing.DTYPES)
 def test_agrees_with_float64(target, values, knots, times, generator):
-    """Whatever the dtypes: the same numbers in float64, and no more than the arithmetic's own rounding off."""
+    """Compare all dtypes with the same numbers in float64, within the rounding of the arithmetic."""
     lookup = random_lookup(random_table(generator, dtype=values, knots_dtype=knots), generator, dtype=times)
     truth = omega_at(testing.promoted(lookup), torch.empty(0, dtype=torch.float64))
     torch.testing.assert_close(seen(target, lookup).double(), truth, rtol=0, atol=4e-6)
@@ -179,7 +180,7 @@ def test_agrees_with_float64(target, values, knots, times, generator):
 @pytest.mark.parametrize("knots", [torch.float32, torch.float64])
 @pytest.mark.parametrize("values", testing.DTYPES)
 def test_reference_keeps_float64(values, knots, times, generator):
-    """With float64 data the specification is float64 throughout, though table and times be float32."""
+    """Check that the reference computes in float64 for float64 data, even if table and times are float32."""
     lookup = random_lookup(random_table(generator, dtype=values, knots_dtype=knots), generator, dtype=times)
     like = torch.empty(0, dtype=torch.float64)
     truth = omega_at(testing.promoted(lookup), like)
@@ -187,7 +188,7 @@ def test_reference_keeps_float64(values, knots, times, generator):
 
 
 def test_layouts(target, generator):
-    """Transposed values, every other time, one condition for all: as if copied."""
+    """Check transposed values, strided times and an expanded condition against contiguous copies."""
     table = random_table(generator)
     lookup = random_lookup(table, generator)
     spread = lookup._replace(
@@ -211,7 +212,7 @@ def test_calling_a_table(generator):
 
 @pytest.mark.parametrize("impl", ["cpu", "reference", "direct"])
 def test_gradient_by_hand(impl):
-    """Two samples in one cell: the weights of the corners, each times the sample's own gradient, added up."""
+    """Check two samples in one cell: the sum of the corners' weights times each sample's gradient."""
     lookup = at(PLAIN, [0, 0], [0.1, 0.2], [0.7, 0.8])
     upstream = torch.tensor([16.0, 4.0])
     expected = [[9 + 1, 3 + 1], [3 + 1, 1 + 1]]
@@ -220,13 +221,14 @@ def test_gradient_by_hand(impl):
 
 @pytest.mark.parametrize("impl", ["cpu", "reference", "direct"])
 def test_gradient_across_the_diagonal_by_hand(impl):
-    """A filled corner sends its part to the cell that it was filled from; cells that hold no step get nothing."""
+    """Check that the gradient of a filled corner goes to the cell it was filled from, and none to cells without a
+    step."""
     expected = [[0, 0.5, 0.25], [0, 0, 0.25], [0, 0, 0]]  # (.5, .5) was filled from (0, .5)
     assert gradient(impl, at(DIAGONAL, [0], [0.25], [0.75]), torch.ones(1))[0].tolist() == expected
 
 
 def gradient(impl, lookup, upstream):
-    """d <upstream, omega> / d values."""
+    """Return d <upstream, omega> / d values."""
     if impl == "direct":
         return table_gradient(lookup, upstream)
     values = lookup.values.clone().requires_grad_()
@@ -252,7 +254,7 @@ def test_gradcheck(impl, generator):
 
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_gradient_agrees_with_float64(target, dtype, generator):
-    """In the dtype of the values, each cell within the rounding of its own sum."""
+    """Compare gradients in the dtype of the values, each cell within the rounding of its own sum."""
     lookup = random_lookup(random_table(generator, dtype=dtype), generator)
     cond, uncond, upstream = torch.randn(3, 500, 4, generator=generator)
     values, cond, uncond, upstream, *rest = (
@@ -274,7 +276,7 @@ def test_gradient_agrees_with_float64(target, dtype, generator):
 
 
 def test_gradient_is_the_same_every_time(target, generator):
-    """2000 samples in four cells, float32: an order that changed would change the last bits."""
+    """Check 2000 samples in four cells, float32: another order would change the last bits."""
     s, t, upstream = torch.randn(3, 2000, generator=generator)
     lookup, upstream = at(PLAIN, [0] * 2000, s, t), upstream.to(target.device)
     lookup = testing.moved(lookup, target.device)
@@ -286,7 +288,7 @@ def test_gradient_is_the_same_every_time(target, generator):
 
 
 def test_compiles_in_one_graph(generator):
-    """Forward and backward, as eager."""
+    """Compare the compiled forward and backward with eager mode."""
     lookup = random_lookup(random_table(generator), generator, 6)
     cond, uncond, upstream = torch.randn(3, 6, 5, generator=generator)
 
@@ -301,14 +303,14 @@ def test_compiles_in_one_graph(generator):
 
 @pytest.mark.parametrize("c", [-1, 1, 2**40])
 def test_unknown_condition_is_nan(target, c):
-    """Where c cannot be looked at beforehand. Its neighbour is not touched, and nothing outside the table is read."""
+    """Check c that is not readable beforehand: its neighbour is unchanged, and no kernel reads outside the table."""
     lookup = at(PLAIN, [0, 0], [0.2, 0.2], [0.8, 0.8])._replace(c=torch.tensor([c, 0]))
     for omega in (seen(target, lookup), omega_at(lookup, lookup.s)):
         assert omega[0].isnan() and omega[1] == pytest.approx(2.75)
 
 
 def test_nan_time_is_nan(target):
-    """A time that went wrong upstream shows, rather than being clamped into the table."""
+    """Check that a NaN time gives NaN, and is not clamped into the table."""
     lookup = at(PLAIN, [0, 0, 0], [NAN, 0.2, 0.2], [0.8, NAN, 0.8])
     for omega in (seen(target, lookup), omega_at(lookup, lookup.s)):
         assert omega.isnan().tolist() == [True, True, False]
@@ -317,7 +319,7 @@ def test_nan_time_is_nan(target):
 @pytest.mark.parametrize("upstream", [1.0, math.nan])
 @pytest.mark.parametrize("impl", ["cpu", "reference", "direct"])
 def test_unknown_condition_has_no_gradient(impl, upstream):
-    """It read no cell, so it sends nothing to any: not even to those of condition 0."""
+    """Check that an unknown condition reads no cell and adds no gradient, not even to condition 0."""
     lookup = at(PLAIN, [0, 0], [0.2, 0.2], [0.8, 0.8])._replace(c=torch.tensor([1, 0]))
     found = gradient(impl, lookup, torch.tensor([upstream, 1.0]))
     assert found.flatten().tolist() == pytest.approx([0.25] * 4)

@@ -1,4 +1,4 @@
-"""Invalid tables and lookups raise errors."""
+"""Check that invalid tables and lookups raise errors."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What tables, plans, lookups, levels and schedules look like when printed, and that they move between devices."""
+"""Test how tables, plans, lookups, levels and schedules print, and that they move between devices."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_a_repr_in_a_transform():
 
 
 def test_tables_levels_and_lookups_move():
-    """All that they hold, and a table with all that was set on it."""
+    """Check that all tensors move, and that a table keeps its attributes."""
     table = lgd.OmegaTable(
         torch.rand(1, 2, 2, requires_grad=True), *[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 2
     )
@@ -80,7 +80,7 @@ def test_tables_levels_and_lookups_move():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_table_module_in_another_dtype_keeps_its_knots(dtype):
-    """Knots of half precision would round together."""
+    """Check the dtype of knots, which would round to equal values in half precision."""
     module = TableModule(TABLE).to(dtype)
     assert module.values.dtype == dtype and torch.equal(module.s_knots.float(), TABLE.s_knots)
     found = module(torch.arange(10), torch.full((10,), 0.25), torch.full((10,), 0.75))

@@ -1,4 +1,4 @@
-"""The sampling loop."""
+"""Test the sampling loop."""
 
 import dataclasses
 import functools
@@ -78,7 +78,8 @@ STEPS = {  # (s, t) of every call, by hand, for sigmas or times 4, 2, 1, 0
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "of each sample"])
 @pytest.mark.parametrize("solver", STEPS)
 def test_a_function_is_asked_for_every_step(solver, own, generator):
-    """Once, before the loop, at the times by hand; the samples are those of the same weights as a table `[N, B]`."""
+    """Check that a function of omega is called once, before the loop, with the times of every call by hand, and that
+    the samples are those of the same weights as a table `[N, B]`."""
     x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
     make, by_hand = STEPS[solver]
     times = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
@@ -123,7 +124,7 @@ def test_c_is_cond_where_that_is_labels(name, generator):
 
 
 def test_c_where_cond_is_no_label(generator):
-    """A vector for a network of embeddings; nothing where omega does not look at it."""
+    """Check the default c: a vector for a network of embeddings, None where omega does not depend on c."""
     x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
     plan = solvers.one_step(lgd.RectifiedFlow(), TIMES)
     run = functools.partial(sample, denoiser, x, plan, cond, uncond)
@@ -132,7 +133,7 @@ def test_c_where_cond_is_no_label(generator):
     assert torch.equal(run(Constant(0.5).requires_grad_(False)), run(torch.full((8, 3), 0.5)))
     one = lgd.OmegaTable(torch.full((1, 5, 5), 0.5), KNOTS, KNOTS)
     assert torch.equal(run(one), run(torch.full((8, 3), 0.5)))
-    labels = torch.tensor([5, 6, 7])  # of the denoiser, not of a table with one condition
+    labels = torch.tensor([5, 6, 7])  # for the denoiser; a table with one condition needs none
     found = sample(labelled, x, plan, labels, 0 * labels, one)
     assert torch.equal(found, sample(labelled, x, plan, labels, 0 * labels, torch.full((8, 3), 0.5)))
     for omega in (OMEGAS["table"], OMEGAS["learned"]):
@@ -140,7 +141,7 @@ def test_c_where_cond_is_no_label(generator):
             TypeError, match=r"`cond` is torch.float32 \[3, 1\], .*; pass condition=..., integers \[B\]"
         ):
             run(omega)
-        assert run(omega, condition=LABELS).isfinite().all()  # the hint
+        assert run(omega, condition=LABELS).isfinite().all()  # the remedy
     with pytest.raises(TypeError, match="`cond` is a dict, which does not say what c is in .* of the OmegaNetwork"):
         sample(lambda x, t, c: x, x, plan, {}, {}, OMEGAS["network"])
 
@@ -186,7 +187,7 @@ def test_refuses_functions(generator):
 
 
 def test_a_limited_interval_leaves_the_network_out(generator):
-    """The same samples, for 3 calls of the unconditional network instead of 8."""
+    """Check that the samples are the same with 3 calls of the unconditional network instead of 8."""
     x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
     plan = solvers.one_step(lgd.RectifiedFlow(), TIMES)
     inside = (plan.times > 0.3) & (plan.times <= 0.7)
@@ -207,7 +208,7 @@ def test_a_limited_interval_leaves_the_network_out(generator):
 
 
 def test_a_plan_and_its_start_are_taken_to_the_data(target, generator):
-    """A start of its own for each sample, left on the CPU with the rest of the plan."""
+    """Check that a plan on the CPU, with a start for each sample, moves to the device of the data."""
     x = testing.sample((2, 30), torch.float32, generator).to(target.device)
     sigmas = torch.linspace(80, 1, 5)[:, None] * torch.tensor([1.0, 0.5])
     plan = solvers.edm_euler(sigmas, s_churn=1.0)
@@ -221,7 +222,8 @@ def test_a_plan_and_its_start_are_taken_to_the_data(target, generator):
 
 
 def test_a_seed_of_its_own_for_each_sample(generator):
-    """Its noise does not depend on its place in the batch; a batch that is split draws what the whole one does."""
+    """Check that the noise of a seed `[B]` does not depend on the place in the batch, and that the parts of a split
+    batch draw what the whole batch draws."""
     x, (cond, uncond) = testing.sample((3, 30), torch.float32, generator), conditions(generator)
     plan = solvers.edm_euler(lgd.EDM().from_unit(torch.linspace(1, 0, 7, dtype=torch.float64)), s_churn=2.0)
     assert plan.start > 0
@@ -251,7 +253,7 @@ SOLVERS = {  # of times in [0, 1]
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_everything_of_its_own_for_each_sample(solver, generator):
-    """Times, omega, the rule's parameter and the seed: a sample ends where it would alone."""
+    """Check that a sample with its own times, omega, rule parameter and seed ends where it would alone."""
     x, (cond, uncond) = testing.sample((3, 30), torch.float64, generator), conditions(generator)
     times = torch.stack((TIMES, TIMES * 0.9 + 0.05, 0.8 * TIMES**2), 1)  # one of them does not end at the data
     omega, phi = torch.rand(9, 3, generator=generator) * 3, torch.tensor([0.2, 0.5, 0.9])
@@ -268,7 +270,7 @@ def test_everything_of_its_own_for_each_sample(solver, generator):
         torch.testing.assert_close(whole[b], end[0], rtol=1e-12, atol=1e-12)
     kept = torch.zeros_like(x)
     kept = (kept, kept) if plan.deep else kept if plan.remembers else None
-    at = torch.tensor([4, 0, 2])  # each at a call of its own, of a run of its own
+    at = torch.tensor([4, 0, 2])  # each with its own call
     found, _ = plan.step(at, x, x + 1, x, 0.7, kept, seed=1)
     for b, i in enumerate(at.tolist()):
         expected, _ = plan.step(i, x, x + 1, x, 0.7, kept, seed=1)

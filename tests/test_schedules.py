@@ -1,4 +1,4 @@
-"""Schedules: levels that are right, and a gap that stays right in float32 however close the two times are."""
+"""Test schedules: levels against known values, and the float32 gap of times that are close."""
 
 import math
 
@@ -24,12 +24,12 @@ def each(schedules):
 
 
 def times(schedule, dtype=torch.float64, count=101):
-    """All of the schedule's span, from the data to the noisiest: integers for a discrete one."""
+    """Return times over the whole span of a schedule, from the data to the noise: integers for a discrete one."""
     return schedule.from_unit(torch.linspace(0, 1, count, dtype=dtype))
 
 
 def wide(schedule):
-    """The schedule whose levels are float64 for the times of `times`."""
+    """Return the schedule whose levels are float64 for the times of `times`."""
     return lgd.Discrete(schedule.alphas_cumprod, torch.float64) if isinstance(schedule, lgd.Discrete) else schedule
 
 
@@ -65,13 +65,17 @@ def test_linear_beta_by_hand(schedule, t, integral):
 
 @pytest.mark.parametrize(
     ("schedule", "index", "alpha"),
-    [  # alphas_cumprod as trained models carry it
+    [  # alphas_cumprod of trained models
         (lgd.Discrete.ddpm(), -1, 1.0),
         (lgd.Discrete.ddpm(), 0, 0.9999),
         (lgd.Discrete.ddpm(), 1, 0.9999 * (1 - 1e-4 - 0.0199 / 999)),
         (lgd.Discrete.ddpm(), 999, 4.0358e-05),  # signal 0.00635
         (lgd.Discrete.stable_diffusion(), 0, 0.99915),
-        (lgd.Discrete.stable_diffusion(), 999, 1 / (1 + 14.6146**2)),  # signal 0.0683; the sigma its samplers start at
+        (
+            lgd.Discrete.stable_diffusion(),
+            999,
+            1 / (1 + 14.6146**2),
+        ),  # signal 0.0683; 14.6146 is the first sigma of its samplers
     ],
 )
 def test_discrete_tables_by_hand(schedule, index, alpha):
@@ -88,7 +92,7 @@ def test_discrete_levels_by_hand():
 
 
 def test_edm_spacing_by_hand():
-    """The first and last of the 18 sigmas of Karras et al., and the middle of the way in sigma^(1/7)."""
+    """Check the first and last of the 18 sigmas of Karras et al., and the middle in sigma^(1/7)."""
     sigma = lgd.EDM().from_unit(torch.tensor([0.0, 1e-12, 0.5, 16 / 17, 1.0], dtype=torch.float64))
     middle = ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7
     assert sigma.tolist() == pytest.approx([0.0, 0.002, middle, 57.586, 80.0], rel=1e-4)
@@ -114,7 +118,7 @@ def test_unit_interval_runs_from_data_to_noise(schedule):
 
 @each(ALL)
 def test_levels_of_the_whole_way(schedule):
-    """From the noisiest time to the data: the last level is the data itself, and nothing is NaN."""
+    """Check a step from the largest time to the data: the last levels are those of the data, and none is NaN."""
     t, s = times(schedule, torch.float32, 2).flip(0)[:1], times(schedule, torch.float32, 2)[:1]
     levels = schedule.levels(t, s)
     assert levels.signal_s.item() == 1 and levels.noise_s.item() == 0
@@ -164,15 +168,17 @@ def test_log_snr_in_float32(schedule):
 
 
 def far_and_close(schedule, distance):
-    """float32 times, `distance` apart, all over the span."""
+    """Return float32 times, `distance` apart, over the whole span."""
     t = torch.linspace(1.01 * distance, 1, 5001)
     return t, (t - distance).clamp(min=0)
 
 
 def relative_gap_errors(schedule, t, s):
-    """Largest relative error of the gap, and of `signal_s noise_t - signal_t noise_s` from the same rounded levels.
+    """Return the largest relative error of the gap, and of `signal_s noise_t - signal_t noise_s` from the same rounded
+    levels.
 
-    The truth is that difference in float64: it keeps 11 digits at these distances, and owes the gap's formula nothing.
+    The reference is this difference in float64, which keeps 11 digits at these distances and does not use the formula
+    of the gap.
     """
     (signal_t, noise_t), (signal_s, noise_s) = schedule.signal_noise(t.double()), schedule.signal_noise(s.double())
     truth = signal_s * noise_t - signal_t * noise_s
@@ -206,7 +212,7 @@ def test_gap_in_float64(schedule, distance):
 
 @each(DISCRETE)
 def test_discrete_gap(schedule):
-    """Neighbours in the table, -1 included: the float32 gap is the float64 one, rounded."""
+    """Check, for neighbours in the table and -1, that the float32 gap is the rounded float64 gap."""
     t = torch.arange(1000)
     exact, rounded = wide(schedule).levels(t, t - 1), schedule.levels(t, t - 1)
     difference = exact.signal_s * exact.noise_t - exact.signal_t * exact.noise_s
@@ -251,7 +257,7 @@ def test_empty_batch(schedule):
 
 @each(ALL)
 def test_values_elsewhere_are_never_read(schedule):
-    """A meta tensor has no values to look at, as a GPU's cannot be had without a sync."""
+    """Check that `levels` reads no values on a meta tensor, which has none; on a GPU a read would be a device sync."""
     t = schedule.from_unit(torch.ones(3)).to("meta")
     levels = schedule.levels(t, schedule.from_unit(torch.zeros(3)).to("meta"))
     assert all(level.is_meta and level.shape == (3,) for level in levels)
@@ -317,7 +323,7 @@ def test_refuses_times(schedule, t, s, error, message):
 
 
 def test_refuses_a_fraction_of_an_index():
-    """Rounded to an index without a word, 0.7 would be read as 0."""
+    """Check that 0.7 raises, since a silent cast to an integer would make it 0."""
     with pytest.raises((TypeError, ValueError), match="integer"):
         TABLE.levels(FOUR, 0.7)
 
@@ -340,7 +346,7 @@ def test_refuses_tables(alphas, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each(ALL)
 def test_a_step_of_no_length_is_the_identity(schedule, dtype):
-    """At every time, both ends among them; in a batch with steps that move."""
+    """Check s = t at every time, both ends included, in a batch with steps that move."""
     at = times(schedule, dtype, 11)
     levels = wide(schedule).levels(at, at) if dtype == torch.float64 else schedule.levels(at, at)
     assert torch.equal(levels.gap, torch.zeros_like(levels.gap)) and torch.stack(levels).isfinite().all()
@@ -373,7 +379,7 @@ def test_a_step_of_no_length_is_the_identity(schedule, dtype):
         (lambda: lgd.Discrete.ddpm(0), ValueError, "Discrete.ddpm: `steps` is 0, expected 1 or more"),
         (lambda: lgd.Discrete.stable_diffusion(-5), ValueError, "Discrete.stable_diffusion: `steps` is -5"),
     ],
-)  # fmt: skip
+)
 def test_refuses_numbers_of_no_schedule(make, error, message):
     with pytest.raises(error, match=message):
         make()
@@ -387,7 +393,7 @@ def test_edm_refuses_a_rho_whose_powers_overflow():
 
 @pytest.mark.parametrize("time", [1e300, 10**400, 2**64], ids=["float", "integer", "index"])
 def test_a_number_that_no_time_can_be(time):
-    """torch's own error names neither the schedule nor the argument."""
+    """Check that the error names the schedule and the argument, unlike torch's own."""
     t = torch.tensor([5]) if time == 2**64 else torch.tensor([5.0])
     schedule = lgd.Discrete.ddpm(20) if time == 2**64 else lgd.EDM()
     with pytest.raises(ValueError, match=rf"{type(schedule).__name__}.levels: a time is .*, expected a number that"):

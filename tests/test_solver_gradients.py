@@ -1,7 +1,7 @@
-"""Gradients of omega through ten steps: every rule, every solver, against autograd of what they mean, in float64.
+"""Compare gradients of omega through ten steps with autograd of the definitions, for every rule and solver, in float64.
 
-A run by the kernels is `sample`; what it means is a loop of plain PyTorch over the plan's table, with rules as they are
-defined. Both draw the same noise.
+The kernels run `sample`; the reference is a loop of plain PyTorch over the plan's table, with rules by definition. Both
+draw the same noise.
 """
 
 import functools
@@ -39,13 +39,13 @@ def denoiser(x, t, condition):
 
 
 def meant(x, plan, cond, uncond, omega, defined, seed):
-    """The run, by the table and the definition of the rule."""
+    """Run the plan by its table and the definition of the rule."""
     noise = functools.partial(lgd.philox_normal, SHAPE, stream=STREAM_STEP)
     x = x + plan.start * noise(seed_of(seed, len(plan))).double() if plan.start else x
     kept = before = torch.zeros_like(x)
     for i, t in enumerate(plan.times):
         c, u = (denoiser(x, t.expand(3), one) for one in (cond, uncond))
-        g = defined(c, u, column(omega[i])) + 0 * column(omega[i])  # some rules do not ask for it
+        g = defined(c, u, column(omega[i])) + 0 * column(omega[i])  # some rules do not use omega
         known = (x, g, kept, noise(seed_of(seed, i)).double(), before)
         x, *after = (sum(f * one for f, one in zip(row, known, strict=False)) for row in plan.table[i])
         kept, before = after[0] if after else kept, kept
@@ -67,10 +67,10 @@ def check(plan, rule, defined, generator):
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("by", ["plain", "cfg", "rescale"])
 def test_through_every_solver(name, by, generator):
-    """Without a rule, too: then guidance is in the combine itself."""
+    """Check every solver, also without a rule, where guidance is part of the combine."""
     rule, defined = RULES["cfg" if by == "plain" else by]
     grad = check(PLANS[name](), None if by == "plain" else rule, defined, generator)
-    assert (grad != 0).all(1).sum() >= len(grad) - 1  # a consistency step forgets all but its noise
+    assert (grad != 0).all(1).sum() >= len(grad) - 1  # a consistency step keeps only its noise
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -80,7 +80,7 @@ def test_through_every_rule(name, plan, generator):
 
 
 def test_through_a_rule_that_remembers(generator):
-    """No gradient flows into the steps before through what it remembers, as its docstring says."""
+    """Check that no gradient flows into earlier steps through the state of a rule, as its docstring states."""
     rule, defined = RULES["apg, bounded"]
     running = [torch.zeros(SHAPE, dtype=torch.float64)]
 

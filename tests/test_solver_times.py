@@ -1,4 +1,4 @@
-"""Plans at the edges of their arguments: times that repeat, runs of one step and of none, and what is refused."""
+"""Test plans at the edges of their arguments: repeated times, runs of one step and of none, and invalid arguments."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ FLOW, EDM = lgd.RectifiedFlow(), lgd.EDM()
 TABLE = lgd.Discrete.ddpm(dtype=torch.float64)
 SIGMAS = torch.tensor([10.0, 5.0, 2.0, 1.0, 0.25, 0.0], dtype=torch.float64)
 TIMES = torch.tensor([0.95, 0.7, 0.5, 0.3, 0.1, 0.0], dtype=torch.float64)
-BY_SCHEDULE = {  # of a schedule and its times
+BY_SCHEDULE = {  # solvers that take a schedule and times
     "one_step": solvers.one_step,
     "consistency": solvers.consistency,
     "dpm_solver_2m": solvers.dpm_solver_2m,
@@ -39,12 +39,12 @@ def times_of(name):
 
 
 def guess(x, t):
-    """Of x0, by x and the time."""
+    """Return a guess of x0 from x and the time."""
     return torch.tanh(2 * x) * (1 - 0.05 * t)
 
 
 def end(plan, x, at=int, predict=guess):
-    """The samples of a run by our own loop."""
+    """Return the last samples of a run by our own loop."""
     kept = None
     for i, t in enumerate(plan.times):
         index = at(i)
@@ -59,8 +59,8 @@ def end(plan, x, at=int, predict=guess):
 @pytest.mark.parametrize("places", [(0, 1), (2, 3), (2, 2, 2), (4, 4), (5, 5), (0, 2, 4, 5)], ids=str)
 @each(MOVING)
 def test_a_time_that_repeats_changes_nothing(name, places, prediction):
-    """Calls more, with the network's answer at the same sample and time; what is remembered is that of the run without
-    them, so that the steps after are the same. At the first time, in the middle, several times, at the data."""
+    """Check that repeated times add calls, but change neither samples nor history: at the first time, in the middle,
+    several times, at the data."""
     times = times_of(name)
     again = torch.cat((times, times[list(places)])).sort(descending=True).values
     x = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
@@ -75,7 +75,8 @@ def test_a_time_that_repeats_changes_nothing(name, places, prediction):
 
 @each(MOVING)
 def test_a_time_that_repeats_in_one_sample(name):
-    """Every sample has its own times; by an int, by a tensor, and by a tensor of indices."""
+    """Check repeats in one sample of a batch with times for each sample; by an int, a tensor, and a tensor of
+    indices."""
     once = times_of(name)
     rows = [torch.cat((once, once[[place]])).sort(descending=True).values for place in (0, 2, 3)]
     plan = PLANS[name](torch.stack(rows, 1))
@@ -83,7 +84,7 @@ def test_a_time_that_repeats_in_one_sample(name):
     alone = [end(PLANS[name](row), x[[b]]) for b, row in enumerate(rows)]
     for at in (int, torch.tensor, lambda i: torch.full((3,), i)):
         if name == "edm_heun" and at is not int:
-            continue  # whose last call is no call for those that are there
+            continue  # samples that have ended take no part in its last call
         torch.testing.assert_close(end(plan, x, at), torch.cat(alone), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(end(plan, x), end(PLANS[name](once), x), rtol=1e-12, atol=1e-12)
 
@@ -100,7 +101,7 @@ def test_a_step_of_no_length_adds_no_noise(schedule, times, churn):
 
 
 def test_edm_churns_also_where_a_sigma_repeats():
-    """As k-diffusion: up by gamma, and down again."""
+    """Check that a repeated sigma goes up by gamma and down again, as in k-diffusion."""
     plan = solvers.edm_euler(torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64), s_churn=0.2)
     assert plan.times.tolist() == pytest.approx([4.4, 4.4]) and plan.start > 0 and plan.table[0, 0, 3] > 0
 
@@ -171,7 +172,7 @@ def test_eps_says_nothing_where_the_signal_is_0(name, batch):
 
 
 def test_a_step_whose_factors_are_nan_says_so():
-    """Of a plan that was made where its times could not be looked at."""
+    """Check the error for a plan that was made where its times were not readable."""
     x = torch.ones(2, 3)
     plan = solvers.one_step(FLOW, torch.linspace(1, 0, 5))
     plan.table[0] = torch.nan
@@ -196,8 +197,11 @@ BOOL = torch.zeros(5, dtype=torch.bool)
         (lambda: solvers.one_step(FLOW, TIMES, churn=BOOL), TypeError, "one_step: `churn` has dtype torch.bool"),
         (lambda: solvers.one_step(FLOW, TIMES, churn=torch.tensor([0, 0, 2.0, 0, 0])), ValueError, "`churn` is"),
         (lambda: solvers.one_step(FLOW, TIMES, churn=torch.ones(6)), ValueError, r"shape \[6\], expected \[5\]"),
-        (lambda: solvers.one_step(FLOW, TIMES[:, None].expand(6, 2), churn=torch.ones(5)), ValueError,
-         r"`churn` has shape \[5\], expected \[5, 2\], .* churn\[:, None\] is the same for all samples"),
+        (
+            lambda: solvers.one_step(FLOW, TIMES[:, None].expand(6, 2), churn=torch.ones(5)),
+            ValueError,
+            r"`churn` has shape \[5\], expected \[5, 2\], .* churn\[:, None\] is the same for all samples",
+        ),
         (lambda: solvers.one_step(FLOW, TIMES, to=TIMES[1:]), ValueError, r"`to` has shape \[5\], expected \[6\]"),
         (lambda: solvers.one_step(FLOW, TIMES, to=0.0), TypeError, "one_step: `to` is a float, expected a tensor"),
         (lambda: solvers.one_step(FLOW, TIMES[1:], to=TIMES[:-1]), ValueError, "one_step: `times`: RectifiedFlow"),
@@ -218,14 +222,14 @@ BOOL = torch.zeros(5, dtype=torch.bool)
         (lambda: solvers.edm_euler(SIGMAS, churn=1.0), TypeError, "edm_euler: got `churn`, expected s_churn, s_tmin"),
         (lambda: solvers.edm_heun(torch.tensor([3e38, 1e-38]), s_churn=9.0), ValueError, "factors of call 0 are not"),
     ],
-)  # fmt: skip
+)
 def test_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
 def test_what_stays_allowed():
-    """Numbers of any kind, one churn for all, a limit that never churns or always does."""
+    """Check that numbers of any kind, one churn for all, and limits that churn never or always are valid."""
     for churn in (1, torch.tensor(0.5), torch.ones(5, dtype=torch.int64), torch.linspace(0, 1, 5)):
         assert solvers.one_step(FLOW, TIMES, churn=churn).table.isfinite().all()
     for churn in (torch.ones(5, 1), torch.ones(1, 2), torch.ones(5, 2)):
@@ -235,9 +239,9 @@ def test_what_stays_allowed():
 
 
 def test_values_elsewhere_are_never_read():
-    """A plan on a device without data: reading a value there would raise."""
+    """Check that no value is read on a device without data, where a read would raise."""
     for name, make in PLANS.items():
-        if name not in ("edm_heun", "edm_euler"):  # which choose calls, and the first noise, by values
+        if name not in ("edm_heun", "edm_euler"):  # these choose calls, and the first noise, by value
             assert make(times_of(name).to("meta")).table.is_meta
 
 

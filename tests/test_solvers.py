@@ -1,7 +1,7 @@
-"""Every solver against diffusers' scheduler: a whole run of 20 steps, the same network, omega, start and noise.
+"""Compare every solver with diffusers' scheduler: a run of 20 steps with the same network, omega, start and noise.
 
-Each run goes on from its own sample, in float32; after every step they differ by at most 1e-5 of diffusers' largest
-value.
+Each run continues from its own sample, in float32; after every step the two differ by at most 1e-5 of diffusers'
+largest value.
 """
 
 import functools
@@ -26,7 +26,7 @@ def one_thread(same_threads_after):
 
 
 def network(x, signal, noise, condition, prediction):
-    """A prediction at x, from a gentle guess of x0; for VE levels that of the scaled sample."""
+    """Return a prediction at x, from a smooth guess of x0; for VE levels from the scaled sample."""
     size = 1.0 if prediction == "flow" else (signal * signal + noise * noise) ** 0.5
     signal, noise = signal / size, noise / size
     x0 = torch.tanh(signal * x / (noise**2 + 1) + condition)
@@ -35,7 +35,8 @@ def network(x, signal, noise, condition, prediction):
 
 
 def run(plan, levels, scheduler, prediction, runner=None, scaled=False, order=None, noisy=True, dtype=torch.float32):
-    """`levels`: (signal, noise) of every call; `scaled`: the network takes scheduler.scale_model_input(x)."""
+    """Compare a run with diffusers'. `levels`: (signal, noise) of every call; `scaled`: the network gets
+    scheduler.scale_model_input(x)."""
     generator, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     theirs_noise = torch.Generator().manual_seed(1)
     condition, start = (torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(2))
@@ -68,7 +69,7 @@ def diffusers():
 
 
 def discrete(scheduler):
-    """Its table, and the times of its run, which ends at the data."""
+    """Return the table of a scheduler, and the times of its run, which ends at the data."""
     schedule = lgd.Discrete(scheduler.alphas_cumprod, dtype=torch.float64)
     times = torch.cat((scheduler.timesteps, torch.tensor([-1])))
     return schedule, times, schedule.signal_noise(times[:-1])
@@ -99,7 +100,7 @@ def test_ddim(target, prediction):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_ddpm(target, prediction):
-    """Its fixed_small variance is that of the posterior, churn 1. diffusers steps from t to t - 50."""
+    """Compare DDPM, whose fixed_small variance is that of the posterior, churn 1. diffusers steps from t to t - 50."""
     scheduler = made("DDPMScheduler", prediction, clip_sample=False)
     schedule, times, levels = discrete(scheduler)
     plan = solvers.one_step(schedule, times, prediction=prediction, churn=1.0)
@@ -108,14 +109,14 @@ def test_ddpm(target, prediction):
 
 @each_prediction
 def test_consistency(prediction):
-    """diffusers' LCM mixes some x into x0 by factors that vanish as its timestep_scaling grows."""
+    """Compare LCM; diffusers mixes some x into x0, with factors that vanish as timestep_scaling grows."""
     scheduler = made("LCMScheduler", prediction, clip_sample=False, timestep_scaling=1e8, original_inference_steps=50)
     schedule, times, levels = discrete(scheduler)
     run(solvers.consistency(schedule, times, prediction=prediction), levels, scheduler, prediction)
 
 
 def sigmas_of(scheduler):
-    """float64 sigmas of its run, and the levels of every call."""
+    """Return float64 sigmas of a scheduler's run, and the levels of every call."""
     sigmas = scheduler.sigmas.double()
     return sigmas, (torch.ones_like(sigmas), sigmas)
 
@@ -129,7 +130,7 @@ def test_edm_euler(target, prediction, karras):
 
 
 class Churning:
-    """diffusers' Euler scheduler, called with its churn."""
+    """Call diffusers' Euler scheduler with its churn."""
 
     def __init__(self, scheduler, **churning):
         self.scheduler, self.churning = scheduler, churning
@@ -142,8 +143,9 @@ class Churning:
 
 
 def test_edm_euler_churned(target, prediction="eps"):
-    """As diffusers: noise is added after the network was called. (It draws only where gamma > 0: everywhere here.) With
-    v it takes x0 at sigma and the slope at sigma_hat, which no prediction means."""
+    """Compare churn as in diffusers, which adds noise after the call of the network. (diffusers draws only where gamma
+    is above 0: here everywhere.) With v diffusers mixes x0 at sigma with the slope at sigma_hat, so only eps is
+    compared."""
     churning = {"s_churn": 4.0, "s_noise": 1.003}
     scheduler = Churning(made("EulerDiscreteScheduler", prediction), **churning)
     sigmas, levels = sigmas_of(scheduler)
@@ -171,7 +173,7 @@ def test_edm_heun(target, prediction):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_adams_bashforth(target, prediction):
-    """LMS integrates its polynomial numerically, to 1e-4 of its own; its coefficients are replaced by exact ones."""
+    """Compare LMS, whose numerical integrals, with tolerance 1e-4, are replaced by exact coefficients."""
     scheduler = made("LMSDiscreteScheduler", prediction)
     sigmas, levels = sigmas_of(scheduler)
 
@@ -190,7 +192,7 @@ def test_adams_bashforth(target, prediction):
 
 
 def edm_paper(x, sigmas, slope, noises, correct, s_churn):
-    """Algorithm 2 as it stands there."""
+    """Run Algorithm 2 as the paper states it."""
     gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
     for t, s, z in zip(sigmas, sigmas[1:], noises, strict=False):
         raised = t * (1 + gamma)
@@ -205,7 +207,7 @@ def edm_paper(x, sigmas, slope, noises, correct, s_churn):
 
 @pytest.mark.parametrize("correct", [False, True])
 def test_edm_as_in_the_paper(correct, generator):
-    """Noise before the network is called, at sigma_hat; in float64."""
+    """Compare with the paper, which adds noise before the call, at sigma_hat; in float64."""
     sigmas = lgd.EDM().from_unit(torch.linspace(1, 0, 9, dtype=torch.float64))
     start, condition = (testing.sample(SHAPE, torch.float64, generator) for _ in range(2))
     noises = [testing.sample(SHAPE, torch.float64, generator) for _ in range(8)]
@@ -224,7 +226,8 @@ def test_edm_as_in_the_paper(correct, generator):
 
 
 def test_order_of_convergence():
-    """Halving the step divides the error by 2 (Euler), by 4 (second order) or by 8 (with UniPC's corrector)."""
+    """Check that half the step divides the error by 2 (Euler), by 4 (second order) or by 8 (UniPC with its
+    corrector)."""
 
     def error(make, steps, order):
         start = 1 if order < 3 else 0.95  # at 1, h is infinite, and the first step first order

@@ -1,4 +1,4 @@
-"""A step of a plan: its index, its storage, its gradients, its short way, its refusals."""
+"""Test a step of a plan: its index, its storage, its gradients, its fast path, its errors."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ def plan_of(stochastic=False):
 
 
 def ten_steps(omega, generator, impl=None, rule=None):
-    """A stochastic run of second order; z is drawn inside."""
+    """Return a stochastic run of second order; the kernel draws z."""
     x, condition = torch.randn(2, BATCH, 30, generator=generator, dtype=torch.float64).unbind(0)
     kept = None
     for i in range(10):
@@ -38,7 +38,7 @@ def test_gradient_of_omega_through_ten_steps(rule):
         omega = OMEGA.double().requires_grad_()
         end = ten_steps(omega, torch.Generator().manual_seed(4), impl, rule)
         grads.append(torch.autograd.grad(end.square().sum(), omega)[0])
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)  # the noises differ by 1e-6
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)  # implementations draw noise that differs by 1e-6
     shifted = [
         ten_steps(OMEGA.double() + s * 1e-4, torch.Generator().manual_seed(4), "cpu", rule).square().flatten(1).sum(1)
         for s in (1, -1)
@@ -57,7 +57,7 @@ def test_the_index_may_be_a_tensor(target, generator):
 
 
 def test_the_index_of_a_deep_plan(target, generator):
-    """A tensor, 0-dim or one for each sample; what was kept before goes through unwritten."""
+    """Check an index 0-dim or `[B]`; the older part of the history is passed on without a write."""
     x, c, u, *kept = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
     plan = solvers.unipc(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 11)).to(target.device)
     omega, kept = OMEGA.to(target.device), tuple(kept)
@@ -79,7 +79,7 @@ def test_half_storage(target, generator):
 
 
 def test_levels_are_those_of_the_step(generator):
-    """one_step is guided_step with the same levels; each step, a rule or none."""
+    """Compare one_step with guided_step on the same levels, for each step, with and without a rule."""
     times = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=torch.float64)
     x, c, u = testing.sample((3, BATCH, 50), torch.float64, generator).unbind(0)
     plan = solvers.one_step(lgd.RectifiedFlow(), times, prediction="flow", churn=0.5)
@@ -112,7 +112,8 @@ def test_refuses(generator):
 
 @pytest.mark.parametrize("omega", [0.7, OMEGA, "table"], ids=["number", "[B]", "table"])
 def test_the_short_way_is_the_general_one(target, omega, generator):
-    """By an int coefficients are laid out once for the run, whatever omega is next; by a tensor they are worked out."""
+    """Check that an index as an int, with coefficients computed once for the run, and as a tensor give the same, for
+    each kind of omega."""
     x, c, u, kept, z = testing.sample((5, BATCH, 50), torch.float32, generator).to(target.device).unbind(0)
     if isinstance(omega, str):
         omega = testing.omegas(BATCH, generator)["table"]
@@ -127,7 +128,8 @@ def test_the_short_way_is_the_general_one(target, omega, generator):
 
 
 def test_the_short_way_lends_itself_to_gradients(generator):
-    """Also after a first step that recorded none, under inference mode; and under vmap and jvp, where there is none."""
+    """Check gradients after a first step without any, in inference mode; and vmap and jvp, which do not take the fast
+    path."""
     x, c, u, kept = testing.sample((4, BATCH, 50), torch.float64, generator).unbind(0)
     plan, omega = plan_of(), OMEGA.double()
     with torch.inference_mode():
@@ -153,7 +155,7 @@ def test_the_short_way_names_what_it_was_given():
 
 
 def test_the_short_way_lays_out_no_batch(generator):
-    """What is kept is of the size of the table, whatever the batch, and for all of them the same."""
+    """Check that the kept coefficients have the size of the table, and are the same for every batch size."""
     plan = solvers.one_step(lgd.RectifiedFlow(), torch.linspace(0.95, 0, 301))
     for batch in (2, 20000):
         x, c, u = testing.sample((3, batch, 2), torch.float32, generator).unbind(0)
@@ -167,7 +169,7 @@ def test_the_short_way_lays_out_no_batch(generator):
 
 
 def test_the_short_way_sees_a_table_that_changed(generator):
-    """In place, under inference mode or not."""
+    """Check a table that was changed in place, in inference mode or not."""
     x, c, u = testing.sample((3, BATCH, 50), torch.float32, generator).unbind(0)
     for mode in (False, True):
         with torch.inference_mode(mode):
@@ -190,7 +192,7 @@ def test_an_infinite_omega_is_so_in_its_column_alone(generator):
 
 
 def test_one_rule_for_omega():
-    """By an int or by a tensor: a number or [B]."""
+    """Check that an int and a tensor as index accept the same omega: a number or [B]."""
     plan, x = plan_of(), torch.ones(3, 4)
     for at in (0, torch.tensor(0)):
         with pytest.raises(ValueError, match=r"StepPlan.step: `omega` has shape \[\], expected \[B\] = \[3\]"):

@@ -1,4 +1,4 @@
-"""UniPC against diffusers', and its ends."""
+"""Compare UniPC with diffusers', also at the ends of a run."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def one_thread(same_threads_after):
 @each_prediction
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 def test_unipc(target, prediction, variant):
-    """diffusers' bh1 is NaN in a step to sigma = 0; ours goes there."""
+    """Compare whole runs; diffusers' bh1 is NaN in a step to sigma = 0, ours is not."""
     end = {"bh1": "sigma_min", "bh2": "zero"}[variant]
     scheduler = made("UniPCMultistepScheduler", prediction, solver_type=variant, final_sigmas_type=end)
     schedule, times, levels = discrete(scheduler)
@@ -29,13 +29,14 @@ def test_unipc(target, prediction, variant):
     if "float64" in str(dtypes_of(target)):
         scheduler.set_timesteps(20)
         signal, noise = schedule.signal_noise(to)
-        scheduler.sigmas = noise / signal  # its own are rounded to float32
+        scheduler.sigmas = noise / signal  # diffusers' are rounded to float32
         run(plan, levels, scheduler, prediction, target, noisy=False, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 def test_unipc_from_pure_noise_to_the_data(variant, generator):
-    """h is infinite in the first step and in the last: they are first order, and bh1 leaves the first uncorrected."""
+    """Check the first and the last step, where h is infinite: they are of first order, and bh1 does not correct the
+    first."""
     times = torch.linspace(1, 0, 6, dtype=torch.float64)
     plan = solvers.unipc(lgd.RectifiedFlow(), times, variant=variant)
     assert plan.table.isfinite().all() and plan.deep and plan.remembers
