@@ -176,7 +176,7 @@ def readme():
     """Return README.md for a package index. Relative links lead nowhere there, so they become text."""
     text = Path("README.md").read_text(encoding="utf-8")
     return re.sub(
-        r"(?<!!)\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", re.sub(r"^!\[.*\n\n\*[^*]+\*\n", "", text, flags=re.M)
+        r"(?<!!)\[([^\[\]]*)\]\((?!https?:)[^)]*\)", r"\1", re.sub(r"^!\[.*\n\n\*[^*]+\*\n", "", text, flags=re.M)
     )
 
 

@@ -45,6 +45,7 @@ INTERNALS = {
     "Contributing": "contributing.md",
     "Changelog": "changelog.md",
 }
+LABELS = {page: label for group in (GUIDES, INTERNALS) for label, page in group.items()}
 
 
 def on_config(config):
@@ -63,7 +64,9 @@ def on_config(config):
 def on_files(files, config):
     """Add the pages that lie outside docs/, and those of docstrings."""
     for name, source in ABOVE.items():
-        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        head = "---\nhide: [navigation]\n---\n" if name == "index.md" else ""  # the tabs are enough there
+        files.append(File.generated(config, name, content=head + text))
     named = {name for names in REFERENCE.values() for name in names.split()}
     missing = {path.parent.name for path in PACKAGE.glob("ops/*/api.py")} - named
     if missing:
@@ -78,7 +81,9 @@ def on_page_markdown(markdown, page, **others):
     here = page.file.src_uri
 
     def link(found):
-        text, target = found[1], found[2]
+        text, target = found.groups()
+        if target is None:  # code
+            return found[0]
         path, _, anchor = target.partition("#")
         path = path.removeprefix("../")
         if here in ABOVE:
@@ -88,10 +93,13 @@ def on_page_markdown(markdown, page, **others):
         if re.match(r"https?:|$", path):
             return found[0]
         if path.endswith((".md", ".png")):
+            text = LABELS.get(path, text) if text.endswith(path) else text
             return f"[{text}]({path}{'#' * bool(anchor)}{anchor})"
         return text
 
-    return markdown if here.startswith("api/") else re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, markdown)
+    code = r"```.*?```|`[^`]*`"
+    links = rf"{code}|\[([^\[\]]*)\]\(([^)\s]+)\)"
+    return markdown if here.startswith("api/") else re.sub(links, link, markdown, flags=re.DOTALL)
 
 
 def _label(name: str) -> dict[str, str]:
