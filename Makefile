@@ -70,6 +70,7 @@ wheel: install           # for a package index: a manylinux wheel for this Pytho
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: install

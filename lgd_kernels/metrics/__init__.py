@@ -1,6 +1,6 @@
 """Measure how far samples are from data: energy distance, MMD^2 and its test, kernel inception and Frechet distance.
 
-All take features `[n, D]` (or `[n, ...]`) that you bring: pixels, or what a network of your choice makes of them.
+All take features `[n, D]` (or `[n, ...]`): pixels, or the output of a network of your choice.
 """
 
 from lgd_kernels.metrics.bandwidth import median_bandwidth

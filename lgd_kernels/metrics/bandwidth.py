@@ -1,8 +1,9 @@
-"""The median heuristic, without the matrix of distances."""
+"""Compute the median heuristic without storing the matrix of distances."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -13,24 +14,25 @@ from lgd_kernels.runtime import blocks
 from lgd_kernels.runtime import progress as reports
 from lgd_kernels.runtime.levels import widest
 
-LOW = 15  # bits of a float32 that the second pass tells apart; the 16 above them are the first's
+LOW = 15  # low bits of a float32, counted in the second pass; the first pass counts the 16 above them
 
 
 @torch.no_grad()
 def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | reports.Report | None = None) -> float:
-    """The median distance between two of all samples, a usual bandwidth: `Gaussian(median_bandwidth(x, y))`.
+    """Return the median distance between two samples, a usual bandwidth: `Gaussian(median_bandwidth(x, y))`.
 
-    Over the pairs i < j of x and y pooled (of x alone, if y is None); of an even number of them, the lower of the two
-    in the middle, as `torch.median` has it. Others call half the median of the squares the bandwidth's square: divide
-    by sqrt(2).
+    The median is over the pairs i < j of x and y pooled (of x alone, if y is None). Of an even number of pairs it is
+    the lower of the two in the middle, as in `torch.median`. Others define the square of the bandwidth as half the
+    median of the squares: divide by sqrt(2).
 
     Args:
         x, y: `[n, ...]` and `[k, ...]`, float32, bfloat16, float16 or float64.
-        progress: True for a bar, or a function of (done, total), numbers of pairs: all of them twice.
+        progress: True for a bar, or a function of (done, total), numbers of pairs; each pair counts twice.
 
-    Returns a float: what sorting all squared distances, rounded to float32, would give. They are computed twice, in
-    blocks (runtime/blocks.py), and counted: by their upper bits, and then, where the median must be, by the lower
-    ones. Memory does not grow with the pairs. 0 where half of the pairs coincide: not a bandwidth.
+    Returns a float: what sorting all squared distances, rounded to float32, would give. Two passes compute the squares
+    in blocks (runtime/blocks.py) and count them, by their upper bits and then by the lower bits of those that share the
+    median's upper bits. Memory does not grow with the pairs. The result is 0, not a bandwidth, where half of the pairs
+    coincide.
 
     Raises TypeError or ValueError for a wrong shape, dtype or device, fewer than two samples, NaN or infinity, and
     ValueError where the median of the squares overflows float32.
@@ -53,10 +55,8 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
     report = reports.report("median_bandwidth", progress)
     first, second = (report and partial(_half, report, turn) for turn in (0, 1))
     upper, below = _at(rank, (keys >> LOW for keys in _keys(points, first)), 2 ** (31 - LOW), points.device)
-    lower, _ = _at(
-        rank - below, (keys[keys >> LOW == upper] & (2**LOW - 1) for keys in _keys(points, second)), 2**LOW,
-        points.device,
-    )  # fmt: skip
+    lows = (keys[keys >> LOW == upper] & (2**LOW - 1) for keys in _keys(points, second))
+    lower, _ = _at(rank - below, lows, 2**LOW, points.device)
     square = torch.tensor((upper << LOW) + lower, dtype=torch.int32, device="cpu").view(torch.float32).item()
     if square == math.inf:
         raise ValueError("median_bandwidth: the median of the squares overflows float32; scale the samples down")
@@ -64,11 +64,12 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, *, progress: bool | rep
 
 
 def _half(report: reports.Report, turn: int, done: int, total: int) -> None:
+    """Report the progress of one of two passes."""
     report(done + turn * total, 2 * total)
 
 
-def _keys(points: Tensor, report: reports.Report | None):
-    """Squares as integers in the same order, in blocks: a float32 that is not negative is its own bits."""
+def _keys(points: Tensor, report: reports.Report | None) -> Iterator[Tensor]:
+    """Yield blocks of squares as integers of the same order: the bits of a float32 that is not negative."""
     for rows, columns, squares in blocks.upper_blocks(points, report=report):
         if rows == columns:
             i = torch.arange(len(squares), device=squares.device)
@@ -76,8 +77,8 @@ def _keys(points: Tensor, report: reports.Report | None):
         yield squares.float().flatten().view(torch.int32)
 
 
-def _at(rank: int, parts, size: int, device: torch.device) -> tuple[int, int]:
-    """(the number of that rank, how many are less) of integers in [0, size)."""
+def _at(rank: int, parts: Iterable[Tensor], size: int, device: torch.device) -> tuple[int, int]:
+    """Return (the number of that rank, how many are less) of integers in [0, size)."""
     counts = torch.zeros(size, dtype=torch.int64, device=device)
     for part in parts:
         counts += torch.bincount(part, minlength=size)

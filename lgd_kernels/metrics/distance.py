@@ -1,4 +1,4 @@
-"""Energy distance between samples, in the statisticians' normalisation."""
+"""Compute the energy distance between samples, in the statisticians' normalisation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def energy_distance(
     progress: bool | reports.Report | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """2 E ||x - y||^beta - E ||x - x'||^beta - E ||y - y'||^beta: twice `energy_mmd`, whose arguments these are.
+    """Return twice `energy_mmd`, whose arguments these are: 2 E ||x - y||^beta - E ||x - x'||^beta - E ||y - y'||^beta.
 
-    The statisticians' normalisation: for D = 1, beta = 1 and unbiased=False, `scipy.stats.energy_distance(x, y) ** 2`.
-    Unbiased, it is 0 on average for samples of one law, and so may be negative. Differentiable as `energy_mmd` is. NaN
-    where a sample holds NaN or infinity.
+    For D = 1, beta = 1 and unbiased=False this is `scipy.stats.energy_distance(x, y) ** 2`. The unbiased value is 0 on
+    average for samples of one law, so it may be negative. Differentiable as `energy_mmd` is. NaN where a sample holds
+    NaN or infinity.
 
     Source: Szekely and Rizzo, J. Stat. Plan. Inference 143 (2013).
 
@@ -36,6 +36,13 @@ def energy_distance(
     """
     with checks.said_by("energy_distance"):
         return 2 * energy_mmd(
-            x, y, beta=beta, unbiased=unbiased, x_weights=x_weights, y_weights=y_weights, batched=batched,
-            progress=progress, impl=impl,
-        )  # fmt: skip
+            x,
+            y,
+            beta=beta,
+            unbiased=unbiased,
+            x_weights=x_weights,
+            y_weights=y_weights,
+            batched=batched,
+            progress=progress,
+            impl=impl,
+        )

@@ -1,4 +1,4 @@
-"""Frechet distance between features, from their means and covariances."""
+"""Compute the Frechet distance between features from their means and covariances."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class FeatureStatistics(NamedTuple):
 
 @torch.no_grad()
 def feature_statistics(x: Tensor) -> FeatureStatistics:
-    """Mean and covariance (over n - 1) of features `[n, ...]`, in float64, in blocks of rows.
+    """Compute mean and covariance (over n - 1) of features `[n, ...]` in float64, in blocks of rows.
 
-    Raises ValueError where x holds NaN or infinity; on a GPU, where looking would wait, the results are NaN.
+    Raises ValueError where x holds NaN or infinity; on a GPU, where a check would take a device sync, the results are
+    NaN.
 
     >>> import torch
     >>> feature_statistics(torch.tensor([[0.0], [2.0]]))
@@ -34,13 +35,14 @@ def feature_statistics(x: Tensor) -> FeatureStatistics:
 
 
 def _statistics(op: str, name: str, x: Tensor) -> FeatureStatistics:
+    """Check the features `name` of `op` and compute their statistics."""
     if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 2:
         came = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise ValueError(f"{op}: `{name}` {came}, expected features [n, ...] of two samples or more")
     dense(op, name, x)
     if x.is_complex() or (x.is_floating_point() and x.dtype not in DATA_DTYPES):
         raise TypeError(f"{op}: `{name}` has dtype {x.dtype}, expected float32, bfloat16, float16, float64 or integers")
-    checks.finite(op, **{name: x})
+    checks.finite(op, waits=False, **{name: x})
     x = x.reshape(len(x), -1)
     mean = x.mean(0, dtype=torch.float64)
     covariance = mean.new_zeros(len(mean), len(mean))
@@ -52,14 +54,14 @@ def _statistics(op: str, name: str, x: Tensor) -> FeatureStatistics:
 
 @torch.no_grad()
 def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistics) -> Tensor:
-    """||m_x - m_y||^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), m and C the means and covariances of features.
+    """Return ||m_x - m_y||^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), m and C the means and covariances of features.
 
-    Of features of an Inception network that is the FID. x and y are features `[n, ...]`, two or more, or
+    With features of an Inception network this is the FID. x and y are features `[n, ...]`, two or more, or
     `FeatureStatistics(mean, covariance)`, which may be kept (of the data, say). 0-dim, float64; no gradient.
 
     With C = A^T A, A the root of the eigenvalues times the eigenvectors, tr (C_x C_y)^(1/2) is the sum of the singular
-    values of A_x A_y^T: no square root of a matrix that is not symmetric, nothing complex, and no noise from n < D,
-    since eigenvalues below D 2^-52 of the largest are taken as 0.
+    values of A_x A_y^T: this takes no root of an asymmetric matrix and no complex numbers. Eigenvalues below D 2^-52 of
+    the largest are taken as 0, so n < D adds no noise.
 
     Raises ValueError where features or statistics hold NaN or infinity.
 
@@ -101,7 +103,7 @@ def frechet_distance(x: Tensor | FeatureStatistics, y: Tensor | FeatureStatistic
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """A [rank, D] with A^T A = covariance."""
+    """Return A [rank, D] with A^T A = covariance."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1:].clamp(min=0) * len(values) * 2.0**-52
     return values[kept].sqrt()[:, None] * vectors[:, kept].t()

@@ -1,4 +1,4 @@
-"""Kernel inception distance of features."""
+"""Compute the kernel inception distance of features."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lgd_kernels.runtime.checks import MOST_REPEATS, count, generator
 
 
 class KID(NamedTuple):
-    """What `kernel_inception_distance` found, float64: the mean over subsets, their standard deviation (what other
-    libraries report beside it), and the standard error of the mean."""
+    """The result of `kernel_inception_distance`, float64: mean and standard deviation over subsets, as other libraries
+    report them, and the standard error of the mean."""
 
     value: Tensor
     std: Tensor
@@ -35,7 +35,7 @@ def kernel_inception_distance(
     kernel: Kernel | None = None,
     progress: bool | reports.Report | None = None,
 ) -> KID:
-    """KID: unbiased MMD^2 of the kernel (<x, y> / D + 1)^3, averaged over random subsets of features.
+    """Compute the KID: unbiased MMD^2 of the kernel (<x, y> / D + 1)^3, averaged over random subsets of features.
 
     Args:
         x, y: features `[n, D]` and `[k, D]`.
@@ -45,12 +45,13 @@ def kernel_inception_distance(
         progress: True for a bar, or a function of (done, total), numbers of subsets.
 
     `standard_error` is std sqrt(1 / subsets + m / (min(n, k) - m)), m = subset_size. Subsets overlap, so std /
-    sqrt(subsets) says how far the mean is from that over all subsets of these samples only; the second term (ours) is
-    how far that is from the truth: a variance v / m over fresh samples shows as std^2 = v / m (1 - m / n) over subsets
-    of n, and is v / n for all of them. It is too large where x and y have nearly one law, and infinite or NaN for
-    m = min(n, k), where subsets tell nothing.
+    sqrt(subsets) measures only how far the mean is from that over all subsets of these samples. The second term (ours)
+    is how far that is from the truth: a variance v / m over fresh samples shows as std^2 = v / m (1 - m / n) over
+    subsets of n, and is v / n for all of them. The standard error is too large where x and y have nearly one law, and
+    infinite or NaN for m = min(n, k), where subsets do not vary.
 
-    Raises ValueError where x or y holds NaN or infinity; on a GPU, where looking would wait, the result is NaN.
+    Raises ValueError where x or y holds NaN or infinity; on a GPU, where a check would take a device sync, the result
+    is NaN.
 
     Source: Binkowski et al., arXiv 1801.01401.
 
@@ -72,7 +73,7 @@ def kernel_inception_distance(
         raise ValueError(
             f"kernel_inception_distance: `subset_size` is {subset_size}, expected 2 to {fewest}, the number of samples"
         )
-    randomness, found = generator("kernel_inception_distance", seed), []
+    randomness, values = generator("kernel_inception_distance", seed), []
     report = reports.report("kernel_inception_distance", progress)
     for done in range(subsets):
         if report is not None:
@@ -81,10 +82,10 @@ def kernel_inception_distance(
             one[torch.randperm(len(one), generator=randomness, device="cpu")[:subset_size].to(one.device)]
             for one in (x, y)
         ]
-        found.append(energy_mmd(*parts, kernel=kernel).double())
+        values.append(energy_mmd(*parts, kernel=kernel).double())
     if report is not None:
         report(subsets, subsets)
-    found = torch.stack(found)
+    found = torch.stack(values)
     std = found.std() if subsets > 1 else found[0] * math.nan
     rest = fewest - subset_size
     return KID(found.mean(), std, std * math.sqrt(1 / subsets + (subset_size / rest if rest else math.inf)))

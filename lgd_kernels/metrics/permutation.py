@@ -18,7 +18,7 @@ from lgd_kernels.runtime.precision import full_precision
 
 
 class MMDTest(NamedTuple):
-    """What `mmd_test` found: `value` and `permuted` [permutations] are float64, `p_value` a float."""
+    """The result of `mmd_test`: `value` and `permuted` [permutations] are float64, `p_value` a float."""
 
     value: Tensor
     p_value: float
@@ -36,15 +36,15 @@ def mmd_test(
     unbiased: bool = True,
     progress: bool | reports.Report | None = None,
 ) -> MMDTest:
-    """Do x and y have one law? MMD^2, and how often a random split of the pooled samples gives as much.
+    """Test whether x and y have one law: MMD^2, and how often a random split of the pooled samples gives as much.
 
         MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)         p = (1 + #{permuted >= MMD^2}) / (1 + permutations)
 
-    If they have, p is uniform (never too small by chance alone: p <= a with probability a at most, for samples that
-    are exchangeable). The smallest p is 1 / (1 + permutations).
+    For one law, p is uniform: for exchangeable samples, p <= a with probability a at most. The smallest p is
+    1 / (1 + permutations).
 
-    Kernel values of the pooled samples are made once, block by block, and meet all permutations in a matrix product.
-    Memory grows by 5 (n + k) permutations bytes, never with (n + k)^2.
+    Kernel values of the pooled samples are computed once, block by block, and multiplied with all permutations in a
+    matrix product. Memory grows by 5 (n + k) permutations bytes, never with (n + k)^2.
 
     Args:
         x, y: `[n, ...]` and `[k, ...]`, as `energy_mmd` takes them.
@@ -107,7 +107,7 @@ def mmd_test(
 
 
 def _splits(n: int, total: int, permutations: int, seed: int) -> Tensor:
-    """[total, 1 + permutations]: who is called x; first as it is, then at random."""
+    """Return bool [total, 1 + permutations], true for the samples called x: first as given, then at random."""
     randomness = generator("mmd_test", seed)
     called_x = torch.zeros(permutations + 1, total, dtype=torch.bool, device="cpu")
     called_x[0, :n] = True
@@ -117,7 +117,7 @@ def _splits(n: int, total: int, permutations: int, seed: int) -> Tensor:
 
 
 def _from_form(form: Tensor, sums: Tensor, itself: Tensor, called_x: Tensor, n: int, unbiased: bool) -> Tensor:
-    """MMD^2 from form = sum_{i != j} a_i a_j k_ij, where a is k or -n, and from sums_i = sum_{j != i} k_ij.
+    """Return MMD^2 from form = sum_{i != j} a_i a_j k_ij, where a is k or -n, and from sums_i = sum_{j != i} k_ij.
 
     With S_xx the sum over pairs i != j that are both called x, and so on: form = k^2 S_xx + n^2 S_yy - 2 n k S_xy.
     """

@@ -1,4 +1,4 @@
-"""The matrix of all pairs of points, block by block: for what needs every distance once, and never all at a time."""
+"""Form the matrix of all pairs of points block by block, so that it is never stored as a whole."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lgd_kernels.runtime.progress import Report
 
 BLOCK = 1024  # rows and columns: 4 MiB of float32
 SMALL = 16  # dimensions up to which differences are formed at once
-CLOSEST = 1e-2  # of ||x||^2 + ||y||^2: pairs nearer than that are not left to the product form
+CLOSEST = 1e-2  # of ||x||^2 + ||y||^2: squares below it are computed from differences
 GATHERED = 2**24  # elements of differences of close pairs at a time
 
 
 def upper_blocks(
     points: Tensor, of_product: bool = False, report: Report | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, columns, block) of the symmetric matrix of ||x_i - x_j||^2 (`of_product`: <x_i, x_j>), points [N, D].
+    """Yield (rows, columns, block) of the matrix of ||x_i - x_j||^2 (`of_product`: <x_i, x_j>) for points [N, D].
 
-    Blocks on and above the diagonal, row after row; those on it are whole, and hold zeros on the diagonal itself where
-    they hold distances. A block is yours to overwrite. float32 or float64, as `points` is. `report` hears, when a block
-    is asked for, how many pairs lie behind.
+    Blocks lie on and above the diagonal and come row after row. Those on the diagonal are whole; their own diagonal is
+    0 where they hold distances. The caller may overwrite a block. The dtype is that of `points`, float32 or float64.
+    `report(done, total)` is called before the first block and after each block, with numbers of pairs.
 
     Up to D = 16 squares are taken of differences. Beyond, they are ||x||^2 + ||y||^2 - 2 <x, y> of centred points, and
-    pairs that this shows to be close are taken again from differences (docs/numerics.md: the product form is off by
-    3e-7 of the norms).
+    squares of close pairs are computed again from differences (docs/numerics.md: the product form is off by 3e-7 of the
+    norms).
 
     >>> import torch
     >>> [(rows, columns, block)] = upper_blocks(torch.tensor([[0.0], [3.0]]))
@@ -66,7 +66,7 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mended(squares: Tensor, sums: Tensor, a: Tensor, b: Tensor, same: bool) -> Tensor:
-    """Close pairs from differences, of the points as they were: centring rounds, too."""
+    """Replace the squares of close pairs by those of differences of the points before centring, which rounds."""
     close = squares < sums.mul_(CLOSEST)
     if same:
         close.fill_diagonal_(False)

@@ -1,7 +1,7 @@
-"""Find out which sources an extension was built from, where other builds are, and why a build failed.
+"""Find the sources an extension was built from, its other builds, and the reason why a build failed.
 
 setup.py and `impls` share this file, so it imports nothing but the standard library. setup.py compiles the digest of
-csrc/ and python/ into each extension. These functions read it from the file's bytes, without loading the extension.
+csrc/ and python/ into each extension. These functions read the digest from the file's bytes, without loading it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SOURCES = {".h", ".cuh", ".cpp", ".cu"}
 
 
 def digest(root: Path | None = None) -> str:
-    """The digest of the C++ and CUDA sources of a checkout, or "" if there are none beside the package.
+    """Return the digest of the C++ and CUDA sources of a checkout, or "" if there are none beside the package.
 
-    It depends only on names and contents: not on times, nor on whether lines end in CR LF.
+    The digest depends on names and contents only: not on times, nor on whether lines end in CR LF.
     """
     root = root or PACKAGE.parent
     found = {path.relative_to(root).as_posix(): path for top in ("csrc", "python") for path in (root / top).rglob("*")}
@@ -37,7 +37,7 @@ def digest(root: Path | None = None) -> str:
 
 
 def digest_in(extension: Path) -> str:
-    """The digest that was compiled into an extension, or "" if the file is missing or contains none."""
+    """Return the digest that was compiled into an extension, or "" if the file is missing or contains none."""
     try:
         found = re.search(MARK.encode() + rb"([0-9a-f]{64})", extension.read_bytes())
     except OSError:
@@ -46,39 +46,40 @@ def digest_in(extension: Path) -> str:
 
 
 def extension_in(folder: Path, name: str) -> Path | None:
-    """The file of an extension that this Python would load from a package folder."""
+    """Return the file of an extension that this Python would load from a package folder."""
     paths = (folder / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 
 def others() -> list[Path]:
-    """Other folders on `sys.path` with the name of this package: the installed one, seen from a checkout."""
+    """Return other folders on `sys.path` with the name of this package: the installed one, seen from a checkout."""
     folders = [Path(entry or ".").absolute() / PACKAGE.name for entry in sys.path]
     found = {folder.resolve(): folder for folder in folders if (folder / "__init__.py").is_file()}
     return [folder for resolved, folder in found.items() if resolved != PACKAGE]
 
 
 def elsewhere(name: str) -> list[Path]:
-    """The files of an extension in other installations: on `sys.path`, or found by an editable install's hook."""
+    """Return the files of an extension in other installations: on `sys.path`, or in an editable install."""
     spec = importlib.util.find_spec(f"{PACKAGE.name}.{name}")
     paths = [extension_in(folder, name) for folder in others()] + [Path(spec.origin) if spec and spec.origin else None]
     return list(dict.fromkeys(path for path in paths if path and path.resolve().parent != PACKAGE))
 
 
 def same_elsewhere(name: str) -> Path | None:
-    """The first file in `elsewhere(name)` that was built from the sources beside this package."""
+    """Return the first file in `elsewhere(name)` that was built from the sources beside this package."""
     found = elsewhere(name)
     here = digest() if found else ""
     return next((path for path in found if here and digest_in(path) == here), None)
 
 
 def note_path(folder: Path, name: str) -> Path:
-    """Where setup.py writes why an extension was not built, or has no OpenMP. A successful build removes it."""
+    """Return the path of setup.py's note: why an extension was not built, or has no OpenMP. A successful build removes
+    the file."""
     return folder / f"{name}.failed.log"
 
 
 def note(name: str, folder: Path | None = None) -> str:
-    """setup.py's note, from `folder` or the first folder with one: what failed, the command, its last lines."""
+    """Return setup.py's note, from `folder` or the first folder with one: what failed, the command, its last lines."""
     for one in [folder] if folder else [PACKAGE, *others()]:
         try:
             return note_path(one, name).read_text(errors="replace").strip()
@@ -88,7 +89,7 @@ def note(name: str, folder: Path | None = None) -> str:
 
 
 def why_missing(name: str) -> str:
-    """Why an extension is missing, and how to get it."""
+    """Return why an extension is missing, and how to get it."""
     missing = f"the extension lgd_kernels.{name} is not built"
     hidden = elsewhere(name)
     foreign = [
@@ -116,7 +117,7 @@ def why_missing(name: str) -> str:
 
 
 def stale(extension: Path) -> str:
-    """A message if an extension was built from other sources than those beside this package, else ""."""
+    """Return a message if an extension was built from other sources than those beside this package, else ""."""
     here = digest()
     if not here or digest_in(extension) == here:
         return ""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file completely or not at all: to an unpredictable name in the same folder, which is then renamed.
+    """Write a file completely or not at all: under an unpredictable name in the same folder, then rename it.
 
-    If writing fails or the process is killed, an old file stays as it was. If writing fails, the partial file is
-    removed. The file gets the default permissions of a new file.
+    An old file stays as it was if writing fails or the process is killed. A failed write removes its partial file. The
+    file gets the default permissions of a new file.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers"

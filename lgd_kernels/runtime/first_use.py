@@ -1,4 +1,4 @@
-"""Submodules that are imported on first use, such as `lgd_kernels.metrics`."""
+"""Import submodules, such as `lgd_kernels.metrics`, on first use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 
 def lazily(package: str, *modules: str, **homes: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Make `__getattr__` and `__dir__` of a package.
+    """Return `__getattr__` and `__dir__` of a package that imports on first use.
 
-    `modules` are submodules. `homes` maps a public name to the module below the package that it is, if the module ends
-    in that name, or that defines it: `rules="guidance.rules"`, `sample="sampling.sampler"`.
+    `modules` are submodules. `homes` maps a public name to a module below the package. The name stands for the module
+    itself if the module ends in it (`rules="guidance.rules"`), else for what the module defines
+    (`sample="sampling.sampler"`).
     """
 
     def get(name: str) -> object:

@@ -1,14 +1,14 @@
-"""The noise contract: every implementation draws these integers, and these normals to 1e-6.
+"""Define the noise: every implementation draws these integers, and these normals to 1e-6.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), counter-based:
-the noise of an element is a function of the seed and of where the element is, never of how the work is divided.
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is counter-based:
+the noise of an element depends on the seed and on the place of the element, never on how the work is divided.
 
     key     = seed as two uint32 (low, high)
     counter = (element >> 2 low 32 bits, element >> 34, sample, stream)
     lane    = element & 3: which of the four words
 
 `sample` is the index of the sample in the batch plus `first_sample`, `element` the row-major index within the sample.
-A seed of its own for each sample (`[B]`) makes that sample's noise independent of its place: then `sample` is 0.
+With a seed for each sample (`[B]`), `sample` is 0, and the noise of a sample does not depend on its place.
 Words become normals by Box-Muller, u = (word + 1/2) 2^-32 in float32 and kept below 1:
 
     lanes 0, 1: z_0 = sqrt(-2 ln u_0) cos(2 pi u_1),  z_1 = sqrt(-2 ln u_0) sin(2 pi u_1);  lanes 2, 3 likewise
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lgd_kernels.runtime import checks, impls
 
-STREAM_USER, STREAM_STEP, STREAM_TARGETS = 0, 1, 2  # so that one seed never shares noise between its uses
-STREAM_PARTICLES, STREAM_REWARD = 3, 4  # what learning omega draws besides: x_t, and the steps of a black-box reward
+STREAM_USER, STREAM_STEP, STREAM_TARGETS = 0, 1, 2  # uses of one seed share no noise
+STREAM_PARTICLES, STREAM_REWARD = 3, 4  # of learning omega: x_t, and the steps of a black-box reward
 
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -39,14 +39,14 @@ def philox_normal(
     first_sample: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals of the given shape `[B, ...]`: exactly the noise that the kernels draw.
+    """Return standard normals of the given shape `[B, ...]`: exactly the noise that the kernels draw.
 
     Args:
         shape: `[B, ...]`; the first dimension counts samples, the rest elements (row-major) within one.
         seed: an int in [-2^63, 2^63), a 0-dim int64 tensor, or int64 `[B]`: one for each sample, whose noise then
             does not depend on its place in the batch.
-        stream: 0 is yours; `guided_step` draws from stream 1, so `philox_normal(x.shape, seed, stream=1)` is the
-            noise of `guided_step(..., seed=seed)`.
+        stream: 0 is free for users. `guided_step` draws from 1: `philox_normal(x.shape, seed, stream=1)` is the noise
+            of `guided_step(..., seed=seed)`.
         first_sample: index of the first sample, for a batch that is split over processes. Of no effect on a
             `[B]` seed.
         device: of the result; by default the seed's, or the CPU.
@@ -73,7 +73,7 @@ def philox_normal(
     if extension is None:
         return normal(shape, seed, stream, first_sample, device)
     out = torch.empty(shape, dtype=torch.float32, device=device)
-    seeds = seed.to(device).clone() if isinstance(seed, Tensor) else None  # a zero of forward AD gets memory
+    seeds = seed.to(device).clone() if isinstance(seed, Tensor) else None  # a zero tensor of forward AD gets memory
     if out.numel():
         number = None if isinstance(seed, Tensor) else seed
         extension.philox_normal(out, 0, stream, seeds, number, first_sample, torch.get_num_threads())
@@ -92,10 +92,10 @@ def normal(
     device: torch.device,
     particles: int = 1,
 ) -> Tensor:
-    """`philox_normal` in plain PyTorch, the specification. Computed in float64 from float32 u, rounded once.
+    """Return `philox_normal` in plain PyTorch, the specification: float64 from float32 u, rounded once.
 
-    With `particles`, samples come in items of so many, and a seed of its own belongs to an item; its particles are then
-    samples 0 to particles - 1.
+    `particles` consecutive samples make an item. With a seed for each item, its particles are samples 0 to
+    particles - 1.
     """
     batch, elements = shape[0], math.prod(shape[1:])
     quads = torch.arange((elements + 3) // 4, device=device)
@@ -107,14 +107,14 @@ def normal(
     key = (seed & _LOW, (seed >> 32) & _LOW)
     words = philox(
         (quads & _LOW, quads >> 32, (sample & _LOW)[:, None], torch.full_like(quads, stream)),
-        tuple(word[:, None] if word.ndim else word for word in key),
+        (_column(key[0]), _column(key[1])),
     )
     z = torch.stack(box_muller(words), -1)  # [B, quads, 4]
     return z.flatten(1)[:, :elements].reshape(shape)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
-    """Four uint32 words (held in int64) for each counter of four words and key of two; they broadcast."""
+    """Return four uint32 words (held in int64) for each counter of four words and key of two, which broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -126,7 +126,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int 
 
 
 def box_muller(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Four words to four standard normals, float32."""
+    """Return four standard normals, float32, of four words."""
     u = [(word.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24).double() for word in words]
     pairs = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):
@@ -135,7 +135,12 @@ def box_muller(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(z.float() for z in pairs)
 
 
+def _column(word: Tensor) -> Tensor:
+    """Return the words of seeds `[B]` as `[B, 1]`; one word stays 0-dim."""
+    return word[:, None] if word.ndim else word
+
+
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low half of a 32 by 32 bit product, in int64 (whose own product would overflow)."""
+    """Return the high and low half of a 32 by 32 bit product, in int64 (whose own product would overflow)."""
     upper = constant * (word >> 16) + ((constant * (word & 0xFFFF)) >> 16)  # below 2^49
     return upper >> 16, (constant * word) & _LOW

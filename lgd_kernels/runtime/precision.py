@@ -1,4 +1,4 @@
-"""Full precision for matrix products, whatever precision the caller has set."""
+"""Take matrix products in full precision, whatever precision the caller has set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Turn off autocast and reduced float32 products (TF32 on a GPU, bfloat16 in oneDNN) on this device in a `with`
-    block.
+    """Turn off autocast and reduced float32 products (TF32 on a GPU, bfloat16 in oneDNN) in a `with` block.
 
     A squared distance formed from a product in bfloat16 is off by 4e-3 of the squared norms, in TF32 by 5e-4. The
     precision of float32 products is a setting of the whole process, restored at the end of the block: keep it short.

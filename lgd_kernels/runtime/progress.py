@@ -1,4 +1,4 @@
-"""A progress bar for a terminal or a notebook, and silence for a pipe."""
+"""Draw a progress bar in a terminal or a notebook, and nothing in a pipe."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Track = Callable[[Sequence[T], str], Iterable[T]]
-Report = Callable[[int, int], None]  # (how much is done, of how much)
+Report = Callable[[int, int], None]  # (done, total)
 
 
 def silent(items: Sequence[T], label: str) -> Iterable[T]:
+    """Return the items and draw nothing."""
     return items
 
 
 def bars(prefix: str) -> Track:
-    """`track(items, label)`, which draws a bar while its items are taken: on stderr in a terminal; in a notebook with
-    `tqdm.auto` where tqdm is installed; elsewhere `silent`."""
+    """Return `track(items, label)`, which draws a bar while its items are taken.
+
+    The bar is on stderr in a terminal. A notebook shows `tqdm.auto` if tqdm is installed. Elsewhere it is `silent`.
+    """
 
     def track(items: Sequence[T], label: str) -> Iterator[T]:
         bar = _bar(f"{prefix} {label:<22}")
@@ -31,10 +34,10 @@ def bars(prefix: str) -> Track:
 
 
 def report(op: str, progress: bool | Report | None) -> Report | None:
-    """What the argument `progress` of an op asks for: a function of (done, total), or None for silence.
+    """Return a function of (done, total) for the argument `progress` of an op, or None for no bar.
 
-    True draws a bar as `bars` does, if a terminal or notebook can show it; None and False draw nothing; a function is
-    called itself.
+    True draws a bar as `bars` does, if a terminal or notebook can show it. None and False draw nothing. A function is
+    returned itself.
 
     >>> report("energy_mmd", print)(3, 8)
     3 8
@@ -51,18 +54,18 @@ def report(op: str, progress: bool | Report | None) -> Report | None:
 
 
 def _seen() -> bool:
-    """Whether a bar can be seen."""
+    """Return whether a terminal or a notebook can show a bar."""
     return sys.stderr.isatty() or _in_notebook()
 
 
 def _in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel, whose stderr is no terminal."""
+    """Return whether this runs in a Jupyter kernel, whose stderr is no terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return "IPKernelApp" in getattr(shell, "config", ())
 
 
 def _tqdm(label: str) -> Report | None:
-    """A tqdm bar, a widget if ipywidgets is installed; None if tqdm is not installed."""
+    """Return a tqdm bar (a widget if ipywidgets is installed), or None if tqdm is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it recommends ipywidgets
@@ -83,7 +86,7 @@ def _tqdm(label: str) -> Report | None:
 
 
 def _bar(label: str) -> Report:
-    """Draws while done < total, and wipes itself away at the end."""
+    """Return a bar that is drawn while done < total and erased at the end."""
     if _in_notebook() and (bar := _tqdm(label)) is not None:
         return bar
     drawn = -1

@@ -1,4 +1,4 @@
-"""Show tensors in reprs and error messages: by their values, if reading them does not wait for a device."""
+"""Show tensors in reprs and error messages: by their values, if reading these takes no device sync."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lgd_kernels.runtime import impls
 
 
 def readable(tensor: Tensor) -> bool:
-    """Return whether there are values to read without a device sync: on the CPU, outside compilation and transforms."""
+    """Return whether values can be read without a device sync: on the CPU, not empty, outside a trace or transform."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -18,8 +18,8 @@ def readable(tensor: Tensor) -> bool:
     )
 
 
-def brief(value) -> str:
-    """Format a value for an error message or a repr."""
+def brief(value: object) -> str:
+    """Return a value as an error message shows it."""
     if not isinstance(value, Tensor):
         return str(value)
     if not readable(value):
@@ -29,12 +29,12 @@ def brief(value) -> str:
 
 
 def span(values: Tensor) -> str:
-    """Format the first and the last value of `[N]` for a repr, or the shape if values cannot be read."""
+    """Return the first and the last value of `[N]` for a repr, or the shape if values are not readable."""
     if values.ndim != 1 or not readable(values):
         return str(list(values.shape))
     return f"{values[0]:g} to {values[-1]:g}"
 
 
 def kind(tensor: Tensor) -> str:
-    """Format dtype and device for a repr."""
+    """Return dtype and device, for a repr."""
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
