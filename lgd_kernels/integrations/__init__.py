@@ -1,4 +1,4 @@
-"""Integrations: diffusers, k-diffusion and ComfyUI. No other module of the package imports this one."""
+"""Integrate with diffusers, k-diffusion and ComfyUI. No other module of the package imports this one."""
 
 from typing import TYPE_CHECKING
 

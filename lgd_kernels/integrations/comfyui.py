@@ -1,4 +1,4 @@
-"""A ComfyUI node that looks the guidance weight up in a learned table. Copy this file into `custom_nodes/`.
+"""Look the guidance weight up in a learned table: a ComfyUI node. Copy this file into `custom_nodes/`.
 
 Install lgd_kernels in ComfyUI's Python; the node needs neither triton nor a compiler. `save_table(table, path)` writes
 the file that the node reads. In ComfyUI the node reads tables from `models/omega` and from the folders that
@@ -35,12 +35,12 @@ LIMITS = ("timestep_start", "timestep_end", "default")  # keys of a conditioning
 SCALE = 8.0  # the largest factor between the last knot and the model's largest time: tables up to 80 fit SD's 14.6
 
 
-def save_table(table: OmegaTable, path: str) -> None:
+def save_table(table: OmegaTable, path: str | os.PathLike[str]) -> None:
     """Write an `lgd_kernels.OmegaTable` as a file of tensors."""
     torch.save({name: getattr(table, name).detach().cpu() for name in NAMES}, path)
 
 
-def load_table(path: str, device: torch.device | str = "cpu") -> OmegaTable:
+def load_table(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> OmegaTable:
     """Read a file that `save_table` wrote; nothing but tensors is read.
 
     Raises ValueError, with a message of one line, for anything else. In ComfyUI a file outside the folders of tables, a
@@ -206,7 +206,7 @@ def _evaluated(args: dict[str, Any]) -> torch.Tensor | None:
     return (uncond != 0).any()
 
 
-def _file(path: str) -> str:
+def _file(path: str | os.PathLike[str]) -> str:
     """Return the path of a table's file. In ComfyUI, look only in the folders of tables."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"LearnedGuidance: `path` is a {type(path).__name__}, expected the name of a file")
@@ -228,7 +228,7 @@ def _file(path: str) -> str:
     )
 
 
-def _no_table(path: str) -> str:
+def _no_table(path: str | os.PathLike[str]) -> str:
     """Return the error message for a file without a table."""
     return (
         f"LearnedGuidance: `path` is {str(path)!r}, which holds no omega table; "

@@ -1,4 +1,4 @@
-"""diffusers (0.36 or newer): a guider with a learned weight, and schedulers that step in one pass.
+"""Guide in diffusers (0.36 or newer) with a learned weight, and step its schedulers in one pass.
 
 pipe.update_components(guider=LearnedGuidance(omega, scheduler=pipe))               # modular pipelines
 pipe.scheduler = FusedScheduler(pipe.scheduler)                                     # any pipeline
@@ -75,7 +75,7 @@ class LearnedGuidance(BaseGuidance):
 
     def __init__(
         self,
-        omega: float | Tensor | Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None,
+        omega: float | Tensor | Callable[[Any, Tensor, Tensor], Tensor] | None = None,
         scheduler: SchedulerMixin | DiffusionPipeline | ModularPipeline | None = None,
         times: Callable[[SchedulerMixin], Tensor] | None = None,
         condition: str | None = None,
@@ -95,9 +95,7 @@ class LearnedGuidance(BaseGuidance):
                 "omega(c, s, t); a saved guider has numbers only: from_pretrained(folder, omega=...)"
             )
         if isinstance(rule, str) and not callable(getattr(rules, rule, None)):
-            raise ValueError(
-                f"LearnedGuidance: `rule` is {rule!r}, expected a rule, or its name in lgd_kernels.guidance.rules"
-            )
+            raise ValueError(f"LearnedGuidance: `rule` is {rule!r}, expected a rule, or its name in lgd_kernels.rules")
         if rule is not None and not isinstance(rule, str) and not callable(rule):
             raise TypeError(f"LearnedGuidance: `rule` is a {type(rule).__name__}, expected a rule, or a name of one")
         if interval is not None:
@@ -139,7 +137,7 @@ class LearnedGuidance(BaseGuidance):
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler that samples: the current one of the pipeline, if a pipeline was given."""
+        """Return the scheduler that samples: the current one of the pipeline, if a pipeline was given."""
         return self._sampled_by.scheduler if self._follows else self._sampled_by
 
     @scheduler.setter
@@ -148,7 +146,7 @@ class LearnedGuidance(BaseGuidance):
 
     @property
     def guidance_scale(self) -> float:
-        """1 + omega, or the value that was set if omega is no number; models that embed it read it."""
+        """Return 1 + omega, or the value that was set if omega is no number, for models that embed it."""
         if isinstance(self.omega, float):
             return 1 + self.omega
         if self._scale is None:

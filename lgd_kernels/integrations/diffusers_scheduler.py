@@ -1,4 +1,4 @@
-"""A diffusers scheduler that takes a step in one pass over memory, with a table of factors."""
+"""Take the steps of a diffusers scheduler in one pass over memory, with a table of factors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
 
     @property
     def step_index(self) -> int | None:
-        """The index of the next step. Reading it is a device sync."""
+        """Return the index of the next step: a device sync."""
         return None if self._index is None else int(self._index)
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""k-diffusion's samplers on our kernels, and its denoiser with learned guidance. k-diffusion itself is not needed.
+"""Run k-diffusion's samplers on our kernels, with learned guidance. k-diffusion itself is not needed.
 
 Call a sampler as in k-diffusion, `sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)`:
 `model(x, sigma [B], **extra_args)` returns the denoised x0; sigmas `[N + 1]` fall from noise to data, to 0 or above:
@@ -62,7 +62,7 @@ class GuidedDenoiser(nn.Module):
     def __init__(
         self,
         denoiser: Callable[..., Tensor],
-        omega: float | Tensor | Callable[[Tensor, Tensor, Tensor], Tensor],
+        omega: float | Tensor | Callable[[Any, Tensor, Tensor], Tensor],
         sigmas: Tensor | None = None,
         *,
         rule: Rule | None = None,

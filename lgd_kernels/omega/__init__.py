@@ -1,4 +1,4 @@
-"""Guidance weights omega(c, s, t): networks, tables and formulas, their files and pictures."""
+"""Define guidance weights omega(c, s, t): networks, tables and formulas, their files and pictures."""
 
 from typing import TYPE_CHECKING
 

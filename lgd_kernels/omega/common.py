@@ -1,4 +1,4 @@
-"""What tables, networks and formulas of omega share: a schedule and a prediction, and the order of times."""
+"""Set the attributes that tables, networks and formulas of omega share, and check the order of times."""
 
 from __future__ import annotations
 

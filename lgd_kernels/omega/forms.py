@@ -1,4 +1,4 @@
-"""Formulas of omega(t) with one to three numbers: to set by hand, or to learn from little data."""
+"""Define formulas of omega(t) with one to three numbers: to set by hand, or to learn from little data."""
 
 from __future__ import annotations
 

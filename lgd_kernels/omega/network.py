@@ -1,4 +1,4 @@
-"""A small network omega(c, s, t) >= 0, as in the paper (arXiv 2510.00815)."""
+"""Compute omega(c, s, t) >= 0 with a small network, as in the paper (arXiv 2510.00815)."""
 
 from __future__ import annotations
 

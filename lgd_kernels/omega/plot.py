@@ -18,7 +18,7 @@ COLOURS = "magma_r"
 
 @torch.no_grad()
 def draw(
-    omega: Callable[[Tensor | None, Tensor, Tensor], Tensor],
+    omega: Callable[[Any, Tensor, Tensor], Tensor],
     conditions: Tensor,
     schedule: Schedule | None = None,
     ends: tuple[float, float] = (0.0, 1.0),
@@ -27,8 +27,7 @@ def draw(
     schedule, else over times from `ends[0]` to `ends[1]`."""
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(
-            f"plot: `schedule` is a {type(schedule).__name__}, expected one of lgd_kernels.sampling.schedules, such as "
-            "lgd_kernels.RectifiedFlow()"
+            f"plot: `schedule` is a {type(schedule).__name__}, expected a schedule, such as lgd_kernels.RectifiedFlow()"
         )
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Tables of omega(c, s, t), which kernels read: `OmegaTable`, and the module that learns one."""
+"""Tabulate omega(c, s, t) for the kernels: `OmegaTable`, and the module that learns one."""
 
 from __future__ import annotations
 

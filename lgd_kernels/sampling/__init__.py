@@ -1,1 +1,1 @@
-"""Schedules, solvers and the sampler."""
+"""Define schedules and solvers, and sample with them."""

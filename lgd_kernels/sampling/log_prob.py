@@ -1,4 +1,4 @@
-"""A stochastic step with its log density, for policy gradients on a sampler."""
+"""Take a stochastic step with its log density, for policy gradients on a sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampling loop: call the network, take the step of the plan, repeat."""
+"""Run a plan: call the network, take the step of the plan, repeat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(
     plan: StepPlan,
     cond: Any,
     uncond: Any = None,
-    omega: float | Tensor | OmegaLookup | Callable[[Tensor | None, Tensor, Tensor], Tensor] = 0.0,
+    omega: float | Tensor | OmegaLookup | Callable[[Any, Tensor, Tensor], Tensor] = 0.0,
     *,
     condition: Tensor | None = None,
     rule: Rule | None = None,
@@ -72,7 +72,7 @@ def sample(
     checks.samples("sample", x=x)
     if not isinstance(plan, StepPlan):
         raise TypeError(
-            f"sample: `plan` is a {type(plan).__name__}, expected a StepPlan, as lgd_kernels.sampling.solvers makes it"
+            f"sample: `plan` is a {type(plan).__name__}, expected a StepPlan, as lgd_kernels.solvers make it"
         )
     if len(plan):
         checks.function("sample", "denoiser", denoiser)
@@ -128,7 +128,7 @@ def started(x: Tensor, plan: StepPlan, seed: int | Tensor, first_sample: int = 0
 
 
 def _run_of(
-    omega: Callable[[Tensor | None, Tensor, Tensor], Tensor],
+    omega: Callable[[Any, Tensor, Tensor], Tensor],
     condition: Tensor | None,
     cond: Any,
     plan: StepPlan,

@@ -1,4 +1,4 @@
-"""Schedules: from the times of a step to its noise levels.
+"""Map the times of a step to its noise levels.
 
 A schedule defines its time argument, the weights of data and noise at a time, `x_t = signal x0 + noise z`, and how the
 unit interval (0 = data, 1 = noise) maps onto its times, so that one sampler works with all schedules.
@@ -96,7 +96,7 @@ class Schedule:
         return t, s
 
     def _like(self, time: float | Tensor, other: Tensor, name: str) -> Tensor:
-        """Return a time as a tensor, a number as one like the other time."""
+        """Return a time as a tensor: a number becomes a tensor like the other time."""
         if isinstance(time, Tensor):
             return time
         if isinstance(time, bool) or not isinstance(time, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -195,12 +195,12 @@ class VPLinear(Schedule):
 
     @classmethod
     def ddpm(cls) -> VPLinear:
-        """Make the limit of 1000 steps of beta 1e-4 to 0.02."""
+        """Make the continuous limit of 1000 steps of beta 1e-4 to 0.02."""
         return cls(0.1, 20.0)
 
     @classmethod
     def stable_diffusion(cls) -> VPLinear:
-        """Make the limit of 1000 steps of beta 0.00085 to 0.012, scaled linear."""
+        """Make the continuous limit of 1000 steps of beta 0.00085 to 0.012, scaled linear."""
         return cls(0.85, 12.0, scaled=True)
 
     def signal_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:

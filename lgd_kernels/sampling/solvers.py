@@ -1,4 +1,4 @@
-"""Solvers as tables of coefficients, computed once for a run; each step is one combine.
+"""Plan runs of solvers as tables of coefficients, computed once; each step is one combine.
 
 Every function takes a schedule and the times of a run, `[N + 1]` from the noise to the data, and returns a `StepPlan`:
 for each call of the network, the factors that make the next sample, and the history that the solver keeps, from the

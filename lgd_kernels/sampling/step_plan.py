@@ -1,4 +1,4 @@
-"""A run of a solver as a table of coefficients; each step is one combine."""
+"""Hold the run of a solver as a table of coefficients; each step is one combine."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class StepPlan:
 
     @property
     def remembers(self) -> bool:
-        """Whether the solver keeps a history."""
+        """Return whether the solver keeps a history."""
         return self.table.shape[-2] == 2
 
     @property
     def deep(self) -> bool:
-        """Whether a step also uses the `kept` of a call earlier: `kept` is then a tuple, the newest first."""
+        """Return whether a step also uses the `kept` of a call earlier: `kept` is then a tuple, the newest first."""
         return self.table.shape[-1] == 5
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepPlan:

@@ -1,5 +1,5 @@
-"""The fast path of `StepPlan.step`: coefficients computed once for a run, the checks, and combine's operator. For a
-small sample everything else costs the host more time than the kernel."""
+"""Take the fast path of `StepPlan.step`: coefficients computed once for a run, the checks, and combine's operator. For
+a small sample everything else costs the host more time than the kernel."""
 
 from __future__ import annotations
 
