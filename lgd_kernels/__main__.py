@@ -1,4 +1,4 @@
-"""`python -m lgd_kernels info` and `learn`; also the console script `lgd_kernels`."""
+"""Run `python -m lgd_kernels info` and `learn`; also the console script `lgd_kernels`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 USAGE = """usage: python -m lgd_kernels info            what was built, what runs here, and why the rest does not
        python -m lgd_kernels learn           learn omega for a model and data of your own (--help for options)
@@ -15,7 +16,7 @@ USAGE = """usage: python -m lgd_kernels info            what was built, what run
 
 
 def info() -> int:
-    """Versions, what is built, the devices, and each implementation of each op: it runs, or every reason why not."""
+    """Print versions, builds, devices, and whether each implementation of each op runs, or every reason why not."""
     import torch
 
     import lgd_kernels
@@ -49,18 +50,19 @@ def info() -> int:
     return 0
 
 
-def _described(extension) -> str:
+def _described(extension: ModuleType) -> str:
+    """Describe the C++ extension in a line."""
     import torch
 
     threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "one thread"
     return f"built by {extension.compiler}, runs as {extension.instruction_set()}, {threads}"
 
 
-def _print_build(name: str, extension) -> None:
-    """Print from where an extension was loaded (if not from here), whether it is stale, and setup.py's note."""
+def _print_build(name: str, extension: ModuleType | None) -> None:
+    """Print the path of an extension from elsewhere, whether it is stale, and setup.py's note."""
     from lgd_kernels.runtime import builds
 
-    if extension:
+    if extension and extension.__file__:
         path = Path(extension.__file__)
         if path.resolve().parent != builds.PACKAGE:
             print(f"    loaded from {path}")
@@ -74,6 +76,7 @@ def _print_build(name: str, extension) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    """Run a command. Return the exit status; 2 for an unknown command."""
     match arguments:
         case ["--version" | "-V"]:
             import lgd_kernels
@@ -101,7 +104,7 @@ def _version(package: str) -> str:
 
 
 def command() -> int:
-    """The console script: `main`, ending silently if the reader of a pipe has gone (`... info | head -1`)."""
+    """Run `main` as the console script, and end without a message if a pipe closes (`... info | head -1`)."""
     try:
         status = main(sys.argv[1:])
         if sys.stdout is not None:  # None where it was closed: `... info >&-`

@@ -78,7 +78,7 @@ def test_it_is_the_formula(prediction, options, group):
 def test_groups_of_equal_sizes_need_no_filling(monkeypatch):
     group = torch.tensor([1, 0, 1, 0])
     p, omega = drawn(group), OMEGA[:4]
-    monkeypatch.setattr("lgd_kernels.learn.marginal._filled_up", None)
+    monkeypatch.setattr("lgd_kernels.learn.marginal._padded", None)
     torch.testing.assert_close(marginal_loss(p, omega, group=group), reference(p, omega, group))
     torch.testing.assert_close(marginal_loss(p, omega), reference(p, omega, group * 0))
 

@@ -1,4 +1,4 @@
-"""How omega is learned for a frozen denoiser. The names that users need; docs/learning.md is the guide."""
+"""Learn omega for a frozen denoiser; docs/learning.md is the guide."""
 
 from typing import TYPE_CHECKING
 

@@ -1,22 +1,21 @@
-"""Batches to learn from: which items, at which times, with which noise; all of it follows from one seed."""
+"""Draw batches to learn from: items, times and noise all follow from one seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lgd_kernels.learn.data import Data, items_of, size_of
 from lgd_kernels.learn.distributed import part_of
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.objective import check_times, sample_times
-from lgd_kernels.learn.particles import Particles, draw
-from lgd_kernels.runtime.levels import Levels
+from lgd_kernels.learn.particles import Particles, draw, joined
 
-EXPECTED = {  # of every setting: its type, a test, and the test in words
+EXPECTED: dict[str, tuple[type, Callable[[Any], bool], str]] = {  # of a setting: type, test, and the test in words
     "batch": (int, lambda n: n >= 1, "an integer, 1 or more"),
     "particles": (int, lambda n: n >= 1, "an integer, 1 or more"),
     "delta": (float, lambda time: 0 < time < math.inf, "a number above 0"),
@@ -33,19 +32,19 @@ EXPECTED = {  # of every setting: its type, a test, and the test in words
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run of learning is made of. The paper states batch 256, 4 particles and delta 0.1; the rest is ours.
+    """Hold the settings of a run. The paper states batch 256, 4 particles and delta 0.1; the other defaults are ours.
 
     Attributes:
         batch: items of an update, over all processes; 1 or more.
         particles: m of each item; 1 or more.
         delta, zeta, s_min: the times, as in `sample_times`: delta > 0, zeta >= 0, 0 <= s_min <= 1 - zeta - delta.
         lr, weight_decay: of AdamW; lr > 0, weight_decay >= 0.
-        clip: the largest norm of a gradient, above 0; longer ones are shortened to it. None shortens none.
+        clip: the largest norm of a gradient, above 0; larger gradients are scaled to it. None disables clipping.
         ema: decay of the average of the weights, `mean <- d mean + (1 - d) omega`, in [0, 1); d rises to this as
             (1 + n)/(10 + n).
-        seed: of every draw; an int64 number.
-        cache: predict this many items once and learn from these, instead of predicting each batch; 0 does not. Each
-            update takes items at random, with fresh noise in step and targets; x_t and the times stay.
+        seed: an int64 number, from which every draw follows.
+        cache: predict this many items once and learn from them; 0 predicts each batch. With a cache each update takes
+            items at random, with fresh noise in step and targets; x_t and the times stay.
 
     Raises TypeError or ValueError, naming the attribute.
     """
@@ -75,9 +74,9 @@ class Settings:
 
 
 class Batches:
-    """An endless row of batches. Every process draws the same numbers and keeps its part: together they have the whole.
+    """Draw any number of batches. Every process draws the same numbers and keeps its part of each batch.
 
-    The state is that of `generator`; restored, the same batches follow.
+    The state is that of `generator`: after it is restored, the same batches follow.
     """
 
     def __init__(self, frozen: Frozen, data: Data, settings: Settings, device: torch.device) -> None:
@@ -86,7 +85,7 @@ class Batches:
         self.cached: Particles | None = None
 
     def next(self) -> Particles:
-        """This process's part of the next batch."""
+        """Return this process's part of the next batch."""
         batch, cache, part = self.settings.batch, self.settings.cache, part_of(self.settings.batch)
         if not cache:
             return self._draw(self.data, self.generator, batch, part)
@@ -96,14 +95,11 @@ class Batches:
         return self.cached.take(items.to(self.device), _seed(self.generator), part.start)
 
     def of(self, data: Data, count: int, seed: int) -> Particles:
-        """Many items at random, predicted a batch at a time; the same in every process, whatever was drawn before."""
-        parts = list(self.parts(data, count, seed))
-        joined = [torch.cat(same) if isinstance(same[0], Tensor) else same[0] for same in zip(*parts, strict=True)]
-        levels = Levels(*map(torch.cat, zip(*(part.levels for part in parts), strict=True)))
-        return Particles(*joined)._replace(levels=levels)
+        """Return `count` random items, predicted in batches: the same in every process, at any time."""
+        return joined(list(self.parts(data, count, seed)))
 
     def parts(self, data: Data, count: int, seed: int) -> Iterator[Particles]:
-        """The items of `of` one batch after the other, for what needs no more than one at a time."""
+        """Yield the items of `of` one batch at a time."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         for part in torch.arange(count, device="cpu").split(self.settings.batch):
             yield self._draw(data, generator, len(part), slice(0, len(part)))

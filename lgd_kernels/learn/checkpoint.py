@@ -1,4 +1,4 @@
-"""The checkpoint of a run, a file that is complete or refused; and a lock, so that one run writes in its folder."""
+"""Write and read the checkpoint of a run, and lock the folder of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGEST = 32
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Save tensors, numbers, strings, lists and dicts of them. A process that is killed leaves the old file."""
+    """Save tensors, numbers, strings, and lists and dicts of them. A process that is killed leaves the old file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -32,7 +32,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write` wrote; nothing in the file is run. Raises FileNotFoundError, or ValueError saying what is wrong."""
+    """Read what `write` wrote, and run no code from it. Raise FileNotFoundError, or ValueError with what is wrong."""
     content = path.read_bytes()
     if not content.startswith(MAGIC):
         kind = MAGIC.decode().strip()
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def with_nan(state: Any, name: str = "") -> list[str]:
-    """The names of the tensors in a checkpoint that contain NaN."""
+    """Return the names of the tensors in a checkpoint that contain NaN."""
     if isinstance(state, torch.Tensor):
         return [name] if bool(state.isnan().any()) else []
     if not isinstance(state, dict):
@@ -54,11 +54,11 @@ def with_nan(state: Any, name: str = "") -> list[str]:
 
 @contextmanager
 def locked(folder: Path, argument: str) -> Iterator[None]:
-    """Create the folder if needed, and hold its lock, so that one run at a time writes there.
+    """Create the folder if needed and hold its lock, so that one run at a time writes there.
 
     The system releases the lock when the process ends, however it ends, so a stale lock never blocks a run. The empty
-    lock file stays. If the system or the file system has no locks, nothing is locked. In a thread that already holds
-    the lock this does nothing. Incomplete files that a killed process left in the folder are removed.
+    lock file stays. If the system or the file system has no locks, no lock is taken, nor in a thread that already holds
+    it. Incomplete files of a killed process are removed from the folder.
 
     Raises ValueError, naming the argument, for a folder that cannot be made or written, or whose lock is held.
     """
@@ -91,7 +91,7 @@ def locked(folder: Path, argument: str) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock, until the file is closed; return whether it was free."""
+    """Take the lock until the file is closed; return whether the lock was free."""
     try:
         import fcntl
 
@@ -100,11 +100,11 @@ def _lock(descriptor: int) -> bool:
         try:
             import msvcrt
 
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows
         except ImportError:
             return True
         except OSError:
             return False
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else: a file system without locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # otherwise: a file system without locks
     return True

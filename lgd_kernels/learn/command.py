@@ -1,4 +1,4 @@
-"""`python -m lgd_kernels learn`: learn omega for a model and data of your own, and say what it gained."""
+"""Learn omega for a model and data of your own, and compare losses: `python -m lgd_kernels learn`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,66 +44,79 @@ SCHEDULES = {
 ROUNDS = 8  # draws of each held-out item
 KINDS = ("network", "table", "constant", "interval")
 OURS = Settings()
-NUMBERS = {  # of the options that are no settings of the trainer: a test, and the test in words
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {  # of options that are no settings of the trainer: tests
     "beta": (lambda beta: 0 < beta <= 2, "a power in (0, 2]"),
     "lam": (lambda lam: 0 <= lam <= 1, "a weight in [0, 1]"),
     "churn": (lambda churn: 0 <= churn <= 1, "a number in [0, 1]"),
     "gamma": (math.isfinite, "a finite number"),
 }
-FREE = ("steps", "resume", "threads", "device", "out", "impl", "every")  # what may differ when a run is resumed
+FREE = ("steps", "resume", "threads", "device", "out", "impl", "every")  # may differ when a run is resumed
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; argparse says what is wrong with one, and ends with status 2."""
+    """Return the options. Exit with status 2 and a message for an invalid one."""
     parser = argparse.ArgumentParser(
-        prog="python -m lgd_kernels learn", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m lgd_kernels learn",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         usage="python -m lgd_kernels learn --data DATA --model MODULE:NAME [options]",
         description="Learn the guidance weight omega(c, s, t) of a frozen model from clean data. docs/learning.md is "
         "the guide. MODULE:NAME is a Python object; MODULE:NAME() calls it, MODULE:NAME(TEXT) calls it with a text.",
-    )  # fmt: skip
+    )
     add = parser.add_argument
-    add("--data", required=True, help="a folder of images in folders of their class (Pillow; [3, H, W] in [-1, 1]); "
+    add(
+        "--data",
+        required=True,
+        help="a folder of images in folders of their class (Pillow; [3, H, W] in [-1, 1]); "
         "a .npz or .pt file with x0 [N, ...] and c, labels [N] or embeddings [N, E]; or MODULE:NAME, such a pair of "
-        "tensors or a dataset of pairs (x0, c)")  # fmt: skip
-    add("--size", type=int, help="of the images of a folder: cut to the middle square and scaled to this")
-    add("--classes", type=int, help="how many labels there are; by default as many as the data show")
-    add("--held-out", default="0.1", help="what to judge by: a share of the data, or other data named as --data is; of "
-        "either 4096 items at most")  # fmt: skip
+        "tensors or a dataset of pairs (x0, c)",
+    )
+    add("--size", type=int, help="side of the images of a folder: each is cut to the middle square and scaled")
+    add("--classes", type=int, help="number of labels; by default the largest label + 1, or the number of folders")
+    add(
+        "--held-out",
+        default="0.1",
+        help="share of the data to compare on, or other data like --data; 4096 items at most",
+    )
     add("--model", required=True, help="MODULE:NAME, a callable (x [N, ...], t [N], c [N, ...]) -> prediction")
     add("--prediction", choices=PREDICTIONS, default="x0", help="what the model returns")
     add("--schedule", default="flow", help=f"of the model's times: {', '.join(SCHEDULES)}, or MODULE:NAME, a Schedule")
-    add("--null", help="the condition that means none: the index of a class (by default the first after the labels), "
-        "zeros (an embedding of them), or MODULE:NAME, an embedding or a function of c")  # fmt: skip
-    add("--omega", choices=KINDS, default="network", help="what to learn: a network by gradient descent, or a table, a "
-        "constant or an interval fitted to the loss curves of --items items, exactly and without training")  # fmt: skip
-    add("--hidden", type=int, default=64, help="width of the network")
-    add("--knots", type=int, default=11, help="of the table, in s and in t")
-    add("--items", type=int, default=8192, help="that are predicted for the fits; the best constant and interval, "
-        "which the network is compared with, come from these too, or with --cache from the cached items")  # fmt: skip
+    add(
+        "--null",
+        help="the condition that means none: the index of a class (by default the first after the labels), "
+        "zeros (an embedding of them), or MODULE:NAME, an embedding or a function of c",
+    )
+    add(
+        "--omega",
+        choices=KINDS,
+        default="network",
+        help="by gradient descent (network), or an exact fit to --items items",
+    )
+    add("--hidden", type=int, default=64, help="width of the hidden layers of the network")
+    add("--knots", type=int, default=11, help="number of knots of the table, in s and in t")
+    add("--items", type=int, default=8192, help="items to predict for the fits; with --cache the cached items serve")
     add("--beta", type=float, default=1.75, help="power of the distance in the loss")
     add("--lam", type=float, default=1.0, help="weight of the repulsion between particles")
-    add("--churn", type=float, default=1.0, help="of the step in the loss: 1 adds DDPM's noise, 0 none")
+    add("--churn", type=float, default=1.0, help="churn of the step in the loss: 1 adds DDPM's noise, 0 none")
     add("--m", type=int, default=OURS.particles, help="particles of each item")
     add("--delta", type=float, default=OURS.delta, help="the shortest step, in unit time")
     add("--s-min", type=float, default=OURS.s_min, help="the smallest s, in unit time")
-    add("--zeta", type=float, default=OURS.zeta, help="how far t stays below 1, in unit time")
-    add("--steps", type=int, default=2000, help="updates of the network, those before a resume included")
+    add("--zeta", type=float, default=OURS.zeta, help="t is below 1 - zeta, in unit time")
+    add("--steps", type=int, default=2000, help="updates of the network, with those before a resume")
     add("--batch", type=int, default=OURS.batch, help="items of an update, over all processes")
     add("--lr", type=float, default=OURS.lr, help="learning rate of AdamW")
     add("--ema", type=float, default=0.99, help="decay of the average of the network's weights")
-    add("--cache", type=int, default=0, help="predict this many items once and train the network on these; "
-        "0 predicts each batch")  # fmt: skip
+    add("--cache", type=int, default=0, help="items to predict once and to train the network on; 0 predicts each batch")
     add("--reward", help="MODULE:NAME, R(x0 [N, ...], c [N, ...]) -> [N], to add to the network's loss")
     add("--gamma", type=float, default=0.0, help="weight of the reward")
     add("--black-box", action="store_true", help="the reward has no gradient")
     add("--out", type=Path, default=Path("runs/omega"), help="folder for omega, its picture, the log, the checkpoint")
-    add("--every", type=int, default=200, help="so many updates make a row of the log and a checkpoint")
+    add("--every", type=int, default=200, help="updates between two rows of the log, and between two checkpoints")
     add("--log", choices=("csv", "jsonl"), default="csv")
-    add("--resume", action="store_true", help="go on from the checkpoint in the folder, to the bit")
+    add("--resume", action="store_true", help="continue from the checkpoint in the folder, with the same bits")
     add("--seed", type=int, default=0)
-    add("--device", choices=("cpu", "cuda"), help="by default a GPU, where there is one")
+    add("--device", choices=("cpu", "cuda"), help="by default a GPU, if there is one")
     add("--threads", type=int, help="threads of PyTorch and of the kernels")
-    add("--impl", choices=impls.NAMES, help="which implementation computes the loss; by default the first that can")
+    add("--impl", choices=impls.NAMES, help="implementation of the loss; by default the first that can compute it")
     args = parser.parse_args(arguments)
     for name in ("m", "steps", "batch", "every", "items", "hidden", "threads", "size", "classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -117,28 +131,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """The trainer's settings from the options. Raises ValueError, naming the option, for a number out of range."""
+    """Return the trainer's settings. Raise ValueError, naming the option, for a number out of range."""
     for name, (holds, expected) in NUMBERS.items():
         if not holds(value := getattr(args, name)):
             raise ValueError(f"--{name} is {value}, expected {expected}")
     if args.m < 2 and args.lam > 0:
         raise ValueError(f"--m is {args.m}, but with --lam above 0 particles repel each other: pass --m 2 or --lam 0")
     try:
-        return Settings(
-            args.batch, args.m, args.delta, args.zeta, args.s_min, args.lr, ema=args.ema, seed=args.seed,
-            cache=args.cache,
-        )  # fmt: skip
+        own = {name: getattr(args, name) for name in ("batch", "delta", "zeta", "s_min", "lr", "ema", "seed", "cache")}
+        return Settings(particles=args.m, **own)
     except ValueError as error:
         named = re.sub(r"^Settings: `(\w+)`", lambda found: "--" + found[1].replace("_", "-"), str(error))
         raise ValueError(named.replace("Settings: ", "")) from error
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command. Returns the exit status: 0; 2 for wrong options or inputs; 1 for NaN, or a file that cannot be
-    written."""
+    """Run the command. Return the exit status: 0; 1 for NaN, or a file that cannot be written; 2 for wrong options or
+    inputs."""
     args = parse(arguments)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # where the user's modules lie
+        sys.path.insert(0, str(Path.cwd()))  # the user's modules
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
@@ -149,9 +161,9 @@ def main(arguments: list[str]) -> int:
             with checkpoint.locked(args.out, "--out") if rank_and_size()[0] == 0 else nullcontext():
                 return run(args, settings, device)
     except BrokenPipeError:
-        raise  # `... learn | head`: lgd_kernels.__main__ ends in silence
+        raise  # `... learn | head`: lgd_kernels.__main__ ends without a message
     except (NotFinite, OSError) as error:
-        unnamed = isinstance(error, OSError) and error.filename is None  # a full disk, met in a file that was open
+        unnamed = isinstance(error, OSError) and error.filename is None  # a full disk, for an open file
         print(f"learn: {error}" + (f"; --out is {args.out}" if unnamed else ""), file=sys.stderr)
         return 1
     except (ValueError, TypeError, ImportError) as error:
@@ -160,7 +172,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, settings: Settings, device: torch.device) -> int:
-    """Prepare, learn, compare, save. Only the first process writes and prints."""
+    """Prepare, learn, compare and save. Only the first process writes and prints."""
     first, track = rank_and_size()[0] == 0, bars("learn")
     if first:
         _same_run(args)
@@ -182,24 +194,22 @@ def run(args: argparse.Namespace, settings: Settings, device: torch.device) -> i
         torch.manual_seed(args.seed)
         network = OmegaNetwork(frozen.schedule, classes, None if classes else c.shape[1], args.hidden).to(device)
         log = Csv(args.out / "log.csv") if args.log == "csv" else JsonLines(args.out / "log.jsonl")
-        trainer = Trainer(
-            network, frozen, learning, settings, loss=_rewarded(args, loss), held_out=held, folder=args.out,
-            every=args.every, logs=[log],
-        )  # fmt: skip
+        own: dict[str, Any] = {"held_out": held, "folder": args.out, "every": args.every, "logs": [log]}
+        trainer = Trainer(network, frozen, learning, settings, loss=_rewarded(args, loss), **own)
         if not trainer.resume() and args.resume:
             raise ValueError(f"--resume: there is no checkpoint in {args.out}")
         if trainer.step > args.steps:
             raise ValueError(f"--steps is {args.steps}, but {trainer.step} updates are done in {args.out}")
         trainer.train(args.steps, track)
-        batches, omega = trainer.batches, trainer.ema
+        batches = trainer.batches
     if not first:
         return 0
-    found = command_fits.fit(args, batches, classes, track)
-    omega = omega if args.omega == "network" else found[args.omega]
-    found = {"unguided": _unguided, **{name: found[name] for name in ("constant", "interval")}, args.omega: omega}
-    losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, found)
-    command_fits.save(args, found, frozen, losses, c.to(device), classes)
-    print(command_fits.told(args, found, losses))
+    fits = command_fits.fit(args, batches, classes, track)
+    learned = trainer.ema if args.omega == "network" else getattr(fits, args.omega)
+    omegas = {"unguided": _unguided, "constant": fits.constant, "interval": fits.interval, args.omega: learned}
+    losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, omegas)
+    command_fits.save(args, fits, learned, frozen, losses, c.to(device), classes)
+    print(command_fits.summary(args, fits, losses))
     print("\n".join(command_lines.lines(args, frozen, x0, classes, device.type)))
     return 0
 
@@ -223,7 +233,7 @@ def _same_run(args: argparse.Namespace) -> None:
 
 
 def _classes(args: argparse.Namespace, data: Data) -> int:
-    """How many labels there are."""
+    """Return the number of labels."""
     if isinstance(data, tuple):
         low, high = int(data[1].min()), int(data[1].max())
         if low < 0 or (args.classes is not None and high >= args.classes):
@@ -262,7 +272,7 @@ def _frozen(args: argparse.Namespace, c: Tensor, classes: int | None, device: to
 
 
 def _try(frozen: Frozen, x0: Tensor, c: Tensor) -> None:
-    """Ask the model once, so that a wrong one is named before anything else is."""
+    """Call the model once, so that an error names a wrong model first."""
     t = frozen.schedule.from_unit(torch.full((len(x0),), 0.5, device=x0.device))
     null = frozen.null_like(c)
     try:
@@ -277,10 +287,11 @@ def _try(frozen: Frozen, x0: Tensor, c: Tensor) -> None:
 
 
 def _compare_readings(frozen: Frozen, data: Data, count: int, device: torch.device) -> None:
-    """Warn if the model seems to return something other than --prediction."""
+    """Warn if the model seems to return another prediction than --prediction."""
     size = size_of(data)
     items = torch.linspace(0, size - 1, min(count, size), device="cpu", dtype=torch.float64).long()
-    found = readings.readings(frozen, *(one.to(device) for one in items_of(data, items)))
+    x0, c = items_of(data, items)
+    found = readings.readings(frozen, x0.to(device), c.to(device))
     best = readings.better(found, frozen.prediction)
     if best is not None:
         errors = f"{found[best].error:.3g} instead of {found[frozen.prediction].error:.3g}"
@@ -307,16 +318,16 @@ def _unguided(c: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _losses(parts: Iterable[Particles], loss: Loss, omegas: dict[str, command_fits.Omega]) -> dict[str, Tensor]:
-    """The loss of each held-out draw, `[N]`, for every omega: all see the same draws."""
+    """Return the loss of each held-out draw, `[N]`, for every omega, on the same draws."""
     found: dict[str, list[Tensor]] = {name: [] for name in omegas}
     for part in parts:
         for name, omega in omegas.items():
             found[name].append(loss(part, omega(part.c, part.s, part.t).float()).double().cpu())
-    losses = {name: torch.cat(losses) for name, losses in found.items()}
-    for name, loss in losses.items():
-        if bad := int((~loss.isfinite()).sum()):
+    losses = {name: torch.cat(each) for name, each in found.items()}
+    for name, each in losses.items():
+        if bad := int((~each.isfinite()).sum()):
             raise NotFinite(
-                f"the held-out loss of {name} is NaN or infinite in {bad} of {len(loss)} draws: look at the held-out "
+                f"the held-out loss of {name} is NaN or infinite in {bad} of {len(each)} draws: look at the held-out "
                 "data, and at what the model returns for them"
             )
     return losses

@@ -1,4 +1,4 @@
-"""The parts of the command after learning: the fits to compare with, the file, the picture, what is said."""
+"""Do the command's work after learning: fits to compare with, files, the picture, and the table it prints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +19,30 @@ from lgd_kernels.learn.particles import curve
 from lgd_kernels.learn.trainer import NotFinite
 from lgd_kernels.omega import plot
 from lgd_kernels.omega.files import save as save_omega
+from lgd_kernels.omega.forms import Constant, Interval
 from lgd_kernels.omega.table import OmegaTable
 from lgd_kernels.runtime import files_atomic
 from lgd_kernels.runtime.progress import Track
 from lgd_kernels.sampling.schedules import Schedule
 
 SMOOTH = (3.0, 10.0, 30.0, 100.0)
-EDGES = 21  # what the ends of an interval may be, in even steps of unit time
-Omega = nn.Module | OmegaTable
+EDGES = 21  # of the grid for the ends of an interval, even in unit time
+Learned = nn.Module | OmegaTable
+Omega = Learned | Callable[[Tensor, Tensor, Tensor], Tensor]  # (c [B], s [B], t [B]) -> [B]
 
 
-def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: Track) -> dict[str, Omega]:
-    """The best constant, the best interval and, where it was asked for, the best table: from one pass over the model.
+class Fits(NamedTuple):
+    """Hold what is fitted to the loss curves."""
 
-    A trainer's cache is that pass already.
+    constant: Constant
+    interval: Interval
+    table: OmegaTable | None
+
+
+def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: Track) -> Fits:
+    """Fit the best constant, the best interval and, for --omega table, the best table: one pass over the model.
+
+    A trainer's cache serves as that pass.
     """
     parts = [batches.cached] if batches.cached is not None else batches.parts(batches.data, args.items, args.seed)
     total = 1 if batches.cached is not None else math.ceil(args.items / args.batch)
@@ -46,19 +58,16 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
     schedule, of_loss = batches.frozen.schedule, {"beta": args.beta, "lam": args.lam}
     device = batches.device
     edges = schedule.from_unit(torch.linspace(0, 1, EDGES, device="cpu"))
-    found: dict[str, Omega] = {
-        "constant": fit_constant(curves, **of_loss).to(device),
-        "interval": fit_interval(curves, t, edges, **of_loss).to(device),
-    }
+    table = None
     if args.omega == "table":
         s_knots, t_knots = knots(schedule, args.knots)
-        table = fit_table(curves, c, s, t, s_knots, t_knots, conditions=classes, smooth=SMOOTH, **of_loss)
-        found["table"] = table.to(device)
-    return found
+        table = fit_table(curves, c, s, t, s_knots, t_knots, conditions=classes, smooth=SMOOTH, **of_loss).to(device)
+    constant, interval = fit_constant(curves, **of_loss), fit_interval(curves, t, edges, **of_loss)
+    return Fits(constant.to(device), interval.to(device), table)
 
 
 def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
-    """Of a table: even in unit time, s up to the last knot but one, t from the first but one."""
+    """Return a table's knots, even in unit time: without the last for s, and without the first for t."""
     times = schedule.from_unit(torch.linspace(0, 1, count + 1, device="cpu"))
     times = times if times.is_floating_point() else times.float()
     return times[:-1], times[1:]
@@ -66,36 +75,38 @@ def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
 
 def save(
     args: argparse.Namespace,
-    found: dict[str, Omega],
+    fits: Fits,
+    learned: Learned,
     frozen: Frozen,
     losses: dict[str, Tensor],
     c: Tensor,
     classes: int | None,
 ) -> None:
-    """omega.safetensors and what it is compared with, result.json and, where matplotlib is installed, omega.png."""
+    """Write omega.safetensors and the fits, result.json and, if matplotlib is installed, omega.png."""
     schedule = frozen.schedule
-    for name, omega in (("constant", found["constant"]), ("interval", found["interval"]), ("omega", found[args.omega])):
+    for name, omega in (("constant", fits.constant), ("interval", fits.interval), ("omega", learned)):
         save_omega(args.out / f"{name}.safetensors", omega, schedule, frozen.prediction)
-    result = {name: {"held_out": float(loss.mean()), "draws": len(loss)} for name, loss in losses.items()}
+    result: dict[str, dict] = {}
     for name, loss in losses.items():
+        result[name] = {"held_out": float(loss.mean()), "draws": len(loss)}
         if name != args.omega:
             mean, half = paired(losses[args.omega], loss)
             result[name]["learned_minus_this"] = {"mean": mean, "half_width": half}
     files_atomic.write(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is not None:
         conditions = c if classes is None else torch.arange(classes, device=c.device)
-        plot.draw(found[args.omega], conditions, schedule).savefig(args.out / "omega.png", dpi=120)
+        plot.draw(learned, conditions, schedule).savefig(args.out / "omega.png", dpi=120)
 
 
 def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The mean of a - b over items, and half the width of its 95 % interval (1.96 standard errors)."""
+    """Return the mean of a - b over items, and half the width of its 95 % interval (1.96 standard errors)."""
     difference = a - b
     error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
     return float(difference.mean()), 1.96 * error
 
 
-def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Tensor]) -> str:
-    """The table of held-out losses, and where the files are."""
+def summary(args: argparse.Namespace, fits: Fits, losses: dict[str, Tensor]) -> str:
+    """Return the table of held-out losses, and the paths of the files."""
     learned = losses[args.omega]
     lines = [
         f"held-out loss, {len(learned)} draws, the same for all (95 % intervals over these draws):",
@@ -106,8 +117,8 @@ def told(args: argparse.Namespace, found: dict[str, Omega], losses: dict[str, Te
         mean, half = paired(learned, loss)
         difference = "" if name == args.omega else f"{mean:+.6g} [{mean - half:+.6g}, {mean + half:+.6g}]"
         lines.append(f"{name:10} {float(loss.mean()):12.6g}   {difference}".rstrip())
-    constant = found["constant"].omega.item()
-    weight, low, high = (getattr(found["interval"], name).item() for name in ("omega", "low", "high"))
+    constant = fits.constant.omega.item()
+    weight, low, high = (getattr(fits.interval, name).item() for name in ("omega", "low", "high"))
     lines += [
         "",
         f"best constant {constant:.4g}; best interval {weight:.4g} on ({low:.4g}, {high:.4g}], times of the schedule",

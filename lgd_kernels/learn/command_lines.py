@@ -1,28 +1,28 @@
-"""The lines of Python that the command prints last: they sample the model with the learned omega."""
+"""Write the lines of Python that the command prints last: they sample the model with the learned omega."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import re
 
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels.learn import sources
 from lgd_kernels.learn.frozen import Frozen
 
 STEPS = 20
 
 
 def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | None, device: str) -> list[str]:
-    """Lines without empty lines or blocks, so that they can be pasted. They import the model's module; for embeddings
-    they load the data.
+    """Return lines without empty lines or blocks, ready to paste. The lines import the model's module and, for
+    embeddings, load the data.
 
     Args:
         x0: items `[N, ...]`, for their shape and dtype.
-        classes: how many labels there are, or None for embeddings.
-        device: where the model is.
+        classes: the number of labels, or None for embeddings.
+        device: of the model.
     """
     count = 256 if math.prod(x0.shape[1:]) <= 4096 else 16  # embeddings may be fewer
     there = "" if device == "cpu" else f', device="{device}"'
@@ -65,17 +65,17 @@ def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | N
 
 
 def _expression(text: str) -> tuple[str, str]:
-    """(the module, the object as Python writes it) of module:name, module:name() or module:name(text).
+    """Return the module, and the object as Python code, of module:name, module:name() or module:name(text).
 
     >>> _expression("my_model:make(some file.pt)")
     ('my_model', 'my_model.make("some file.pt")')
     """
-    module, name, argument = re.fullmatch(r"([\w.]+):([\w.]+)(?:\((.*)\))?", text, re.DOTALL).groups()
+    module, name, argument = sources.parsed(text, "--model")
     called = "" if argument is None else f"({json.dumps(argument) if argument else ''})"
     return module, f"{module}.{name}{called}"
 
 
 def _start(args: argparse.Namespace, frozen: Frozen) -> float:
-    """The unit time to start at: pure noise, unless an eps prediction at signal 0 rules that out."""
+    """Return the unit time to start at: 1, pure noise, unless the prediction is eps and the signal is 0 there."""
     signal, _ = frozen.schedule.signal_noise(frozen.schedule.from_unit(torch.ones(1, device="cpu")))
     return 1 - (args.zeta or 0.01) if frozen.prediction == "eps" and float(signal) == 0 else 1

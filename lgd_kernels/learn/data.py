@@ -1,17 +1,20 @@
-"""Clean pairs (x0, c) to learn from: two tensors, or a dataset of pairs."""
+"""Read clean pairs (x0, c) to learn from: two tensors, or a dataset of pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-Data = tuple[Tensor, Tensor] | Dataset | Sequence  # (x0 [N, ...], c [N, ...]), or N pairs (x0 [...], c)
+Pair = tuple[Tensor, Tensor]  # (x0 [N, ...], c [N, ...])
+Pairs = Dataset | Sequence  # N pairs (x0 [...], c)
+Data = Pair | Pairs
 
 
 def size_of(data: Data) -> int:
-    """How many pairs.
+    """Return the number of pairs.
 
     >>> import torch
     >>> size_of((torch.zeros(5, 2), torch.zeros(5)))
@@ -33,16 +36,18 @@ def size_of(data: Data) -> int:
 
 
 def items_of(data: Data, items: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0 [B, ...], c [B, ...]) of the items, int64 `[B]`. A dataset's `__getitems__` is used where it has one.
+    """Return (x0 [B, ...], c [B, ...]) of the items, int64 `[B]`, by `__getitems__` if the dataset has this method.
 
     >>> import torch
     >>> items_of([(torch.zeros(2), 7), (torch.ones(2), 8)], torch.tensor([1]))
     (tensor([[1., 1.]]), tensor([8]))
     """
     if _tensors(data):
-        return tuple(one[items.to(one.device)] for one in data)
+        x0, c = (one[items.to(one.device)] for one in data)
+        return x0, c
     index = items.tolist()
-    pairs = data.__getitems__(index) if hasattr(data, "__getitems__") else [data[i] for i in index]
+    several = getattr(data, "__getitems__", None)
+    pairs = several(index) if several else [data[i] for i in index]
     bad = next((pair for pair in pairs if not isinstance(pair, (tuple, list)) or len(pair) != 2), None)
     if bad is not None:
         said = f"{type(bad).__name__} of {len(bad)}" if isinstance(bad, (tuple, list)) else type(bad).__name__
@@ -54,5 +59,5 @@ def items_of(data: Data, items: Tensor) -> tuple[Tensor, Tensor]:
     return x0, c
 
 
-def _tensors(data: Data) -> bool:
+def _tensors(data: Data) -> TypeGuard[Pair]:
     return isinstance(data, tuple) and len(data) == 2 and all(isinstance(one, Tensor) for one in data)

@@ -1,4 +1,4 @@
-"""Several processes, each with its part of every batch. Noise is drawn by position, so the parts make up the whole."""
+"""Split batches over processes. Noise is drawn by position, so the parts add up to the whole batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def process_group(backend: str | None = None) -> Iterator[torch.device]:
             Trainer(omega.to(device), ...).train(10_000)
 
     Args:
-        backend: "nccl" or "gloo"; by default nccl where there is a GPU.
+        backend: "nccl" or "gloo"; by default nccl if there is a GPU.
 
-    Gives the device of this process: its own GPU, or the CPU.
+    Yields the device of this process: its own GPU, or the CPU.
 
     >>> with process_group() as device:
     ...     rank_and_size()
@@ -41,14 +41,14 @@ def process_group(backend: str | None = None) -> Iterator[torch.device]:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Of this process; (0, 1) alone."""
+    """Return the rank of this process and the number of processes; (0, 1) for a single process."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def part_of(batch: int) -> slice:
-    """This process's items of a batch; sizes differ by one where it does not divide.
+    """Return this process's items of a batch; the sizes of the parts differ by at most one.
 
     >>> part_of(256)
     slice(0, 256, None)
@@ -58,7 +58,7 @@ def part_of(batch: int) -> slice:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module with gradients averaged over processes; alone, the module itself."""
+    """Return the module with gradients averaged over processes; in a single process, the module itself."""
     if rank_and_size()[1] == 1:
         return module
     device = next(module.parameters()).device
@@ -66,7 +66,7 @@ def parallel(module: nn.Module) -> nn.Module:
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all processes, of one number."""
+    """Return the sum of one number over all processes."""
     if rank_and_size()[1] > 1:
         distributed.all_reduce(value)
     return value

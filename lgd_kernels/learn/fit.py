@@ -1,7 +1,7 @@
-"""omega without a network: the exact minimum of the loss, from what one pass over the data has left.
+"""Fit omega without a network: the exact minimum of the loss, from the sums of one pass over the data.
 
-The loss of an item is known for every omega once `guided_energy_curve` has seen it, and cond and uncond do not depend
-on omega. So one pass over the model serves all three fits here, every beta and lam, and costs no training.
+`guided_energy_curve` gives the loss of an item at every omega, and cond and uncond do not depend on omega. So one pass
+over the model serves all three fits, every beta and every lam, without training.
 
     curves, at = [], []
     for batch in batches:                                             # one pass over the model
@@ -9,7 +9,7 @@ on omega. So one pass over the model serves all three fits here, every beta and 
         at.append((c, s, t))
     table = fit_table(curves, *(torch.cat(part) for part in zip(*at)), s_knots, t_knots)
 
-Everything is worked out on the CPU in float64, in a fixed order: same inputs, same bits, on any number of threads.
+All fits run on the CPU in float64, in a fixed order: same inputs, same bits, on any number of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lgd_kernels.runtime import checks
 from lgd_kernels.runtime.levels import OmegaLookup, omega_at, table_cells
 
 FOLDS = 5  # one item in so many is held out to choose `smooth`
-SLACK = 0.03  # how stiff neighbours are, where three in a row are 1: what has no items is level in the end
+SLACK = 0.03  # stiffness between two neighbours, with 1 for three in a row: values without items become level
 
 
 def fit_table(
@@ -48,18 +48,18 @@ def fit_table(
     lam: float = 1.0,
     unbiased: bool = True,
 ) -> OmegaTable:
-    """The table whose bilinear omega(c, s, t) has the least loss over all items, as exactly as numbers allow.
+    """Fit the table whose bilinear omega(c, s, t) has the least loss over all items, to rounding.
 
         minimise  sum_i L_i(omega(c_i, s_i, t_i))  +  h / 2 (smooth bending(V - P)  +  shared sum (V - P)^2)
         bending(V) = sum over three knots in a row (V - 2 V' + V'')^2  +  .03 sum over neighbours (V - V')^2
 
-    over the values V in the bracket, for each condition. P is the same for all items as if of one condition, with
-    nothing to lean on but its own bending(P): conditions share what they have in common, and one table of a single
-    condition is P. An item pulls at the four values that a step at its (s, t) reads, by their bilinear weights, so a
-    value is the minimum pooled over the cells around it. h is the mean second derivative of an item's loss where the
-    descent starts: **smooth and shared count items**. A value around which many more items lie follows them; with few,
-    it goes on as its neighbours do, and as the other conditions. A condition without items is P. Knots with s >= t hold
-    what a lookup would read there.
+    over the values V in the bracket, for each condition. P is the table of all items as if of one condition, with
+    bending(P) alone: conditions share what they have in common, and the table of a single condition is P. An item acts
+    on the four values that a step at its (s, t) reads, by their bilinear weights, so a value is the minimum pooled over
+    the cells around it. h is the mean second derivative of an item's loss where the descent starts, so **smooth and
+    shared count items**. A value with many more items around it follows them; one with few items continues its
+    neighbours and the other conditions. A condition without items is P. Knots with s >= t hold what a lookup reads
+    there.
 
     Args:
         curves: of `guided_energy_curve`, one or several, with N items together. A single item's minimum means little
@@ -67,15 +67,15 @@ def fit_table(
         c: `[N]` integers, or None for a table of one condition. s, t: `[N]`, times of the schedule.
         s_knots, t_knots: as in `OmegaTable`.
         conditions: C; by default the largest c + 1.
-        smooth: a number >= 0, or several, of which the one is taken whose fit to four fifths of the items has the least
-            loss on every fifth. The default is ours.
-        shared: a number >= 0; 0 lets conditions know nothing of each other. The default is ours.
-        bracket: where values may lie, 0 <= low < high.
+        smooth: a number >= 0, or several: then the one whose fit to four fifths of the items has the least loss on
+            every fifth item. The default is ours.
+        shared: a number >= 0; with 0, conditions are independent. The default is ours.
+        bracket: of the values, 0 <= low < high.
         beta, lam, unbiased: of the loss.
 
-    Returns an `OmegaTable`, its values in the dtype of the knots. Newton's method with Levenberg's damping and bounds,
-    from the best constant, and then from P: no step raises the objective. Raises ValueError or TypeError, naming the
-    argument.
+    Returns an `OmegaTable`, its values in the dtype of the knots. The method is Newton's with Levenberg's damping and
+    bounds, from the best constant, and then from P: no step raises the objective. Raises ValueError or TypeError,
+    naming the argument.
 
     >>> import torch, lgd_kernels as lgd
     >>> s, t = torch.rand(400) * 0.5, 0.5 + torch.rand(400) * 0.5
@@ -108,7 +108,7 @@ def fit_table(
     empty = OmegaTable(torch.zeros(shape, dtype=s_knots.dtype, device="cpu"), s_knots, t_knots)
     cells, weights, _ = table_cells(empty.at(c.cpu(), s.cpu(), t.cpu()), torch.float64)
     problem = Problem(curve, c.cpu().long(), cells % (shape[1] * shape[2]), weights, bracket, options)
-    held = _held_steps(s_knots, t_knots)
+    held = s_knots[:, None] < t_knots
     springs = _springs(held)
 
     def fitted(to: Problem, stiffness: float) -> Tensor:
@@ -127,9 +127,7 @@ def fit_table(
     axes = (torch.arange(size, device="cpu") for size in shape)
     i, j, k = (index.flatten() for index in torch.meshgrid(*axes, indexing="ij"))
     read = omega_at(OmegaLookup(values, s_knots, t_knots, i, s_knots[j], t_knots[k]), values)
-    return OmegaTable(
-        read.view(shape).to(s_knots.dtype), s_knots, t_knots
-    )  # the value of each knot is what a lookup reads there
+    return OmegaTable(read.view(shape).to(s_knots.dtype), s_knots, t_knots)  # each value is what a lookup reads there
 
 
 def fit_constant(
@@ -140,9 +138,9 @@ def fit_constant(
     lam: float = 1.0,
     unbiased: bool = True,
 ) -> Constant:
-    """The one omega with the least loss over all items: the best of 33 in the bracket, refined.
+    """Fit the one omega with the least loss over all items: the best of 33 in the bracket, refined.
 
-    Args and errors: as in `fit_table`, which fits one for each condition if it is given a single knot for s and for t.
+    Args and errors: as in `fit_table`, which with a single knot for s and for t fits one for each condition.
 
     >>> import torch, lgd_kernels as lgd
     >>> levels = lgd.RectifiedFlow().levels(torch.ones(2), torch.zeros(2))
@@ -167,14 +165,15 @@ def fit_interval(
     lam: float = 1.0,
     unbiased: bool = True,
 ) -> Interval:
-    """The limited interval with the least loss over all items: omega where low < t <= high, 0 elsewhere.
+    """Fit the limited interval with the least loss over all items: omega where low < t <= high, 0 elsewhere.
 
-    Every pair low < high of the edges is looked at, each with its own best omega of 33 in the bracket, improved by the
-    parabola through the least three; the weight of the best pair is refined. The items are summed between edges once.
+    The search covers every pair low < high of the edges, each with its own best omega of 33 in the bracket, improved by
+    the parabola through the least three; then it refines the weight of the best pair. One pass sums the items between
+    edges.
 
     Args:
         t: `[N]`, times of the schedule, as the items have them.
-        edges: `[E]`, times of the schedule, increasing: what low and high may be. (0, ..., 1] of rectified flow
+        edges: `[E]`, increasing times of the schedule, the candidates for low and high. (0, ..., 1] of rectified flow
             contains the constants.
         bracket, beta, lam, unbiased: as in `fit_table`, with its errors.
 
@@ -211,8 +210,8 @@ def fit_interval(
 
 
 def _parabola(losses: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """The least loss and where, `[P]` each, of losses `[P, K]` on an even grid: the vertex of the parabola through the
-    least and its neighbours, or an end of the grid."""
+    """Return the least loss and its omega, `[P]` each, of losses `[P, K]` on an even grid: the vertex of the parabola
+    through the least and its neighbours, or an end of the grid."""
     at = losses.argmin(1, keepdim=True)
     inner = at.clamp(1, len(grid) - 2)
     a, b, c = (losses.gather(1, inner + shift)[:, 0] for shift in (-1, 0, 1))
@@ -226,7 +225,7 @@ def _parabola(losses: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _springs(held: Tensor) -> Tensor:
-    """`[n, n]`: bending(V) as V @ springs @ V, of knots in a row, in s or in t, which all hold steps."""
+    """Return springs `[n, n]` with bending(V) = V @ springs @ V, over knots in a row that all hold steps."""
     n = held.numel()
     index = torch.arange(n, device="cpu").view(held.shape)
     springs = torch.zeros(n, n, dtype=torch.float64, device="cpu")
@@ -239,10 +238,6 @@ def _springs(held: Tensor) -> Tensor:
                 stretch = torch.full((len(rows),), stiff * first * second, dtype=torch.float64, device="cpu")
                 springs.index_put_((rows[:, a], rows[:, b]), stretch, accumulate=True)
     return springs
-
-
-def _held_steps(s_knots: Tensor, t_knots: Tensor) -> Tensor:
-    return s_knots[:, None] < t_knots[None, :]
 
 
 def _like_items(where: str, name: str, tensor: Tensor, curve: EnergyCurve) -> None:

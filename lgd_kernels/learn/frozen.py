@@ -1,4 +1,4 @@
-"""A frozen denoiser, asked with the condition and without it in one forward."""
+"""Call a frozen denoiser with the condition and without it in one forward pass."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from lgd_kernels.runtime.levels import Prediction
 from lgd_kernels.sampling.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, ...], t [N], condition [N, ...]) -> prediction [N, ...]
+Null = int | Tensor | Callable[[Tensor], Tensor]  # an index, an embedding, or c [N, ...] -> null conditions [N, ...]
 
 
 class Frozen:
-    """Your denoiser, with what is needed to guide it. It is only ever called, without grad, and never changed.
+    """Hold your denoiser and what is needed to guide it. The denoiser is called under no_grad and never changed.
 
     Args:
         denoiser: any callable `(x [N, ...], t [N], condition [N, ...]) -> [N, ...]`; t are times of the schedule. A
-            module has to be in evaluation mode: with dropout the same x would be predicted differently twice.
-        schedule: what its times mean.
-        prediction: what it returns: "x0", "eps", "v" or "flow" (docs/math.md).
-        null: the condition that means "none": the index of the null class, an embedding like one row of c, or a
-            function that makes null conditions like a batch c.
+            module has to be in evaluation mode: with dropout, two predictions of the same x would differ.
+        schedule: of its times.
+        prediction: of the denoiser: "x0", "eps", "v" or "flow" (docs/math.md).
+        null: the condition that means "none": the index of the null class, an embedding shaped like one row of c, or a
+            function from a batch c to null conditions.
 
     Raises TypeError or ValueError, naming the argument.
 
@@ -40,7 +41,7 @@ class Frozen:
         denoiser: Denoiser,
         schedule: Schedule,
         prediction: Prediction = "x0",
-        null: int | Tensor | Callable[[Tensor], Tensor] | None = None,
+        null: Null | None = None,
     ) -> None:
         if not callable(denoiser):
             raise TypeError(f"Frozen: `denoiser` is a {type(denoiser).__name__}, expected a callable (x, t, condition)")
@@ -60,7 +61,7 @@ class Frozen:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """(cond, uncond), each shaped like x, in one batched forward.
+        """Return (cond, uncond), each shaped like x, from one batched forward pass.
 
         Args:
             x: `[N, ...]`.
@@ -82,7 +83,7 @@ class Frozen:
         return cond, uncond
 
     def null_like(self, c: Tensor) -> Tensor:
-        """Null conditions for the batch c, of its shape, dtype and device."""
+        """Return null conditions for the batch c, in its shape and dtype and on its device."""
         if isinstance(self.null, int):
             if c.is_floating_point():
                 raise TypeError(

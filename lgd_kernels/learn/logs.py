@@ -1,4 +1,4 @@
-"""Where rows of figures go: CSV, JSON lines, TensorBoard, or any function that takes a dict."""
+"""Log rows of figures: as CSV, JSON lines, to TensorBoard, or by any function that takes a dict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = dict[str, float]  # "step" is an int, the rest figures
 
 
 class JsonLines:
-    """One JSON object a line, appended. A run that resumes at step n first drops the rows after n.
+    """Append one JSON object a line. A run that resumes at step n first drops the rows after n.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.jsonl"
@@ -33,7 +33,7 @@ class JsonLines:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Keep the rows up to a step; a line that was cut off is dropped too."""
+        """Keep the rows up to a step, and drop a line that is incomplete."""
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
@@ -42,7 +42,7 @@ class JsonLines:
 
 
 class Csv:
-    """A table with the columns of the first row; likewise appended and rewound.
+    """Append rows to a table with the columns of the first row. A run that resumes first drops the rows after its step.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.csv"
@@ -73,24 +73,23 @@ class Csv:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, which has to be installed (`pip install tensorboard`)."""
+    """Write scalars for TensorBoard, which has to be installed (`pip install tensorboard`)."""
 
     def __init__(self, folder: Path | str) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(f"TensorBoard: {error}; pip install tensorboard, or log to JsonLines or Csv") from error
-        self.folder, self.writer = str(folder), SummaryWriter
+        self.folder, self.open = str(folder), SummaryWriter
+        self.writer: SummaryWriter | None = None
 
     def __call__(self, row: Row) -> None:
-        if isinstance(self.writer, type):
-            self.writer = self.writer(self.folder)
+        self.writer = self.writer or self.open(self.folder)
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, row["step"])
         self.writer.flush()
 
     def rewind(self, step: int) -> None:
-        """TensorBoard hides what a purge step follows."""
-        if isinstance(self.writer, type):
-            self.writer = self.writer(self.folder, purge_step=step + 1)
+        """Start a new file with a purge step: TensorBoard hides the rows after it."""
+        self.writer = self.writer or self.open(self.folder, purge_step=step + 1)

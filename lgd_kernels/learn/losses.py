@@ -1,10 +1,12 @@
-"""What omega is learned by: losses of particles at given weights, each one pass over memory. Source: arXiv 2510.00815.
+"""Compute losses of omega on particles, each in one pass over memory. Source: arXiv 2510.00815.
 
 All take `Particles` and omega as the kernels do: a float, `[B]`, or a looked-up table. They return one value for each
-item, `[B]` float32 (float64 where data are), and are differentiable in omega any number of times.
+item, `[B]` float32 (float64 for float64 data), and are differentiable in omega any number of times.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +29,19 @@ def self_consistency_loss(
     unbiased: bool = True,
     impl: Impl | None = None,
 ) -> Tensor:
-    """The paper's loss: the energy of m guided particles against k targets, `signal_s x0 + noise_s z` each.
+    """Compute the paper's loss: the energy of m guided particles against k targets, `signal_s x0 + noise_s z` each.
 
         L_i = 1/(m k) sum_jk ||x_s^j - y^k||^beta  -  lam/2 * 1/(m (m-1)) sum_{j != l} ||x_s^j - x_s^l||^beta
 
-    `guided_energy` takes the step, draws its noise and the targets, and measures. Without the term between targets,
-    which does not depend on omega: L may be negative, and only differences mean something.
+    `guided_energy` draws the noise and the targets, takes the step and computes the energy. The term between targets
+    does not depend on omega and is left out: L may be negative, and only its differences have a meaning.
 
     Args:
         particles: of `draw`.
         omega: one weight for each item.
         beta, lam, unbiased, impl: as in `guided_energy`; 1.75 and 1 are the paper's.
         churn: of the step, in [0, 1]; 1 is the paper's in training.
-        targets: k; as many as particles by default.
+        targets: k; by default the number of particles.
 
     >>> import torch, lgd_kernels as lgd
     >>> from lgd_kernels.learn.particles import draw
@@ -51,21 +53,17 @@ def self_consistency_loss(
     (tensor([2.]), tensor([0.]))
     """
     target = Renoise(particles.x0, particles.x_t.shape[1] if targets is None else targets, particles.seed)
-    return guided_energy(
-        particles.x_t, particles.cond, particles.uncond, omega, particles.levels, target,
-        prediction=particles.prediction, churn=churn, seed=particles.seed, first_sample=particles.first_sample,
-        beta=beta, lam=lam, unbiased=unbiased, impl=impl,
-    )  # fmt: skip
+    return _energy(particles, omega, target, churn=churn, beta=beta, lam=lam, unbiased=unbiased, impl=impl)
 
 
 def l2_loss(
     particles: Particles, omega: float | Tensor | OmegaLookup, *, churn: float = 1.0, impl: Impl | None = None
 ) -> Tensor:
-    """The least-squares variant, beta = 2 and lam = 0, with the targets' noise integrated out.
+    """Compute the least-squares variant, beta = 2 and lam = 0, with the targets' noise integrated out.
 
         L_i = 1/m sum_j ||x_s^j - signal_s x0||^2 + noise_s^2 D
 
-    It is biased: nothing asks the particles to be spread as the data are, and even an exact denoiser is guided, with
+    This loss is biased: no term makes the particles spread as the data do, and even an exact denoiser is guided, with
     omega = signal_t A / B on average, A and B the step's factors of x_t and of the prediction (docs/math.md).
 
     >>> import torch, lgd_kernels as lgd
@@ -76,22 +74,17 @@ def l2_loss(
     >>> l2_loss(drawn, 0.5)  # (3 - 1.5)^2
     tensor([2.2500])
     """
-    return guided_energy(
-        particles.x_t, particles.cond, particles.uncond, omega, particles.levels, Expected(particles.x0),
-        prediction=particles.prediction, churn=churn, seed=particles.seed, first_sample=particles.first_sample,
-        beta=2.0, lam=0.0, impl=impl,
-    )  # fmt: skip
+    return _energy(particles, omega, Expected(particles.x0), churn=churn, beta=2.0, lam=0.0, impl=impl)
 
 
 def guided_score_matching_loss(
     particles: Particles, omega: float | Tensor | OmegaLookup, *, impl: Impl | None = None
 ) -> Tensor:
-    """For study, **not to train with**: how far the guided prediction is from the data, `1/m sum_j ||x0 - g^j||^2`.
+    """Compute the squared error of the guided prediction, `1/m sum_j ||x0 - g^j||^2`: for study, **not to train with**.
 
-    g is the guided prediction in x0 space. It compares means at one time and never asks what samples look like: it has
-    its least at `E <x0 - cond, cond - uncond> / E ||cond - uncond||^2`, whatever s, and degenerates to 0 for a denoiser
-    that is the conditional mean, however its samples differ from the data after a step (docs/math.md; the paper's
-    appendix C.1).
+    g is the guided prediction in x0 space. This loss compares means at one time, and not the law of samples: its least
+    is at `E <x0 - cond, cond - uncond> / E ||cond - uncond||^2` for every s, and that is 0 for a denoiser that is the
+    conditional mean, however its samples differ from the data after a step (docs/math.md; the paper's appendix C.1).
 
     >>> import torch, lgd_kernels as lgd
     >>> from lgd_kernels.learn.particles import draw
@@ -101,13 +94,15 @@ def guided_score_matching_loss(
     >>> guided_score_matching_loss(drawn, 0.5)  # (3 - 1.5)^2
     tensor([2.2500])
     """
-    return guided_energy(
-        particles.x_t, particles.cond, particles.uncond, omega, to_data(particles.levels), Expected(particles.x0),
-        prediction=particles.prediction, beta=2.0, lam=0.0, impl=impl,
-    )  # fmt: skip
+    particles = particles._replace(levels=to_data(particles.levels))
+    return _energy(particles, omega, Expected(particles.x0), churn=0.0, beta=2.0, lam=0.0, impl=impl)
 
 
 def to_data(levels: Levels) -> Levels:
-    """Of the step from t all the way to the data, whose result is the guided prediction in x0 space."""
+    """Return the levels of the step from t to the data, whose result is the guided prediction in x0 space."""
     one = torch.ones_like(levels.noise_t)
     return Levels(levels.signal_t, levels.noise_t, one, torch.zeros_like(one), levels.noise_t)
+
+
+def _energy(p: Particles, omega: float | Tensor | OmegaLookup, target: Renoise | Expected, **options: Any) -> Tensor:
+    return guided_energy(p.x_t, p.cond, p.uncond, omega, p.levels, target, **p.options(), **options)

@@ -1,6 +1,8 @@
-"""The marginal objective: particles of many items are pooled before they are compared, guided_step then energy_mmd."""
+"""Compute the marginal objective: the energy of particles pooled over many items, by guided_step and energy_mmd."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -29,32 +31,33 @@ def marginal_loss(
     process_group: distributed.ProcessGroup | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """The energy between all guided particles of a group of items and all of their targets, one value for each group.
+    """Compute the energy of all guided particles of a group of items against all of their targets, for each group.
 
         L_g = E ||x_s - y||^beta  -  lam/2 E ||x_s - x_s'||^beta        x_s, x_s' from any items of the group, y too
 
-    Where items share condition and times, their x_s are samples of the guided model's law at s given the condition, and
-    their targets `signal_s x0 + noise_s z` of the data's: L_g is half their energy distance but for the term between
-    targets, which does not depend on omega. `self_consistency_loss` compares with one x0 at a time, and averages; this
-    asks less of the particles, and its gradient varies more. With each item a group of its own it is the same loss.
+    If the items of a group share condition and times, their x_s are samples of the guided model's law at s given the
+    condition, and their targets `signal_s x0 + noise_s z` are samples of the data's law: L_g is half the energy
+    distance of the two, without the term between targets, which does not depend on omega. `self_consistency_loss`
+    compares with one x0 at a time and averages; the marginal loss is a weaker condition with a noisier gradient. With
+    one item in each group both are the same.
 
     Args:
-        particles: of `draw`; their noise, and that of the targets, is the one of `self_consistency_loss`.
+        particles: of `draw`; the noise of step and targets is that of `self_consistency_loss`.
         omega: one weight for each item.
-        group: int64 `[B]`, the group of each item, from 0 on without gaps; None makes one group of all. Its sizes are
-            read: on a GPU the call waits for them.
+        group: int64 `[B]`, the group of each item, from 0 on without gaps; None makes one group of all. The call reads
+            the sizes of the groups: a device sync on a GPU.
         beta, lam, unbiased: as in `energy_mmd`.
         churn: of the step, in [0, 1]; 1 is the paper's in training.
-        targets: k of each item; as many as particles by default.
-        process_group: of processes that hold a part of the items each, drawn with `first_sample`, and `group` counted
-            over all: L is that of all items, and `backward` gives its gradient to this process's own.
+        targets: k of each item; by default the number of particles.
+        process_group: of processes that each hold a part of the items, drawn with `first_sample`; `group` counts over
+            all processes. L is that of all items, and `backward` gives its gradient to this process's items.
         impl: "triton", "cpu" or "reference"; None chooses.
 
-    Returns `[G]`, float32 (float64 where data are), differentiable in omega: any number of times, with a process group
-    once. Groups of unequal sizes are filled up to the largest with samples of weight 0, which cost time and memory.
+    Returns `[G]`, float32 (float64 for float64 data), differentiable in omega: any number of times; with a process
+    group, once. Groups of unequal sizes are padded to the largest with samples of weight 0, which cost time and memory.
 
-    Raises TypeError or ValueError, naming the argument. With a process group an error of one process leaves the others
-    waiting until the group's timeout.
+    Raises TypeError or ValueError, naming the argument. With a process group, after an error in one process the others
+    wait until the group's timeout.
 
     Source: arXiv 2510.00815, Eq. 9, before it is conditioned on x0.
 
@@ -76,24 +79,22 @@ def marginal_loss(
     if lam > 0 and unbiased and min(sizes) * m < 2:
         raise ValueError(f"{OP}: a group has one particle, which has no partner; draw two or more, or unbiased=False")
     x_s, y = _guided(particles, omega, churn, impl), _targets(particles, k)
+    x_weights = y_weights = None
     if process_group is None and len(set(sizes)) == 1:
         if group is not None:
             order = torch.argsort(group, stable=True)
             x_s, y = x_s[order], y[order]
-        x_s, y, weights = (*(one.reshape(len(sizes), -1, *one.shape[2:]) for one in (x_s, y)), {})
-    elif len(sizes) == 1:
-        x_s, y, weights = (*(one.flatten(0, 1)[None] for one in (x_s, y)), {})
+        x_s, y = (one.reshape(len(sizes), -1, *one.shape[2:]) for one in (x_s, y))
+    elif group is None or len(sizes) == 1:
+        x_s, y = (one.flatten(0, 1)[None] for one in (x_s, y))
     else:
-        x_s, y, *filled = _filled_up(group, len(sizes), x_s, y)
-        weights = dict(zip(("x_weights", "y_weights"), filled, strict=True))
-    return energy_mmd(
-        x_s, y, beta=beta, lam=lam, unbiased=unbiased, target_term=False, batched=True, group=process_group, impl=impl,
-        **weights,
-    )  # fmt: skip
+        x_s, y, x_weights, y_weights = _padded(group, len(sizes), x_s, y)
+    options: dict[str, Any] = {"beta": beta, "lam": lam, "unbiased": unbiased, "group": process_group, "impl": impl}
+    return energy_mmd(x_s, y, x_weights=x_weights, y_weights=y_weights, target_term=False, batched=True, **options)
 
 
 def _guided(particles: Particles, omega: float | Tensor | OmegaLookup, churn: float, impl: Impl | None) -> Tensor:
-    """x_s `[B, m, ...]`, not rounded to a half."""
+    """Return x_s `[B, m, ...]` in the arithmetic dtype."""
     x_t, m = particles.x_t, particles.x_t.shape[1]
     levels = Levels(*(level.repeat_interleave(m) for level in particles.levels))
     if isinstance(omega, OmegaLookup):
@@ -102,25 +103,24 @@ def _guided(particles: Particles, omega: float | Tensor | OmegaLookup, churn: fl
         checks.per_sample(OP, "omega", omega, "particles.x0", particles.x0)
         omega = omega.repeat_interleave(m)
     x, cond, uncond = (data.flatten(0, 1) for data in (x_t, particles.cond, particles.uncond))
-    noise = {"seed": particles.seed, "first_sample": particles.first_sample * m}
-    if isinstance(particles.seed, Tensor) and particles.seed.ndim:
-        noise = {"noise": _noise(particles, m, STREAM_STEP)}
-    x_s = guided_step(
-        x.to(arithmetic_dtype(x)), cond, uncond, omega, levels, prediction=particles.prediction, churn=churn, impl=impl,
-        **noise,
-    )  # fmt: skip
+    options: dict[str, Any] = {"prediction": particles.prediction, "churn": churn, "impl": impl}
+    if isinstance(particles.seed, Tensor) and particles.seed.ndim:  # a seed for each item, not for each particle
+        options |= {"noise": _noise(particles, m, STREAM_STEP)}
+    else:
+        options |= {"seed": particles.seed, "first_sample": particles.first_sample * m}
+    x_s = guided_step(x.to(arithmetic_dtype(x)), cond, uncond, omega, levels, **options)
     return x_s.view(x_t.shape)
 
 
 def _targets(particles: Particles, k: int) -> Tensor:
-    """y `[B, k, ...]`, in the dtype of the particles."""
+    """Return the targets `[B, k, ...]` in the arithmetic dtype."""
     x0, levels = particles.x0, particles.levels
     z = _noise(particles, k, STREAM_TARGETS).to(arithmetic_dtype(x0)).view(len(x0), k, *x0.shape[1:])
     return per_sample(levels.signal_s.to(z.dtype), z) * x0[:, None] + per_sample(levels.noise_s.to(z.dtype), z) * z
 
 
 def _noise(particles: Particles, count: int, stream: int) -> Tensor:
-    """That of `guided_energy`: so many for each item, `[B count, ...]`."""
+    """Return the noise of `guided_energy`, `count` for each item, `[B count, ...]`."""
     seed, x0 = particles.seed, particles.x0
     shape = (len(x0) * count, *x0.shape[1:])
     if isinstance(seed, Tensor) and seed.ndim:
@@ -128,8 +128,10 @@ def _noise(particles: Particles, count: int, stream: int) -> Tensor:
     return philox_normal(shape, seed, stream=stream, first_sample=particles.first_sample * count, device=x0.device)
 
 
-def _sizes(group: Tensor | None, batch: int, device: torch.device, process_group) -> list[int]:
-    """Items of each group, over all processes."""
+def _sizes(
+    group: Tensor | None, batch: int, device: torch.device, process_group: distributed.ProcessGroup | None
+) -> list[int]:
+    """Return the number of items of each group, over all processes."""
     if group is None:
         found = torch.full((1,), batch, dtype=torch.int64, device=device)
     else:
@@ -150,19 +152,17 @@ def _sizes(group: Tensor | None, batch: int, device: torch.device, process_group
     return sizes
 
 
-def _filled_up(group: Tensor | None, count: int, *data: Tensor) -> tuple[Tensor, ...]:
-    """Each `[B, m, ...]` as `[G, longest m, ...]`, and weights `[G, longest m]`: 1 for samples, 0 for what fills."""
+def _padded(group: Tensor, count: int, *data: Tensor) -> tuple[Tensor, ...]:
+    """Return each `[B, m, ...]` as `[G, longest m, ...]`, and weights `[G, longest m]`, 0 for padding."""
     batch = len(data[0])
     sizes = torch.bincount(group, minlength=count)
     order = torch.argsort(group, stable=True)
     longest = max(1, int(sizes.max())) if batch else 1
     place = torch.arange(batch, device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
     slots = group[order] * longest + place
-    filled = [
-        one.new_zeros(count * longest, *one.shape[1:]).index_copy(0, slots, one[order]).reshape(
-            count, longest * one.shape[1], *one.shape[2:]
-        ) for one in data
-    ]  # fmt: skip
+    zeros = (one.new_zeros(count * longest, *one.shape[1:]) for one in data)
+    padded = [into.index_copy(0, slots, one[order]) for into, one in zip(zeros, data, strict=True)]
+    padded = [one.reshape(count, longest * one.shape[1], *one.shape[2:]) for one in padded]
     taken = torch.zeros(count * longest, dtype=data[0].dtype, device=group.device).index_fill(0, slots, 1.0)
     weights = [taken.view(count, longest, 1).expand(-1, -1, one.shape[1]).flatten(1) for one in data]
-    return *filled, *weights
+    return *padded, *weights

@@ -1,4 +1,4 @@
-"""The self-consistency loss that omega is learned with, and the times it is learned at."""
+"""Compute the self-consistency loss of given particles, and draw the times that omega is learned at."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from lgd_kernels.runtime.levels import Levels
 def particle_energy(
     x_s: Tensor, targets: Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True
 ) -> Tensor:
-    """Energy loss of m guided particles against k re-noised targets, one value per item: the plain formula.
+    """Compute the energy loss of m guided particles against k re-noised targets, one value for each item.
 
-    Where particles come by one `guided_step`, `lgd_kernels.guided_energy` takes the step and draws noise and targets
-    in the same pass. This is for particles made some other way: by several steps, or by another solver.
+    Use it for particles made by several steps, or by another solver. For particles made by one `guided_step`,
+    `lgd_kernels.guided_energy` takes the step and draws noise and targets in the same pass.
 
         L_i = 1/(m k) sum_jk ||x_s^j - y^k||^beta  -  lam/2 * 1/(m (m-1)) sum_{j != j'} ||x_s^j - x_s^j'||^beta
 
-    For an item (x0, c, s, t) the targets are `y^k = signal_s x0 + noise_s z` and the particles `x_s^j` come by one
-    guided step from `x_t^j = signal_t x0 + noise_t z'`. **z and z' must be independent**: with one shared noise a
-    target knows its particle and the loss degenerates. In expectation L_i is half the squared energy distance
+    For an item (x0, c, s, t) the targets are `y^k = signal_s x0 + noise_s z` and the particles `x_s^j` come from one
+    guided step from `x_t^j = signal_t x0 + noise_t z'`. **z and z' must be independent**: with shared noise
+    targets depend on their particles, and the loss degenerates. In expectation L_i is half the squared energy distance
     between the two laws (lam = 1), up to the target-target term, which does not depend on omega and is left out: L
-    may be negative, and only its differences mean something.
+    may be negative, and only its differences have a meaning.
 
     Args:
         x_s: guided particles `[B, m, ...]`.
         targets: `[B, k, ...]`, same trailing shape; m and k may differ.
         beta: power of the distance, in (0, 2].
         lam: weight of the repulsion between particles, in [0, 1]. beta = 2, lam = 0 is the L2 variant, which is
-            biased: it asks for guidance even of an exact denoiser.
+            biased: its least loss guides even an exact denoiser.
         unbiased: average over the m (m-1) pairs of different particles; False divides by m^2 instead.
 
     Returns `[B]`, float32 (float64 for float64 input).
 
-    Differentiable in `x_s` and `targets`. Where two points coincide the gradient of their distance is taken as 0
-    (the distance has no slope there for beta <= 1, and PyTorch's chain rule would give NaN).
+    Differentiable in `x_s` and `targets`. Where two points coincide, the gradient of their distance is 0
+    by definition (for beta <= 1 the distance has no slope there, and PyTorch's chain rule would give NaN).
 
     Source: Galashov et al., arXiv 2510.00815, Eq. 9 and 17-22; beta = 1.75, lam = 1 and m = 4 are the paper's.
 
@@ -74,16 +74,16 @@ def sample_times(
     s_min: float = 0.01,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pairs of unit times to learn at: `s ~ U[s_min, 1 - zeta - delta]`, then `t = s + U[delta, 1 - zeta - s]`.
+    """Draw pairs of unit times to learn at: `s ~ U[s_min, 1 - zeta - delta]`, then `t = s + U[delta, 1 - zeta - s]`.
 
     Unit times run from 0 (data) to 1 (noise); `schedule.from_unit` makes them the times of a schedule.
 
     Args:
-        batch: how many pairs.
-        delta: the shortest step that is learned from. The paper found 0.1 the best of 0.01, 0.1, 0.2, 0.3.
-        zeta: how far t stays below 1. The paper does not state it: this default is ours.
+        batch: the number of pairs.
+        delta: the shortest step that is learned from. In the paper 0.1 was the best of 0.01, 0.1, 0.2, 0.3.
+        zeta: t is below 1 - zeta. The paper does not state it: this default is ours.
         s_min: the smallest s. The paper does not state it: this default is ours.
-        generator: where the numbers come from, and on which device.
+        generator: draws the numbers, on its device.
 
     Returns `(s, t)`, each `[batch]` float32. Source: Galashov et al., arXiv 2510.00815.
 
@@ -101,7 +101,7 @@ def sample_times(
 
 
 def check_times(where: str, delta: float, zeta: float, s_min: float) -> None:
-    """Raise ValueError if these leave no pair of times."""
+    """Raise ValueError if no pair of times is left."""
     if not (delta > 0 and zeta >= 0 and s_min >= 0 and s_min <= 1 - zeta - delta):
         raise ValueError(
             f"{where}: delta = {delta}, zeta = {zeta}, s_min = {s_min} leave no times: expected delta > 0 and "
@@ -112,11 +112,11 @@ def check_times(where: str, delta: float, zeta: float, s_min: float) -> None:
 def sample_s(
     t: Tensor, delta: float = 0.1, zeta: float = 0.01, s_min: float = 0.01, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Other s for unit times t of `sample_times`, as that draws them: with `g = 1 - zeta - delta`,
+    """Draw other s for unit times t of `sample_times`, from the same law: with `g = 1 - zeta - delta`,
 
         p(s | t) = 1 / (g - s), up to a factor, from s_min to t - delta
 
-    A prediction at t is one for every s: curves of other steps from the same particles cost no pass over the model.
+    A prediction at t serves every s: curves of other steps from the same particles need no pass over the model.
 
     Args: as in `sample_times`. Returns s in the shape of t.
 
@@ -128,6 +128,6 @@ def sample_s(
     check_times("sample_s", delta, zeta, s_min)
     end = 1 - zeta - delta
     u = torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float32)
-    least = torch.finfo(t.dtype).tiny  # t = 1 - zeta, where s may be as late as it can
-    shrinks = ((end + delta - t) / (end - s_min)).clamp(least, 1.0)  # by rounding it may be less, or more
+    least = torch.finfo(t.dtype).tiny  # at t = 1 - zeta, where s may take its largest value
+    shrinks = ((end + delta - t) / (end - s_min)).clamp(least, 1.0)  # rounding may leave the range
     return end - (end - s_min) * shrinks**u

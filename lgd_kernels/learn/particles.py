@@ -1,8 +1,9 @@
-"""What omega is learned from: data noised to t, m particles of each item, and what the denoiser predicts from there."""
+"""Draw what omega is learned from: items noised to t, m times over, and the denoiser's predictions from there."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from lgd_kernels.runtime.philox import STREAM_PARTICLES, philox_normal
 
 
 class Particles(NamedTuple):
-    """B items with m particles each, and all that a loss of omega needs but omega itself.
+    """Hold B items with m particles each: all inputs of a loss except omega.
 
-    Nothing here depends on omega: drawn once, it serves any number of omegas and of losses. `seed` is that of the
-    noise which a loss draws, in the step and in the targets; x_t was drawn with it too, from a stream of its own.
+    No field depends on omega: particles drawn once serve any number of omegas and of losses. A loss draws the noise of
+    its step and of its targets with `seed`; x_t was drawn with the same seed from another stream.
 
     >>> import torch, lgd_kernels as lgd
     >>> frozen = Frozen(lambda x, t, c: 0 * x, lgd.RectifiedFlow(), null=0)
@@ -41,21 +42,39 @@ class Particles(NamedTuple):
     uncond: Tensor
     prediction: Prediction
     seed: int | Tensor
-    first_sample: int = 0  # index of the first item in the whole batch, where that is split over processes
+    first_sample: int = 0  # index of the first item in the whole batch, if that is split over processes
 
     def take(self, items: Tensor, seed: int | Tensor, first_sample: int = 0) -> Particles:
-        """Some of the items, int64 `[B']`, for a loss that draws fresh noise from a seed of its own."""
-        c, s, t, x0, x_t, cond, uncond = (
-            part.index_select(0, items)  # copies rows whole, several times as fast as indexing
-            for part in (self.c, self.s, self.t, self.x0, self.x_t, self.cond, self.uncond)
-        )
-        levels = Levels(*(level.index_select(0, items) for level in self.levels))
-        return Particles(c, s, t, levels, x0, x_t, cond, uncond, self.prediction, seed, first_sample)
+        """Return some of the items, int64 `[B']`, for a loss that draws fresh noise with another seed."""
+        some = self.mapped(lambda part: part.index_select(0, items))  # several times as fast as indexing
+        return some._replace(seed=seed, first_sample=first_sample)
 
     def to(self, device: torch.device | str) -> Particles:
-        """All tensors on a device."""
-        moved = (part.to(device) if isinstance(part, Tensor) else part for part in self)
-        return Particles(*moved)._replace(levels=Levels(*(level.to(device) for level in self.levels)))
+        """Return the particles with all tensors on a device."""
+        seed = self.seed.to(device) if isinstance(self.seed, Tensor) else self.seed
+        return self.mapped(lambda part: part.to(device))._replace(seed=seed)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Particles:
+        """Return the particles with a function applied to each of the items' tensors."""
+        c, s, t, x0, x_t, cond, uncond = map(function, self.tensors())
+        levels = Levels(*map(function, self.levels))
+        return Particles(c, s, t, levels, x0, x_t, cond, uncond, self.prediction, self.seed, self.first_sample)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the items' tensors, without the levels."""
+        return self.c, self.s, self.t, self.x0, self.x_t, self.cond, self.uncond
+
+    def options(self) -> dict[str, Any]:
+        """Return prediction and noise as keyword arguments of the ops."""
+        return {"prediction": self.prediction, "seed": self.seed, "first_sample": self.first_sample}
+
+
+def joined(parts: Sequence[Particles]) -> Particles:
+    """Return the items of all parts, with the seed of the first."""
+    c, s, t, x0, x_t, cond, uncond = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
+    levels = Levels(*map(torch.cat, zip(*(part.levels for part in parts), strict=True)))
+    first = parts[0]
+    return Particles(c, s, t, levels, x0, x_t, cond, uncond, first.prediction, first.seed, first.first_sample)
 
 
 @torch.no_grad()
@@ -70,21 +89,21 @@ def draw(
     seed: int | Tensor,
     first_sample: int = 0,
 ) -> Particles:
-    """Noise each item to its time t, m times over, and let the denoiser predict from there.
+    """Noise each item to its time t, m times over, and predict from there with the denoiser.
 
         x_t^j = signal_t x0 + noise_t z'_j        z' = philox_normal((B m, ...), seed, stream=3)
 
-    The losses draw from streams 1 (the step) and 2 (the targets) with the same seed: independent of z' by
-    construction, as the loss requires (docs/math.md).
+    The losses draw from streams 1 (the step) and 2 (the targets) with the same seed, so their noise is independent of
+    z', as the loss requires (docs/math.md).
 
     Args:
         frozen: the denoiser.
         x0: clean data `[B, ...]`, any float dtype; x_t has the same.
         c: the conditions, `[B]` or `[B, ...]`, on the device of x0.
         s, t: `[B]`, times of the schedule, s < t; see `sample_times`.
-        particles: m, how many of each item; 4 is the paper's.
-        seed: an int64 number or a 0-dim int64 tensor; give every batch its own.
-        first_sample: index of the first item in the whole batch, where that is split over processes: the noise is then
+        particles: m, the number of particles of each item; 4 is the paper's.
+        seed: an int64 number or a 0-dim int64 tensor; pass another one for every batch.
+        first_sample: index of the first item in the whole batch, if that is split over processes: the noise is then
             that of the whole batch.
 
     Returns `Particles`. Nothing is differentiable. Raises TypeError or ValueError, naming the argument.
@@ -108,10 +127,9 @@ def draw(
             came = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"draw: `{name}` is {came}, expected a tensor with one entry for each of {len(x0)} items")
     levels = frozen.schedule.levels(t, s)
-    z = philox_normal(
-        (len(x0) * particles, *x0.shape[1:]), seed, stream=STREAM_PARTICLES, first_sample=first_sample * particles,
-        device=x0.device,
-    ).view(len(x0), particles, *x0.shape[1:])  # fmt: skip
+    shape, first = (len(x0) * particles, *x0.shape[1:]), first_sample * particles
+    z = philox_normal(shape, seed, stream=STREAM_PARTICLES, first_sample=first, device=x0.device)
+    z = z.view(len(x0), particles, *x0.shape[1:])
     x_t = (per_sample(levels.signal_t, z) * x0[:, None] + per_sample(levels.noise_t, z) * z).to(x0.dtype)
     t_each, c_each = (one.repeat_interleave(particles, 0) for one in (t, c))
     cond, uncond = frozen.predict(x_t.flatten(0, 1), t_each, c_each)
@@ -123,12 +141,12 @@ def draw(
 def curve(
     particles: Particles, churn: float = 1.0, targets: int | None = None, impl: Impl | None = None
 ) -> EnergyCurve:
-    """The self-consistency loss of each item at every omega, beta and lam, from one pass over the particles.
+    """Compute the self-consistency loss of each item at every omega, beta and lam, in one pass over the particles.
 
     Args:
         particles: of `draw`.
         churn: of the step, in [0, 1]; 1 is the paper's in training.
-        targets: how many for each item; as many as particles by default.
+        targets: their number for each item; by default, that of the particles.
         impl: as in `guided_energy_curve`.
 
     >>> import torch, lgd_kernels as lgd
@@ -139,8 +157,6 @@ def curve(
     >>> curve(drawn).minimize(group=torch.zeros(512, dtype=torch.int64)).round(decimals=6)
     tensor([2.], dtype=torch.float64)
     """
-    return guided_energy_curve(
-        particles.x_t, particles.cond, particles.uncond, particles.levels,
-        Renoise(particles.x0, targets or particles.x_t.shape[1], particles.seed), prediction=particles.prediction,
-        churn=churn, seed=particles.seed, first_sample=particles.first_sample, impl=impl,
-    )  # fmt: skip
+    p, k = particles, targets or particles.x_t.shape[1]
+    target = Renoise(p.x0, k, p.seed)
+    return guided_energy_curve(p.x_t, p.cond, p.uncond, p.levels, target, churn=churn, impl=impl, **p.options())

@@ -1,8 +1,9 @@
-"""The pooled loss of many items as a function of the values that their omegas are mixed from, and its minimum."""
+"""Minimise the pooled loss of many items over the values that their omegas are interpolated from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from lgd_kernels.ops.guided_energy.curve import EnergyCurve
 from lgd_kernels.ops.guided_energy.statistics import Statistics
 
 Curves = EnergyCurve | Sequence[EnergyCurve]
-POINTS = 33  # where a constant is looked for first
+POINTS = 33  # of the grid that a constant is searched on first
 ROUNDS = 60  # of the descent, at most; 8 to 15 are usual
 EXACT = 1e-6  # of the bracket: a smaller step ends the descent
 
 
 def joined(curves: Curves) -> EnergyCurve:
-    """One curve of all items, on the CPU. The curves must have the same numbers of particles and targets.
+    """Return one curve of all items, on the CPU. The curves must have the same numbers of particles and targets.
 
     >>> import torch, lgd_kernels as lgd
     >>> x = torch.zeros(3, 4, 2)
@@ -25,13 +26,13 @@ def joined(curves: Curves) -> EnergyCurve:
     >>> joined([curve, curve])
     EnergyCurve(6 items, 4 particles, 4 targets)
     """
-    curves = [curves] if isinstance(curves, EnergyCurve) or not hasattr(curves, "__iter__") else list(curves)
-    if not curves or not all(isinstance(curve, EnergyCurve) for curve in curves):
+    several = [curves] if isinstance(curves, EnergyCurve) else list(curves) if hasattr(curves, "__iter__") else []
+    if not several or not all(isinstance(curve, EnergyCurve) for curve in several):
         raise TypeError("`curves` must be an EnergyCurve of guided_energy_curve, or a sequence of them, not empty")
-    sizes = {curve.statistics.P0.shape[1:] for curve in curves}
+    sizes = {curve.statistics.P0.shape[1:] for curve in several}
     if len(sizes) > 1:
         raise ValueError(f"`curves` have (particles, targets) of {sorted(map(tuple, sizes))}, expected the same in all")
-    fields = zip(*(curve.statistics for curve in curves), strict=True)
+    fields = zip(*(curve.statistics for curve in several), strict=True)
     found = Statistics(*(torch.cat([part.cpu() for part in field]) for field in fields))
     broken = ~found.P0.sum((1, 2)).isfinite()
     if bool(broken.any()):
@@ -42,43 +43,47 @@ def joined(curves: Curves) -> EnergyCurve:
     return EnergyCurve(found)
 
 
-class Problem:
-    """Sum over the items of each group of L_i(sum_k weights[i, k] V[group_i, cells[i, k]]), V in a bracket."""
+class Problem(NamedTuple):
+    """Sum L_i(sum_k weights[i, k] V[group_i, cells[i, k]]) over the items of each group, V in a bracket."""
 
-    def __init__(self, curve, group, cells, weights, bracket, options) -> None:
-        self.curve, self.group, self.cells, self.weights = curve, group, cells, weights
-        self.bracket, self.options = bracket, options
+    curve: EnergyCurve
+    group: Tensor  # [N] int64
+    cells: Tensor  # [N, k] int64
+    weights: Tensor  # [N, k] float64
+    bracket: tuple[float, float]
+    options: dict[str, Any]  # of the loss: beta, lam, unbiased
 
     def where(self, chosen: Tensor) -> Problem:
-        return Problem(
-            only(self.curve, chosen), self.group[chosen], self.cells[chosen], self.weights[chosen], self.bracket,
-            self.options,
-        )  # fmt: skip
+        """Return the problem of the chosen items."""
+        group, cells, weights = (one[chosen] for one in (self.group, self.cells, self.weights))
+        return self._replace(curve=only(self.curve, chosen), group=group, cells=cells, weights=weights)
 
     def together(self) -> Problem:
-        """All items in one group."""
-        return Problem(self.curve, torch.zeros_like(self.group), self.cells, self.weights, self.bracket, self.options)
+        """Return the problem of all items in one group."""
+        return self._replace(group=torch.zeros_like(self.group))
 
     def constants(self, groups: int) -> Tensor:
-        """The best omega of each group on a grid, `[G]`; groups without items take that of all."""
+        """Return the best omega of each group on a grid, `[G]`; for a group without items, that of all."""
         grid = torch.linspace(*self.bracket, POINTS, dtype=torch.float64, device="cpu")
         losses = summed(self.curve, grid, self.group, groups, self.options)
         seen = torch.bincount(self.group, minlength=groups) > 0
         return grid[torch.where(seen[:, None], losses, losses.sum(0)).argmin(1)]
 
     def omega(self, values: Tensor) -> Tensor:
+        """Return the omega of each item, `[N]`."""
         return (values[self.group[:, None], self.cells] * self.weights).sum(1)
 
     def loss(self, values: Tensor) -> Tensor:
-        """Of each group, without springs."""
+        """Return the loss of each group, `[G]`, without springs."""
         return self._sum(self.curve.loss(self.omega(values), **self.options), len(values))
 
     def descend(
         self, start: Tensor, free: Tensor | None = None, springs: Tensor | None = None, rest: Tensor | float = 0.0
     ) -> Tensor:
-        """The values `[G, n]` with the least loss and least stretched springs `[n, n]`, near `start`; nothing is
-        stretched at `rest`. Values that are not `free` stay. Each group is a problem of its own, and all are solved at
-        once."""
+        """Return the values `[G, n]`, near `start`, with the least loss plus energy of the springs `[n, n]`.
+
+        The springs are relaxed at `rest`. Values that are not `free` keep their start. Each group is an independent
+        problem, and all are solved at once."""
         low, high = self.bracket
         values = start.clone()
         groups, n = values.shape
@@ -98,7 +103,7 @@ class Problem:
             matrix = bends + springs
             scale = matrix.diagonal(dim1=1, dim2=2).abs() + 1e-12
             matrix = matrix * (moves[:, :, None] & moves[:, None, :])
-            diagonal = torch.where(moves, damping[:, None] * scale, scale)  # what stays put gets an equation of its own
+            diagonal = torch.where(moves, damping[:, None] * scale, scale)  # for a fixed value: step 0
             factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(diagonal))
             step = torch.cholesky_solve((downhill * moves)[..., None], factor)[..., 0]
             trial = (values + torch.where(failed[:, None] > 0, 0.0, step)).clamp(low, high)
@@ -117,7 +122,7 @@ class Problem:
         return values
 
     def _derivatives(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope `[G, n]` and second derivative `[G, n, n]` of each group's loss."""
+        """Return slope `[G, n]` and second derivative `[G, n, n]` of each group's loss."""
         groups, n = values.shape
         omega = self.omega(values)
         slope = self.curve.grad(omega, **self.options)[:, None] * self.weights
@@ -135,23 +140,23 @@ class Problem:
         return losses.new_zeros(groups).index_add(0, self.group, losses)
 
 
-def alone(curve: EnergyCurve, bracket, options) -> Problem:
-    """One value for all items."""
+def alone(curve: EnergyCurve, bracket: tuple[float, float], options: dict[str, Any]) -> Problem:
+    """Return the problem of one value for all items."""
     zero = torch.zeros(count(curve), dtype=torch.int64, device="cpu")
-    return Problem(
-        curve, zero, zero[:, None], torch.ones(count(curve), 1, dtype=torch.float64, device="cpu"), bracket, options
-    )
+    return Problem(curve, zero, zero[:, None], torch.ones_like(zero, dtype=torch.float64)[:, None], bracket, options)
 
 
-def summed(curve: EnergyCurve, grid: Tensor, group: Tensor, groups: int, options: dict) -> Tensor:
-    """The loss of each group at each omega of the grid, `[G, K]`."""
+def summed(curve: EnergyCurve, grid: Tensor, group: Tensor, groups: int, options: dict[str, Any]) -> Tensor:
+    """Return the loss of each group at each omega of the grid, `[G, K]`."""
     losses = curve.loss(grid.expand(count(curve), -1), **options)
     return losses.new_zeros(groups, len(grid)).index_add(0, group, losses)
 
 
 def only(curve: EnergyCurve, chosen: Tensor) -> EnergyCurve:
+    """Return the curve of the chosen items."""
     return EnergyCurve(Statistics(*(field[chosen] for field in curve.statistics)))
 
 
 def count(curve: EnergyCurve) -> int:
+    """Return the number of items."""
     return curve.statistics.P0.shape[0]

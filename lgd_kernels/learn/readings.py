@@ -1,4 +1,4 @@
-"""Find out what a model returns: read its output as each prediction, and compare with the data."""
+"""Detect what a model returns: read its output as each prediction, and compare with the data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lgd_kernels.runtime.levels import Levels, per_sample, x0_coefficients
 from lgd_kernels.runtime.philox import philox_normal
 
 UNIT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-LEAST, LARGE = 0.1, 0.3  # biases: below LEAST it is chance
+LEAST, LARGE = 0.1, 0.3  # biases: below LEAST a bias is chance
 HALF = 0.5
 
 
 class Reading(NamedTuple):
-    """How well the data fit a model whose output p is the mean of y given x_t, where y is x0, z, v or z - x0.
+    """Hold how well the data fit a model whose output p is the mean of y given x_t, where y is x0, z, v or z - x0.
 
     bias: root mean square, over five times, of the correlations of p - y with x_t and with p; both are 0 for that mean.
     error: the squared error of x0 that follows from p, as a geometric mean over the times.
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def readings(frozen: Frozen, x0: Tensor, c: Tensor, seed: int = 0) -> dict[str, Reading]:
-    """All four readings of one call of the model, with the conditions c.
+    """Return all four readings of one call of the model, with the conditions c.
 
     The error alone does not decide: at low noise it is small for a reading that returns x unchanged, at high noise for
     one that ignores x. Nor does the bias decide, if the model is inaccurate. `better` uses both.
@@ -71,11 +71,11 @@ def readings(frozen: Frozen, x0: Tensor, c: Tensor, seed: int = 0) -> dict[str, 
 
 
 def better(found: dict[str, Reading], prediction: str) -> str | None:
-    """The reading that fits the data clearly better than `prediction`, or None.
+    """Return the reading that fits the data clearly better than `prediction`, or None.
 
-    It has less than half the bias and less error; or less than a quarter of the error, if `prediction` has a large
-    bias. On models of normal classes, with means that were right or up to one half too small, this gave no false alarm
-    in 768 trials with the right prediction. With right means it detected 96 % of the wrong predictions.
+    Such a reading has less than half the bias and less error; or less than a quarter of the error, if `prediction` has
+    a large bias. On models of normal classes, with means that were right or up to one half too small, this gave no
+    false alarm in 768 trials with the right prediction. With right means it detected 96 % of the wrong predictions.
     """
     own, others = found[prediction], [name for name in found if name != prediction]
     best = min(others, key=lambda name: found[name].bias)

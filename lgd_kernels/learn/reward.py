@@ -1,4 +1,4 @@
-"""Rewards: a guided prediction should also score well, `L + gamma L_R` with `L_R = -E R(g(x_t, c; omega), c)`.
+"""Add a reward of the guided prediction to a loss: `L + gamma L_R` with `L_R = -E R(g(x_t, c; omega), c)`.
 
 g is the guided one-step estimate of x0 at time t, of the same particles as the loss. The reward is any callable
 `(x0 [N, ...], c [N, ...]) -> [N]`. Source: arXiv 2510.00815, its section on reward-guided sampling; gamma is gamma_R
@@ -23,12 +23,13 @@ from lgd_kernels.runtime.philox import STREAM_REWARD, philox_normal
 
 Reward = Callable[[Tensor, Tensor], Tensor]  # (x0 [N, ...], c [N, ...]) -> [N]
 Loss = Callable[[Particles, Tensor], Tensor]  # (particles, omega [B]) -> [B]
+Estimate = Callable[[Particles, Tensor, Reward], Tensor]  # (particles, omega [B], reward) -> [B]
 
 
 def reward_loss(
     particles: Particles, omega: float | Tensor | OmegaLookup, reward: Reward, *, impl: Impl | None = None
 ) -> Tensor:
-    """`-1/m sum_j R(g^j, c)` for each item, `[B]`, for a reward that PyTorch can differentiate.
+    """Compute `-1/m sum_j R(g^j, c)` for each item, `[B]`, for a reward that PyTorch can differentiate.
 
     The gradient to omega is `-1/m sum_j <dR/dg^j, B (cond^j - uncond^j)>`, B from prediction to x0: through the reward,
     not through the denoiser.
@@ -51,22 +52,22 @@ def reward_loss(
 def black_box_reward_loss(
     particles: Particles, omega: Tensor, reward: Reward, *, sigma: float = 0.2, impl: Impl | None = None
 ) -> Tensor:
-    """The same for a reward that can only be evaluated: one call for each particle, and its slope by a score function.
+    """Compute the same for a reward without a gradient: one value for each particle, and a slope by a score function.
 
-    Each particle is guided by an omega of its own, omega + sigma e_j with e_j standard normal. The gradient of the
-    reward smoothed so is `d/domega E R(g(omega + sigma e)) = E [R e / sigma]`, and the estimate
+    Each particle is guided by another omega, omega + sigma e_j with e_j standard normal. The gradient of the reward
+    that is smoothed so is `d/domega E R(g(omega + sigma e)) = E [R e / sigma]`, and the estimate
 
         1/m sum_j (R_j - b_j) e_j / sigma        b_j the mean of R over the item's other particles
 
-    is unbiased: b_j does not depend on e_j. What is optimised is the smoothed reward; its slope is that of the reward
-    itself where that is quadratic in omega, and off by `sigma^2 / 2 R'''` to first order. A small sigma is closer and
-    noisier: the variance has a term of (spread of R over the particles)^2 / (m sigma^2).
+    is unbiased: b_j does not depend on e_j. The smoothed reward has the slope of the reward itself if that is quadratic
+    in omega; otherwise the slope is off by `sigma^2 / 2 R'''` to first order. A small sigma has a smaller bias and a
+    larger variance, with a term of (spread of R over the particles)^2 / (m sigma^2).
 
     Args:
         particles: of `draw`, m at least 2.
         omega: `[B]`.
-        reward: called once, without grad.
-        sigma: the spread of omega, above 0. This default is ours; the paper has no such estimator.
+        reward: called once, under no_grad.
+        sigma: the standard deviation of omega, above 0. This default is ours; the paper has no such estimator.
 
     Returns `-1/m sum_j R_j` `[B]`, whose gradient to omega is minus the estimate; differentiable once. e comes from
     stream 4 of the particles' seed: the same however a batch is split.
@@ -91,10 +92,10 @@ def black_box_reward_loss(
     if m < 2:
         raise ValueError("black_box_reward_loss: one particle has no baseline; draw two or more")
     with torch.no_grad():
+        first = particles.first_sample * m
         e = philox_normal(
-            (omega.numel() * m,), particles.seed, stream=STREAM_REWARD, first_sample=particles.first_sample * m,
-            device=omega.device,
-        ).view(-1, m)  # fmt: skip
+            (omega.numel() * m,), particles.seed, stream=STREAM_REWARD, first_sample=first, device=omega.device
+        ).view(-1, m)
         rewards = _rewards(particles, (omega[:, None] + sigma * e).flatten(), reward, impl)  # [B, m]
         others = (rewards.sum(1, keepdim=True) - rewards) / (m - 1)
         slope = ((rewards - others) * e).mean(1) / sigma
@@ -102,13 +103,13 @@ def black_box_reward_loss(
 
 
 def with_reward(
-    reward: Reward, gamma: float, loss: Loss = self_consistency_loss, *, estimate: Loss = reward_loss
+    reward: Reward, gamma: float, loss: Loss = self_consistency_loss, *, estimate: Estimate = reward_loss
 ) -> Loss:
-    """The loss `L + gamma L_R`, for `Trainer(..., loss=...)`.
+    """Return the loss `L + gamma L_R`, for `Trainer(..., loss=...)`.
 
     Args:
         reward: `(x0 [N, ...], c [N, ...]) -> [N]`.
-        gamma: the paper's gamma_R; 0 leaves the loss as it is. The scales of L and R differ: sweep it.
+        gamma: the paper's gamma_R; with 0 the result is L. The scales of L and R differ, so try several values.
         loss: L.
         estimate: `reward_loss`, or `black_box_reward_loss` for a reward without a gradient.
 
@@ -130,12 +131,12 @@ def with_reward(
 
 
 def _each(values: Tensor, particles: Particles) -> Tensor:
-    """`[B]` to `[B m]`, one for each particle."""
+    """Repeat `[B]` to `[B m]`, a value for each particle."""
     return values.repeat_interleave(particles.x_t.shape[1], 0)
 
 
 def _rewards(particles: Particles, omega: Tensor, reward: Reward, impl: Impl | None) -> Tensor:
-    """R of each particle `[B, m]`, guided by weights `[B m]`: the step from t to the data is the guided prediction."""
+    """Return R of each particle `[B, m]`, guided by weights `[B m]` in a step from t to the data."""
     x, cond, uncond = (data.flatten(0, 1) for data in (particles.x_t, particles.cond, particles.uncond))
     levels = Levels(*(_each(level, particles) for level in to_data(particles.levels)))
     x0 = guided_step(x, cond, uncond, omega, levels, prediction=particles.prediction, impl=impl)

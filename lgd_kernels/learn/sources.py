@@ -1,10 +1,9 @@
-"""What a user points the command at: images in folders, arrays in a file, or Python objects by name."""
+"""Load what the command is given: images in folders, arrays in a file, or Python objects by name."""
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lgd_kernels.learn.data import Data, items_of, size_of
+from lgd_kernels.learn.data import Data, Pairs, items_of, size_of
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def named(text: str, option: str) -> Any:
-    """The object that "module:name" names; "module:name()" calls it, "module:name(text)" with that text.
+    """Return the object "module:name"; for "module:name()" and "module:name(text)", the result of calling it.
 
-    Raises ValueError, naming the option, where there is no such module or name, or where either fails.
+    Raises ValueError, naming the option, if there is no such module or name, or if import or call fails.
 
     >>> named("math:tau", "--number") > 6
     True
     >>> named("pathlib:Path(runs/a b)", "--path").name
     'a b'
     """
-    found = re.fullmatch(r"([\w.]+):([\w.]+)(?:\((.*)\))?", text, re.DOTALL)
-    if not found:
-        raise ValueError(
-            f"{option} is {text!r}, expected module:name, module:name() to call it, or module:name(text) to call it "
-            "with a text"
-        )
-    module, name, argument = found.groups()
+    module, name, argument = parsed(text, option)
     try:
         value = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -58,10 +51,21 @@ def named(text: str, option: str) -> Any:
         raise ValueError(f"{option}: {module}:{name} failed: {type(error).__name__}: {error}") from error
 
 
-def load(text: str, size: int | None = None) -> Data:
-    """Clean pairs (x0, c): of a folder, a .npz or .pt file, or module:name. See `python -m lgd_kernels learn --help`.
+def parsed(text: str, option: str) -> tuple[str, str, str | None]:
+    """Return module, name and the text in brackets, if any. Raise ValueError, naming the option, for another text."""
+    found = re.fullmatch(r"([\w.]+):([\w.]+)(?:\((.*)\))?", text, re.DOTALL)
+    if not found:
+        raise ValueError(
+            f"{option} is {text!r}, expected module:name, module:name() to call it, or module:name(text) to call it "
+            "with a text"
+        )
+    return found[1], found[2], found[3]
 
-    Raises ValueError, naming --data, for what is not there or not such pairs.
+
+def load(text: str, size: int | None = None) -> Data:
+    """Load clean pairs (x0, c) from a folder, a .npz or .pt file, or module:name: see `lgd_kernels learn --help`.
+
+    Raises ValueError, naming --data, if they are missing or not such pairs.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/data.pt"
@@ -89,13 +93,13 @@ def load(text: str, size: int | None = None) -> Data:
 
 
 class Images(Dataset):
-    """Images in one folder for each class, read when asked for: (x0 [3, size, size] in [-1, 1], index of the class).
+    """Read images from one folder for each class, on access: (x0 [3, size, size] in [-1, 1], index of the class).
 
     Args:
         folder: its folders are the classes, in the order of their names.
-        size: each image is cut to its middle square and scaled to this; None takes images that have one size.
+        size: each image is cut to its middle square and scaled to this; None expects images of one size.
 
-    Pillow reads them (`pip install pillow`).
+    Reading needs Pillow (`pip install pillow`).
     """
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
@@ -135,7 +139,7 @@ class Images(Dataset):
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1, self.labels[i]
 
-    def _opened(self, i: int):
+    def _opened(self, i: int) -> Any:
         try:
             return self.open(self.paths[i])
         except Exception as error:
@@ -143,7 +147,7 @@ class Images(Dataset):
 
 
 def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
-    """The first few pairs, to look at. Raises ValueError where they are not (x0, c) of floats and conditions."""
+    """Return the first few pairs. Raise ValueError if they are not (x0, c) of floats and conditions."""
     items = torch.arange(min(count, size_of(data)), device="cpu")
     try:
         x0, c = items_of(data, items)
@@ -157,7 +161,7 @@ def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: int = 4096) -> tuple[Data, Data]:
-    """(to learn from, held out), `most` held out at most: a share of the items at random, or data of their own.
+    """Split data in two, (to learn from, held out): a share of the items at random, or other data; `most` at most.
 
     Args:
         held_out: a number between 0 and 1, or what `load` takes.
@@ -177,9 +181,9 @@ def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: 
         found, expected = (tuple(one.shape[1:] for one in first(source)) for source in (other, data))
         if found != expected:
             raise ValueError(f"--held-out: items have shapes {found}, expected {expected}, those of --data") from None
-        names, expected = (getattr(source, "classes", None) for source in (other, data))
-        if names != expected:
-            raise ValueError(f"--held-out: its classes are {names}, expected {expected}, those of --data") from None
+        names, known = (getattr(source, "classes", None) for source in (other, data))
+        if names != known:
+            raise ValueError(f"--held-out: its classes are {names}, expected {known}, those of --data") from None
         return data, _part(other, torch.randperm(size_of(other), generator=generator, device="cpu")[:most])
     order = torch.randperm(size_of(data), generator=generator, device="cpu")
     cut = min(most, max(1, round(share * len(order)))) if 0 < share < 1 else len(order)
@@ -195,9 +199,9 @@ def _part(data: Data, items: Tensor) -> Data:
 
 
 class _Some(Dataset):
-    """Some items of a dataset."""
+    """Hold some items of a dataset."""
 
-    def __init__(self, data: Sequence, items: list[int]) -> None:
+    def __init__(self, data: Pairs, items: list[int]) -> None:
         self.data, self.items = data, items
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The loop that learns omega(c, s, t), as plain as the paper's, and what a run of hours needs around it."""
+"""Learn omega(c, s, t) in the paper's loop, with checkpoints and logs for long runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,32 +32,34 @@ from lgd_kernels.runtime.progress import Track, silent
 
 
 class NotFinite(ArithmeticError):
-    """A loss, a gradient or a weight is NaN or infinite; the message says where. omega is as before the update."""
+    """Report a loss, a gradient or a weight that is NaN or infinite; omega is as before the update."""
 
 
 class Trainer:
-    """Learns omega for a frozen denoiser.
+    """Learn omega for a frozen denoiser.
 
     Args:
         omega: a module called as `omega(c [B], s [B], t [B]) -> [B]`: a network, or one of `lgd_kernels.omega.forms`.
-            It is trained in place; `trainer.ema` is its average. An `OmegaTable` is copied into a `TableModule`:
-            `trainer.ema.table()` is the table again.
+            The trainer trains the module in place; `trainer.ema` is its average. An `OmegaTable` is copied into a
+            `TableModule`, and `trainer.ema.table()` returns the table.
         frozen: the denoiser, on the same device.
         data: `(x0 [N, ...], c [N, ...])`, or a dataset of pairs (x0, c).
         settings: see `Settings`.
         loss: `(particles, omega [B]) -> [B]`, such as those of `lgd_kernels.learn`, `functools.partial` of one with
             other options, or `with_reward(...)`.
-        held_out: more such data, for a loss of the average omega on draws that stay the same.
-        folder: where the checkpoint goes; None keeps none. The trainer creates it. While one trainer trains in it,
-            another one, also in another process, raises ValueError.
-        every: so many updates make an interval, after which a row is logged and a checkpoint written; so at the end.
+        held_out: more such data, for a loss of the average omega on fixed draws.
+        folder: of the checkpoint; None writes no checkpoint. The trainer creates the folder. While one trainer trains
+            in a folder, another one, also in another process, raises ValueError.
+        every: the interval, in updates, at which the trainer logs a row and writes a checkpoint; it does so at the end
+            too.
         logs: functions that take each row, a dict of numbers: see `lgd_kernels.learn.logs`.
 
     Raises TypeError or ValueError, naming the argument.
 
-    `train(steps)` goes on until so many updates are done in all. `resume()` continues from the checkpoint, bit for bit
-    as if nothing had happened: a run that is killed loses one interval at most. Under torchrun each process takes its
-    part of every batch, and all together what one process alone would: see `lgd_kernels.learn.distributed`.
+    `train(steps)` goes on until `steps` updates are done in all. `resume()` continues from the checkpoint with the same
+    bits as a run without interruption: a run that is killed loses one interval at most. Under torchrun each process
+    takes its part of every batch, and together they train on the same batches as one process: see
+    `lgd_kernels.learn.distributed`.
 
     >>> import torch, lgd_kernels as lgd
     >>> from lgd_kernels.learn import Frozen
@@ -111,14 +114,15 @@ class Trainer:
         self.path = Path(folder) / "trainer.ckpt" if folder is not None else None
         self.every, self.logs, self.step = every, logs, 0
         with self._alone():
-            pass  # raises now, not at the first checkpoint
+            pass  # an invalid folder raises now, not at the first checkpoint
         self.device = next(omega.parameters()).device
         self.batches = Batches(frozen, data, settings, self.device)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
         if isinstance(omega, (OmegaNetwork, TableModule, Constant, Interval, ClampLinear)):  # files store both
             know(self.ema, getattr(omega, "schedule", frozen.schedule), frozen.prediction)
-        self.weights, self.means = ([p for p in one.parameters() if p.numel()] for one in (omega, self.ema))
+        self.weights: list[Tensor] = [weight for weight in omega.parameters() if weight.numel()]
+        self.means: list[Tensor] = [mean for mean in self.ema.parameters() if mean.numel()]
         self.before = [weight.detach().clone() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(self.weights, settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.validation: list[Particles] | None = None
@@ -128,12 +132,13 @@ class Trainer:
         ValueError if another trainer trains in the folder.
 
         Args:
-            steps: how many; those before a resume count.
-            track: shows progress: `lgd_kernels.runtime.progress.bars("omega")`.
+            steps: the total number of updates, with those before a resume.
+            track: shows progress, such as `lgd_kernels.runtime.progress.bars("omega")`.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"Trainer.train: `steps` is {steps!r}, expected an integer, 0 or more")
-        losses, seen, started = 0.0, 0, time.perf_counter()
+        losses: Tensor | float = 0.0
+        seen, started = 0, time.perf_counter()
         with self._alone():
             for _ in track(range(self.step, steps), "omega"):
                 loss, norm = self.update()
@@ -145,7 +150,7 @@ class Trainer:
                     self.record(row)
 
     def update(self) -> tuple[Tensor, Tensor]:
-        """One step of the paper's algorithm. Returns the loss of the whole batch, and the norm of its gradient."""
+        """Take one step of the paper's algorithm. Return the loss of the whole batch, and the norm of its gradient."""
         particles = self.batches.next()
         omega = self.parallel(particles.c, particles.s, particles.t)  # [B]
         each = self.loss(particles, omega)  # [B]
@@ -177,7 +182,9 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The loss of the average omega on held-out data, one pair of times for each item, always the same draws."""
+        """Return the loss of the average omega on held-out data: a pair of times for each item, fixed draws."""
+        if self.held_out is None:
+            raise ValueError("Trainer.validate: there are no held-out data; pass Trainer(..., held_out=...)")
         if self.validation is None:
             size = size_of(self.held_out)
             whole = self.batches.of(self.held_out, size, self.settings.seed + 1)
@@ -187,7 +194,7 @@ class Trainer:
         return float(torch.cat(losses).mean())
 
     def record(self, row: Row) -> None:
-        """Log a row, with the held-out loss where there is one, and write the checkpoint. Rank 0 does."""
+        """Log a row, with the loss on held-out data if there are any, and write the checkpoint, on rank 0."""
         if distributed.rank_and_size()[0] != 0:
             return
         if self.held_out is not None:
@@ -215,7 +222,7 @@ class Trainer:
         """Continue from the checkpoint in the folder; False if there is none: then the files of `logs` start anew.
 
         Raises ValueError for a file that is damaged, that holds NaN, or that another run wrote: other settings, another
-        omega, schedule or amount of data. (It cannot compare the loss and the denoiser; pass the same.) After an
+        omega, schedule or amount of data. (`resume` cannot compare the loss and the denoiser; pass the same.) After an
         error nothing has changed.
         """
         if self.path is None or not self.path.exists():
@@ -242,24 +249,25 @@ class Trainer:
         return True
 
     def _rewind(self) -> None:
-        """Drop the rows of the logs after the current step: those updates are not done, or were lost."""
+        """Drop the rows of the logs after the current step, whose updates were lost."""
         if distributed.rank_and_size()[0] == 0:
             for log in self.logs:
                 getattr(log, "rewind", lambda step: None)(self.step)
 
-    def _alone(self) -> AbstractContextManager:
+    def _alone(self) -> AbstractContextManager[None]:
         """Hold the lock of the folder, if there is one, on rank 0."""
         if self.path is None or distributed.rank_and_size()[0] != 0:
             return nullcontext()
         return checkpoint.locked(self.path.parent, "Trainer: `folder`")
 
-    def _run(self) -> dict:
-        """What a checkpoint has to agree with."""
+    def _run(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree with."""
         weights = {name: [*value.shape, str(value.dtype)] for name, value in self.omega.state_dict().items()}
         frozen = f"{self.batches.frozen.schedule!r}, {self.batches.frozen.prediction}"
         return {**asdict(self.settings), "omega": weights, "denoiser": frozen, "data": size_of(self.batches.data)}
 
     def average(self) -> None:
+        """Move the average towards the weights, after an update."""
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.means, self.weights, 1 - decay)
@@ -267,7 +275,7 @@ class Trainer:
                 mean.copy_(value)
 
     def _seen(self, particles: Particles, omega: Tensor, each: Tensor, norm: Tensor) -> str:
-        """What a message can say of an update that is not finite."""
+        """Describe an update that is not finite."""
         bad = (~each.isfinite()).nonzero().flatten().tolist()
         said = [
             f"update {self.step + 1}: the loss of {len(bad)} of {len(each)} items in this process is not finite, the "
