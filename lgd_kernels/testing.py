@@ -1,4 +1,4 @@
-"""Inputs and the error budget, for the tests and for the benchmarks: one budget, the same everywhere.
+"""Make inputs and check the error budget, for tests and benchmarks: one budget, the same everywhere.
 
 Every check is three-way. Inputs are made in the dtype under test; k is the kernel's result on them, r the reference's
 on the same tensors, t the truth: the reference on the inputs promoted to float64.
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def sample(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, layout: str = "contiguous"
 ) -> Tensor:
-    """Standard normals, laid out in memory as asked."""
+    """Return standard normals in a memory layout of `LAYOUTS`."""
     if layout == "sliced":  # rows lie apart
         return _randn((shape[0] * 2, *shape[1:]), dtype, generator)[::2]
     if layout == "strided":  # elements lie apart
@@ -43,7 +43,7 @@ def sample(
 
 
 def step_levels(batch: int, dtype: torch.dtype = torch.float32) -> Levels:
-    """A different (t, s) for each sample, t = 1 and s = 0 among them where the batch is large enough."""
+    """Return levels of a different (t, s) for each sample, t = 1 and s = 0 among them if the batch is large enough."""
     t = (
         torch.linspace(1.0, 0.3, max(batch, 2), dtype=dtype, device="cpu")[-batch:]
         if batch
@@ -53,7 +53,7 @@ def step_levels(batch: int, dtype: torch.dtype = torch.float32) -> Levels:
 
 
 def omegas(batch: int, generator: torch.Generator) -> dict[str, float | Tensor | OmegaLookup]:
-    """Every form an omega takes."""
+    """Return an omega of every form, by name."""
     values = torch.rand(3, 4, 5, generator=generator, device="cpu") * 3
     table = OmegaTable(values, torch.linspace(0, 0.9, 4, device="cpu"), torch.linspace(0.1, 1, 5, device="cpu"))
     c = torch.randint(0, 3, (batch,), generator=generator, device="cpu")
@@ -63,27 +63,27 @@ def omegas(batch: int, generator: torch.Generator) -> dict[str, float | Tensor |
 
 
 def promoted(value):
-    """Tensors, alone or in a tuple, in float64; everything else as it is."""
+    """Return tensors, alone or in a tuple, in float64; everything else as it is."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return _each(promoted, value)
 
 
 def moved(value, device: str):
-    """Tensors, alone or in a tuple, on the device."""
+    """Return tensors, alone or in a tuple, on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     return _each(lambda field: moved(field, device), value)
 
 
 def assert_elementwise(kernel: Tensor, reference: Tensor, truth: Tensor, slack: float = 0.0) -> None:
-    """Each element is about as close to the truth as the reference of the same dtype.
+    """Assert that each element is about as close to the truth as the reference of the same dtype.
 
         max |k - t| <= 2 max |r - t| + eps scale          mean |k - t| <= 1.2 mean |r - t| + 2^-26 scale
         float64: max |k - t| <= 64 * 2^-53 scale          (scale = max |t|)
 
-    The maximum alone would let a 1 % error in omega through in bfloat16; the mean, over 1000 elements and more, does
-    not. `slack` is what the inputs themselves may differ by, where two implementations draw the noise.
+    The maximum alone lets a 1 % error in omega through in bfloat16; the mean, over 1000 elements and more, does not.
+    `slack` is how much the inputs themselves may differ, where two implementations draw the noise.
     """
     assert kernel.shape == truth.shape, f"shape {list(kernel.shape)}, expected {list(truth.shape)}"
     assert kernel.dtype == reference.dtype, f"dtype {kernel.dtype}, expected {reference.dtype}"
@@ -105,8 +105,8 @@ def assert_elementwise(kernel: Tensor, reference: Tensor, truth: Tensor, slack: 
 
 
 def assert_sum(kernel: Tensor, truth: Tensor, terms: Tensor) -> None:
-    """A sum is measured against its terms: `|k - t| <= 8 * 2^-24 sum |terms|` (float64: 64 * 2^-53); one rounding of
-    the result where that is stored as half."""
+    """Assert that a sum is right to its terms: `|k - t| <= 8 * 2^-24 sum |terms|` (float64: 64 * 2^-53), plus one
+    rounding of the result where that is stored as half."""
     unit = 64 * 2.0**-53 if kernel.dtype == torch.float64 else 8 * 2.0**-24
     rounding = torch.finfo(kernel.dtype).eps if kernel.dtype.itemsize == 2 else 0.0
     error = (kernel.detach().cpu().double() - truth.detach().cpu().double()).abs()
@@ -115,7 +115,7 @@ def assert_sum(kernel: Tensor, truth: Tensor, terms: Tensor) -> None:
 
 
 def _each(change, value):
-    """The fields of a tuple changed, named or not; everything else as it is."""
+    """Return a tuple, named or not, with every field changed; everything else as it is."""
     if not isinstance(value, tuple):
         return value
     changed = [change(field) for field in value]

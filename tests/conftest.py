@@ -1,4 +1,4 @@
-"""Where each test runs. A `target` is an implementation on a device; Triton has two, its interpreter and a GPU."""
+"""Choose where tests run. A `target` is an implementation on a device; Triton has two, its interpreter and a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGETS = [
 
 
 def dtypes_of(target: Target) -> list[torch.dtype]:
-    """The storage types that a target takes."""
+    """Return the storage types that a target takes."""
     return [dtype for dtype in testing.DTYPES if target.impl == "cpu" or dtype != torch.float64]
 
 
@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The interpreter needs a process of its own: test_interpreter.py starts it and runs the tests marked `triton`."""
+    """Deselect slow tests and those marked `triton`, which test_interpreter.py runs in another process; mark skips."""
     interpreted = [item for item in items if item.get_closest_marker("triton")]
     if interpreted and not INTERPRETED:
         config.hook.pytest_deselected(items=interpreted)
@@ -64,10 +64,10 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fills fresh memory with NaN (integers: with their largest), by whichever function torch is asked for it.
+    """Fill fresh memory with NaN (integers: with their largest value), whichever function of torch allocates it.
 
-    Holds the addresses that were filled: a test asserts that its results are among them (`address`), so that it fails
-    when an op allocates in a way that is not poisoned here.
+    Yield the addresses that were filled. A test asserts that its results are among them (`address`), so that it fails
+    if an op allocates by a function that is not poisoned here.
     """
     filled: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
 
@@ -87,21 +87,23 @@ def poisoned(monkeypatch):
         poison(torch, name)
     poison(torch.Tensor, "new_empty")
     yield filled
-    assert filled, "the test asks for `poisoned`, but nothing that it ran allocated memory by a poisoned function"
+    assert filled, "the test uses `poisoned`, but nothing that it ran allocated memory by a poisoned function"
 
 
 def address(tensor: torch.Tensor) -> int:
+    """Return the address of a tensor's memory."""
     return tensor.untyped_storage().data_ptr()
 
 
 @pytest.fixture(autouse=True)
 def same_threads_after():
+    """Restore the number of threads after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 def assert_ended(run) -> None:
-    """What torchrun started ended well. gloo's threads now and then abort a process that is done and only has to leave;
-    the caller checks what it wrote."""
+    """Assert that a run of torchrun ended well. gloo's threads now and then abort a process that is done and about to
+    exit; the caller checks what the process wrote."""
     assert run.returncode == 0 or "terminate called without an active exception" in run.stderr, run.stderr

@@ -1,4 +1,4 @@
-"""What the tests of guided_energy share: its definition through other rooms, the terms of its sums, and the calls."""
+"""Share between the tests of guided_energy: its definition by other ops, the terms of its sums, and the calls."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lgd_kernels.runtime.levels import Levels, OmegaLookup, widest
 
 
 def interpreted(target) -> bool:
-    """Triton's interpreter: a program takes a millisecond, and a pair of particles in it as much."""
+    """Return whether a target is Triton's interpreter, where a program takes 1 ms and a pair of particles as much."""
     return (target.impl, target.device) == ("triton", "cpu")
 
 
 def dtypes(target, turn=0):
-    """All that the target takes; in the interpreter one, in turn."""
+    """Return all dtypes that the target takes; in the interpreter one of them, in turn."""
     found = dtypes_of(target)
     return [found[turn % len(found)]] if interpreted(target) else found
 
 
 def on(target, function, *args, **options):
-    """By the target's implementation, on its device."""
+    """Call guided_energy by the target's implementation, on its device."""
     moved = (testing.moved(value, target.device) for value in args)
     options = {name: testing.moved(value, target.device) for name, value in options.items()}
     return function(*moved, impl=target.impl, **options)
@@ -36,14 +36,14 @@ def guided_energy(target, *args, **options):
 
 
 def loss_and_slope(target, x, cond, uncond, omega, *args, **options):
-    """L and dL / domega for omega `[B]`, on the CPU."""
+    """Return L and dL / domega for omega `[B]`, on the CPU."""
     omega = omega.detach().to(target.device).requires_grad_()
     loss = guided_energy(target, x, cond, uncond, omega, *args, **options)
     return loss.detach().cpu(), torch.autograd.grad(loss.sum(), omega)[0].cpu()
 
 
 def points(x, cond, uncond, omega, levels, target, prediction="x0", churn=0.0, noise=None, seed=None, first_sample=0):
-    """x_s `[B, m, ...]` by guided_step's reference and y `[B, k, ...]`, noise from philox_normal."""
+    """Return x_s `[B, m, ...]` by guided_step's reference and y `[B, k, ...]`, noise from philox_normal."""
     batch, m = x.shape[:2]
 
     def each(value):  # of an item, for each of its particles
@@ -64,7 +64,7 @@ def points(x, cond, uncond, omega, levels, target, prediction="x0", churn=0.0, n
 
 
 def drawn(shape, seed, stream, first_sample=0):
-    """The noise of B items of so many particles, `[B, particles, ...]`."""
+    """Return the noise of B items, `[B, particles, ...]`."""
     batch, particles, *rest = shape
     if isinstance(seed, Tensor) and seed.ndim:
         return torch.stack([lgd.philox_normal((particles, *rest), int(one), stream=stream) for one in seed])
@@ -73,12 +73,12 @@ def drawn(shape, seed, stream, first_sample=0):
 
 
 def defined(*args, beta=1.75, lam=1.0, unbiased=True, **options):
-    """The definition: guided_step, then particle_energy. Differentiable."""
+    """Compute the definition: guided_step, then particle_energy. Differentiable."""
     return particle_energy(*points(*args, **options), beta, lam, unbiased)
 
 
 def truth(x, cond, uncond, omega, levels, target, *, beta=1.75, lam=1.0, unbiased=True, **options):
-    """In float64, for omega `[B]`: L, dL / domega, and the sums of |terms| that their errors are measured against."""
+    """Return in float64, for omega `[B]`: L, dL / domega, and the sums of |terms| that bound their errors."""
     args = [testing.promoted(value) for value in (x, cond, uncond, omega, levels, target)]
     options = {name: testing.promoted(value) for name, value in options.items()}
     omega = args[3] = args[3].detach().requires_grad_()
@@ -105,7 +105,7 @@ DIRECT = "donot_use_mm_for_euclid_dist"
 def problem(
     generator, m, k, row, dtypes=torch.float32, batch=3, kind="tensor", noise=False, layout="contiguous", **options
 ):
-    """Arguments of guided_energy: x, cond, uncond, omega, levels, target, and its options."""
+    """Return arguments of guided_energy: x, cond, uncond, omega, levels, target, and its options."""
     row = row if isinstance(row, tuple) else (row,)
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,) * 5
 

@@ -1,4 +1,4 @@
-"""Prints a digest of every op's results, for test_instruction_sets.py, which runs it once for each instruction set."""
+"""Print a digest of every op's results. test_instruction_sets.py runs this file once for each instruction set."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def tensors(value):
 
 
 def results(dtype: torch.dtype):
-    """(name, result) of every op, on rows that fill vectors and on rows that do not."""
+    """Yield (name, result) of every op, on rows that fill vectors and on rows that do not."""
     generator = torch.Generator().manual_seed(0)
     for row in (1, 19, 333, 2050):
         data = [testing.sample((3, row), dtype, generator) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""What the tests of energy_mmd share: the kernels, the options, and a call as the operator takes it."""
+"""Share between the tests of energy_mmd: the kernels, the options, and a call as the operator takes it."""
 
 import pytest
 
@@ -24,14 +24,14 @@ OPTIONS = [{}, {"unbiased": False}, {"lam": 0.5}, {"lam": 0.0}, {"target_term": 
 
 
 def definition(x, y, kernel, x_weights=None, y_weights=None, lam=1.0, unbiased=True, target_term=True):
-    """As the operator takes it, a batch of one."""
+    """Call the operator with a batch of one."""
     weights = (one if one is None else one[None] for one in (x_weights, y_weights))
     return (*(one.flatten(1)[None] for one in (x, y)), *weights, *split_kernel(kernel, x[0].numel()), lam, unbiased,
             target_term)  # fmt: skip
 
 
 def terms(x, y, kernel):
-    """Of the value: sum |p_i q_j k| and within; bounds of each gradient's terms are found like it."""
+    """Return the sums of |terms| of the value, sum |p_i q_j k| and those within a set; bounds of gradients likewise."""
     x, y = testing.promoted(x), testing.promoted(y)
     size = kernel._replace(offset=abs(kernel.offset)) if isinstance(kernel, lgd.Polynomial) else kernel
     plus = [reference.energy_mmd(*definition(a, b, size, lam=0.0)).abs() for a, b in ((x, y), (x, x), (y, y))]
@@ -39,7 +39,7 @@ def terms(x, y, kernel):
 
 
 def terms_of_slope(x, y, kernel):
-    """The largest sum over j of the lengths of what a pair adds to the slope of a sample of x, weights up to 2 / n."""
+    """Return the largest sum over j of what pairs add in length to the slope of a sample of x, weights up to 2 / n."""
     x, y = x.detach().flatten(1), y.detach().flatten(1)
     total = 0.0
     for other in (y, x):

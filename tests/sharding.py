@@ -1,4 +1,4 @@
-"""energy_mmd of samples in several processes: `torchrun tests/sharding.py FOLDER` saves what each one found."""
+"""Call energy_mmd with samples in several processes: `torchrun tests/sharding.py FOLDER` saves what each one found."""
 
 import sys
 import weakref
@@ -38,7 +38,7 @@ BATCH = 3
 
 
 def inputs(name):
-    """(x, y, options) of all processes together."""
+    """Return (x, y, options) of all processes together."""
     n, k, dimension, dtype, options = CASES[name]
     options, generator = dict(options), torch.Generator().manual_seed(n)
     weighted, batch = options.pop("weights", False), (BATCH,) if options.get("batched") else ()
@@ -55,7 +55,7 @@ def inputs(name):
 
 
 def part(count, rank, size, even):
-    """Samples of a process; uneven: the first has half of them, and with four the second none."""
+    """Return the samples of a process, unevenly: the first has half of them, and of four the second has none."""
     ends = [count * one // size for one in range(size + 1)]
     if not even:
         ends = [0, count // 2, count] if size == 2 else [0, count // 2, count // 2, count - count // 8, count]
@@ -69,7 +69,7 @@ def own(tensor, rank, size, even, batched):
 
 
 def measured(x, y, wanted, **options):
-    """[loss, d_x, d_y], for an upstream gradient of 2."""
+    """Return [loss, d_x, d_y], for an upstream gradient of 2."""
     x, y = (one.clone().requires_grad_(want) for one, want in zip((x, y), wanted, strict=True))
     loss = lgd.energy_mmd(x, y, **options)
     if any(wanted):
@@ -88,7 +88,7 @@ def sharded(name, wanted, even, rank, size, **more):
 
 
 def around(rank, size):
-    """What a process meets, by rank."""
+    """Return the errors that a process raises, by rank."""
     counts = [5 + one for one in range(size)]
     parts = Parts(distributed.group.WORLD, rank, (counts, counts), (False, False))
     own = Side(torch.full((1, counts[rank], 1), float(rank)), None)
@@ -96,7 +96,7 @@ def around(rank, size):
 
 
 def held(rank, size, **more):
-    """How many parts of others are there in a call, whenever the next one is asked for."""
+    """Return how many parts of other processes are held whenever a call fetches the next one."""
     found, came, handed_on = [], [], sharded_op._handed_on
 
     def counted(here, parts):

@@ -156,7 +156,7 @@ CALLS = {
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_kinds_are_refused_by_name(name, kind):
-    """Some of these are good arguments; what is refused is refused by a TypeError or ValueError that names it."""
+    """Some of these arguments are valid; a TypeError or ValueError names each of the others."""
     try:
         CALLS[name](BAD[kind])
     except (TypeError, ValueError) as error:

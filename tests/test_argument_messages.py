@@ -75,7 +75,7 @@ def test_a_sparse_tensor_is_refused_by_name(name):
         call(good.to_sparse())
 
 
-ONES = np.ones(2)  # whose comparisons are arrays, of no truth value
+ONES = np.ones(2)  # comparisons of arrays are arrays, without a truth value
 CHOICES = {
     "guided_step: `prediction`": lambda v: lgd.guided_step(X, C, U, 1.0, L, prediction=v),
     "guided_step: `rule_space`": lambda v: lgd.guided_step(X, C, U, 1.0, L, rule_space=v),

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: what is wrong is not timed, and what is said of times follows from the samples."""
+"""Test the benchmarks: a wrong kernel is not timed, and verdicts on times follow from the samples."""
 
 import functools
 import importlib
@@ -36,7 +36,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.extension
 def test_right_kernels_are_timed(tiny, tmp_path, capsys):
-    """Exit status 0; everything is in the JSON; against itself nothing changed; a picture comes out."""
+    """The exit status is 0, the JSON is complete, a run compared with itself has no change, a picture is written."""
     assert run("--json", tmp_path / "run.json") == 0
     said, found = capsys.readouterr().out, json.loads((tmp_path / "run.json").read_text())
     assert "guided_step [4,3,16,16] float32, x0: backward to omega" in said and "WRONG" not in said
@@ -57,7 +57,7 @@ def test_right_kernels_are_timed(tiny, tmp_path, capsys):
 
 @pytest.mark.extension
 def test_a_wrong_kernel_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
-    """omega 1 % off in the forward, in every dtype, and its gradient 1 % off in the backward."""
+    """omega is 1 % off in the forward, in every dtype, and its gradient 1 % off in the backward."""
     right = impls.launcher
 
     def wrong(op, impl):
@@ -105,7 +105,7 @@ def test_what_cannot_run_says_why(tiny, capsys):
     ids=str,
 )
 def test_every_baseline_agrees(op, arguments, options, monkeypatch):
-    """Those that draw their own noise, and those that torch compiles; here without its slow last step."""
+    """Some baselines draw their own noise, and torch compiles others; here without its slow last step."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
     one = importlib.import_module(f"benchmarks.{op}").workload(*arguments, **options)
@@ -115,7 +115,7 @@ def test_every_baseline_agrees(op, arguments, options, monkeypatch):
 
 
 def test_noise_of_its_own_is_looked_at():
-    """A baseline's noise that nobody can draw again: too quiet, off centre, or with an omega that is off."""
+    """Noise that cannot be drawn again is checked by its statistics: too small, off centre, or with a wrong omega."""
     step = importlib.import_module("benchmarks.guided_step")
     one = step.workload((16, 4, 64, 64), torch.float32, noise="seed")
     inputs = one.arguments(torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def test_every_op_has_workloads():
 
 
 def test_ratios_are_formed_round_by_round():
-    """So what slows a round down for all cancels: here every other round, tenfold."""
+    """A slowdown that all variants of a round share cancels: here every other round is ten times as slow."""
     slow = [1.0, 10.0, 1.0, 10.0, 1.0]
     best, mine = [2.0 * factor for factor in slow], [1.0 * factor for factor in slow]
     assert timing.spread(timing.ratios(best, mine)) == [2.0, 2.0, 2.0]
@@ -203,7 +203,7 @@ def test_describes_its_surroundings():
 
 
 def test_terms_of_a_gradient_are_those_of_the_tests(generator):
-    """sum |b upstream (cond - uncond)|, found without knowing the op."""
+    """sum |b upstream (cond - uncond)| is computed without reference to the op."""
     step = importlib.import_module("benchmarks.guided_step")
     one = step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA,))
     inputs = one.arguments(generator)

@@ -42,7 +42,7 @@ def script(path, text):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with one source of each kind."""
+    """Return a checkout with one source of each kind."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "lgd_kernels/runtime/builds.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -98,7 +98,7 @@ def test_no_compiler(checkout, build):
 
 
 def test_no_openmp(checkout, build):
-    """A compiler without it builds for one thread, with vectors all the same, and the note says why."""
+    """A compiler without OpenMP builds for one thread, vectorised all the same, and the note says why."""
     logging = f'#!/bin/sh\necho "$*" >> {checkout}/log\n'
     run = build(NO_OPENMP.replace("#!/bin/sh\n", logging, 1))
     assert run.returncode == 0 and made(checkout), run.stdout
@@ -136,7 +136,7 @@ def test_a_required_extension_says_why_at_the_end(checkout, build):
 
 
 def test_nvcc_that_fails(checkout, build):
-    """The CUDA kernels are left out, the CPU's are built."""
+    """The CUDA kernels are left out, and the CPU kernels are built."""
     nvcc = script(
         checkout / "nvcc", '#!/bin/sh\necho "nvcc fatal   : Unsupported gpu architecture compute_1"\nexit 1\n'
     )
@@ -162,7 +162,7 @@ def test_an_editable_install_is_a_path_file(checkout, build, compiler):
 
 
 def test_a_wheel_holds_the_note(checkout, build):
-    """So that `info` can show it, wherever the package was installed."""
+    """`info` can then show the note, wherever the package was installed."""
     run = build(None, "-c", "from setuptools import build_meta; build_meta.build_wheel('wheels')")
     assert run.returncode == 0, run.stdout
     (wheel,) = (checkout / "wheels").glob("*.whl")
@@ -174,7 +174,7 @@ def test_a_wheel_holds_the_note(checkout, build):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_digest_is_compiled_in(checkout, build):
-    """And a source whose time says nothing, such as one that was removed, makes a new build."""
+    """A change that no file time shows, such as a removed source, makes a new build."""
     shutil.copy(ROOT / "python" / "sources.h", checkout / "python" / "sources.h")
     (checkout / "python" / "bindings.cpp").write_text(
         '#include "sources.h"\nconst char* x() { return lgd::source_digest; }'
@@ -211,7 +211,7 @@ def test_the_digest_is_of_names_and_contents(checkout):
 
 @pytest.fixture
 def installed(tmp_path):
-    """A checkout without an extension, and a folder of packages with this one's, built from the checkout's sources."""
+    """Return a checkout without an extension, and a folder of packages with one built from the checkout's sources."""
     own = builds.extension_in(builds.PACKAGE, "_C") or pytest.skip("lgd_kernels._C is not built in place")
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     shutil.copytree(
@@ -251,7 +251,7 @@ info()
 
 
 def test_a_checkout_loads_what_was_installed_from_it(installed):
-    """`pip install .`, then Python in the checkout: its own package comes first, and is as fast."""
+    """After `pip install .`, Python in the checkout imports the checkout's own package, which is as fast."""
     checkout, built = installed
     out, errors = in_checkout(checkout, built, "-c", SAYS)
     said, _, info = out.partition("\n")
@@ -279,7 +279,7 @@ def test_a_checkout_says_once_that_what_was_installed_is_stale(installed):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """Two package folders, this one's and an installed one, of files that nobody loads."""
+    """Return two package folders, this one's and an installed one, of files that are never loaded."""
     here, there = tmp_path / "here" / "lgd_kernels", tmp_path / "there" / "lgd_kernels"
     for folder in (here, there):
         folder.mkdir(parents=True)
@@ -315,7 +315,7 @@ def test_why_missing_gives_every_reason(places):
 
 
 def test_an_extension_built_in_place_may_be_stale(places, monkeypatch):
-    """It is loaded all the same; `info` says so."""
+    """A stale extension is loaded all the same, and `info` says that it is stale."""
     here, there = places
     monkeypatch.setattr(builds, "digest", lambda: "a" * 64)
     for folder, again in ((here, "python setup.py build_ext --inplace"), (there, f"pip install {here.parent}")):

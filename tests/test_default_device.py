@@ -30,7 +30,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 def names_no_device(tree):
-    """Functions of torch that make a tensor, called or passed on, where nothing says on which device."""
+    """Yield functions of torch that make a tensor, called or passed on, without an explicit device."""
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and node.attr in MAKERS and ast.unparse(node.value) == "torch"):
@@ -176,7 +176,7 @@ def flat(found):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tensors_on_the_cpu_stay_there(name):
-    """ "meta" stands for a GPU: whatever is made there by mistake cannot be used."""
+    """ "meta" stands for a GPU: a tensor made there by mistake has no values."""
     expected = flat(CALLS[name]())
     torch.set_default_device("meta")
     try:

@@ -32,7 +32,7 @@ def test_every_op_and_every_metric_is_called():
 
 
 def score(change):
-    """guided_score, changed, and its reference, which is not."""
+    """Change guided_score, but not its reference."""
 
     def changed(cond, uncond, omega, impl=None):
         guided = lgd.guided_score(cond, uncond, omega, impl=impl)
@@ -78,7 +78,7 @@ def test_finds_a_planted_fault(planted, monkeypatch):
 
 
 def test_simplifies_a_call(monkeypatch):
-    """What has nothing to do with the fault is made plain."""
+    """Arguments that do not matter to the fault are simplified."""
     monkeypatch.setitem(functions.CALLED, "guided_score", score(PLANTED["budget"][0]))
     uncond = T((3, 5), "float64", special="huge")
     call = Call("guided_score", {"cond": T((3, 5), layout="strided", seed=3), "uncond": uncond, "omega": 2})

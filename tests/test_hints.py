@@ -1,4 +1,4 @@
-"""Hints in error messages: what they say to do works."""
+"""Test that following the hint in an error message works."""
 
 import pytest
 import torch
@@ -277,7 +277,7 @@ CASES = {  # a call that is refused, the hint, and the same call with the hint f
     ),
 }
 
-WITHOUT = {  # where none would work
+WITHOUT = {  # no hint could work
     "omega": (lambda: score(torch.ones(5)), "omega."),
     "omega [2, 1]": (lambda: score(torch.ones(2, 1)), "omega."),
     "no particles": (lambda: energy(*[PX[:, :0]] * 3), "unsqueeze"),

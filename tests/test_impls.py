@@ -1,4 +1,4 @@
-"""Which implementation runs, why another does not, and that an import stays cheap and silent."""
+"""Test which implementation runs, why another does not, and that an import stays cheap and silent."""
 
 import importlib
 import importlib.metadata
@@ -30,7 +30,7 @@ def forget():
 
 @pytest.fixture(autouse=True)
 def uninterpreted(monkeypatch):
-    """As on a machine of a user, also where the tests run in Triton's interpreter."""
+    """Undo the interpreter's setting, so that a test sees what a user's machine shows."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     forget()
     yield
@@ -50,7 +50,7 @@ def with_extension():
 
 
 def python(code, **environment):
-    """(stdout, stderr) of a fresh interpreter."""
+    """Return (stdout, stderr) of a fresh interpreter."""
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -77,7 +77,7 @@ def test_available_on_the_cpu(name, with_extension):
 
 @pytest.mark.parametrize("name", impls.rooms())
 def test_available_elsewhere(name):
-    """The automatic choice first; a device nobody wrote a kernel for still has the reference."""
+    """The automatic choice comes first; a device without kernels has the reference."""
     pytest.importorskip("triton")
     found = lgd.available_impls(name, "cuda:0")
     assert found == tuple(impl for impl in impls.ORDER["cuda"] if impl in found)
@@ -90,7 +90,7 @@ def test_interpreter_makes_triton_available(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton" in lgd.available_impls("guided_score", "cpu")
-    assert impls.choose("guided_score", None, ONE.device, ONE.dtype) != "triton"  # never by itself
+    assert impls.choose("guided_score", None, ONE.device, ONE.dtype) != "triton"  # never chosen automatically
 
 
 def test_available_without_the_extension(without_extension):
@@ -144,7 +144,7 @@ def test_why_not_what_is_not_written(monkeypatch):
     ],
 )
 def test_why_not_without_triton(monkeypatch, cuda, hip, interpret, hint):
-    """torch brings the triton that fits, so that is the one to install."""
+    """torch pins the triton that fits, so the message names that version."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     monkeypatch.setattr(
@@ -173,7 +173,7 @@ def test_why_not_without_triton_elsewhere(monkeypatch):
     ],
 )
 def test_why_the_extension_is_missing(monkeypatch, tmp_path, missing, reason):
-    """Not built and not loadable are different problems, and have different words."""
+    """Messages distinguish an extension that is not built from one that does not load."""
 
     def fail(name):
         raise ImportError("undefined symbol")
@@ -205,11 +205,11 @@ def test_choice(with_extension):
     assert impls.choose("guided_score", None, ONE.device, ONE.dtype) == "cpu"
     assert impls.choose("guided_score", "reference", ONE.device, ONE.dtype) == "reference"
     assert impls.choose("guided_score", None, torch.device("meta"), ONE.dtype) == "reference"
-    assert impls.choose("guided_score", None, ONE.device, ONE.dtype, torch.int32) == "reference"  # that no kernel takes
+    assert impls.choose("guided_score", None, ONE.device, ONE.dtype, torch.int32) == "reference"  # of int32
 
 
 def test_an_explicit_impl_is_the_one_that_runs(monkeypatch, with_extension):
-    """And is asked for in the backward too."""
+    """The backward uses the same implementation."""
     calls = []
     launcher = impls.launcher
 
@@ -283,7 +283,7 @@ print(json.dumps([before, loaded(), impls.extension_error()]))
 
 
 def test_submodules_are_there_on_first_use():
-    """Named, but not loaded before; and what is not there raises as usual."""
+    """Lazy submodules are listed in dir() and loaded on use; other names raise AttributeError as usual."""
     code = """
 import sys
 import lgd_kernels as lgd
@@ -326,7 +326,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_leaves_early_is_no_error(unbuffered):
-    """As in `python -m lgd_kernels info | head -1`, where the pipe is gone before all is written."""
+    """`python -m lgd_kernels info | head -1` closes the pipe before all is written."""
     running = subprocess.Popen(
         [sys.executable, "-m", "lgd_kernels", "info"],
         cwd=ROOT,
@@ -353,7 +353,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch):
 
 
 def test_a_closed_stdout_is_no_error(monkeypatch):
-    """`python -m lgd_kernels info >&-`: Python has None for it then."""
+    """`python -m lgd_kernels info >&-` leaves sys.stdout None."""
     monkeypatch.setattr(program, "main", lambda arguments: 0)
     monkeypatch.setattr(sys, "stdout", None)
     assert program.command() == 0

@@ -1,4 +1,4 @@
-"""Older processors: AVX2 gives the bits of AVX-512; the baseline gives the same noise, and the rest within the
+"""Test older processors: AVX2 gives the bits of AVX-512; the baseline gives the same noise, and the rest within the
 budget."""
 
 import json
@@ -42,7 +42,7 @@ def environment(instruction_set: str) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By instruction set: (digests, tensors) of every op, each from a process of its own."""
+    """Return (digests, tensors) of every op by instruction set, each from a process of its own."""
     found = {}
 
     def of(instruction_set: str):
@@ -68,8 +68,8 @@ def test_avx2_has_the_bits_of_avx512(results):
 
 @pytest.mark.parametrize("older", ["x86-64-v3", "x86-64"])
 def test_older_sets_differ_by_rounding(older, results):
-    """Nothing but whether a product is rounded before it is added: of single elements one rounding of the storage, of
-    a gradient's sums a few of float32."""
+    """Results differ only by whether a product is rounded before it is added: single elements by one rounding of the
+    storage, sums of a gradient by a few of float32."""
     need("x86-64-v3")
     newest = results("x86-64-v4" if "v4" in impls.extension().instruction_set() else "x86-64-v3")[1]
     for name, tensors in results(older)[1].items():
@@ -94,7 +94,7 @@ OPS = (*impls.rooms(), "philox", "omega_table", "rules")
 @pytest.mark.parametrize("older", ["x86-64-v3", "x86-64"])
 @pytest.mark.parametrize("op", OPS)
 def test_older_sets_pass_the_tests_of_every_op(op, older):
-    """The error budget itself."""
+    """The baseline stays within the error budget."""
     need(older)
     command = [sys.executable, "-m", "pytest", "-q", "-x", TESTS / f"test_{op}.py"]
     ended = subprocess.run(command, cwd=TESTS.parent, env=environment(older), capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels on this machine, whatever it has: their tests again, in Triton's interpreter, file by file."""
+"""Run the tests of the Triton kernels in Triton's interpreter, file by file, on any machine."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Calls that end early, by Ctrl-C or without memory; in separate processes, since they may end those."""
+"""Test calls that end early, by Ctrl-C or without memory, in separate processes, which they may end."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ torch.manual_seed(0)
 
 
 def run(script, *arguments):
-    """What a process prints that runs the script."""
+    """Return what a process that runs the script prints."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", HEAD + textwrap.dedent(script), *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
@@ -31,7 +31,7 @@ def run(script, *arguments):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_ends_a_long_call(threads):
-    """Each lasts three seconds or more if it is left alone; afterwards the same function works as before."""
+    """Uninterrupted, each call takes three seconds or more; afterwards the same function works as before."""
     script = """
         x, y = torch.randn(2, 100_000, 2)
         batch = torch.randn(2, 2, 70_000, 2)
@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_long_call(threads):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process as Linux has them")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_that_is_missing_is_an_error(threads):
-    """Also in the threads of a parallel region, where an exception that nobody catches ends the process."""
+    """The same holds in threads of a parallel region, where an uncaught exception would end the process."""
     script = """
         x, y = torch.randn(2, 2, 1_000_000, 4), torch.randn(2, 2, 3, 4)
         want = lgd.energy_mmd(x[0, :, :1000], y[0], batched=True)  # and the threads are there
@@ -99,7 +99,7 @@ def test_memory_follows_the_data_of_a_few_long_samples():
 
 
 def test_a_term_without_weight_is_not_waited_for():
-    """Nor one with an infinite coefficient: what the binding is given is not checked before."""
+    """An infinite coefficient returns too: nothing checks the arguments of the binding."""
     script = """
         from lgd_kernels.runtime import impls
         x, y = torch.randn(1, 70, 2).double(), torch.randn(1, 150, 2).double()

@@ -26,7 +26,7 @@ each_fast_target = pytest.mark.parametrize(
 
 
 def need(gigabytes, impl, device):
-    """Skips where there is not as much memory to be had, or no implementation."""
+    """Skip where that much memory, or the implementation, is not available."""
     if impl == "cpu" and impls.extension_error():
         pytest.skip(impls.extension_error())
     if device == "cuda":
@@ -41,7 +41,7 @@ def need(gigabytes, impl, device):
 
 
 def zeros(count, device):
-    """bfloat16 zeros; on the CPU only the pages that are written take memory."""
+    """Return bfloat16 zeros; on the CPU only pages that are written take memory."""
     if device == "cuda":
         return torch.zeros(count, dtype=torch.bfloat16, device=device)
     try:
@@ -52,7 +52,7 @@ def zeros(count, device):
 
 @each_fast_target
 def test_many_samples(impl, device):
-    """`guided_step` and its gradient to omega: the same as of those samples alone."""
+    """`guided_step` and its gradient to omega are the same as for those samples alone."""
     need(10, impl, device)
     levels = lgd.RectifiedFlow().levels(torch.linspace(1.0, 0.5, BATCH), torch.linspace(0.0, 0.4, BATCH))
     rows = torch.randn(4, ROW, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -88,7 +88,7 @@ def test_one_large_sample(impl, device):
 
 
 def far_apart(values, device):
-    """The same values with rows (of one element, for `[B]`) 2^32 + 8 elements apart."""
+    """Return the same values with rows (of one element, for `[B]`) 2^32 + 8 elements apart."""
     stride = 2**32 + 8  # above 2^32: Triton's interpreter misreads an argument between 2^31 and that
     row = values[0].numel()
     storage = zeros((len(values) - 1) * stride + row, device)
@@ -97,7 +97,7 @@ def far_apart(values, device):
 
 
 def test_rows_far_apart(target):
-    """Inputs, upstream gradients and numbers of two samples, each at its own end of memory: as if side by side."""
+    """Two samples whose data lie far apart in memory give the same results as side by side."""
     need(2 if target.device == "cpu" else 70, *target)
     generator = torch.Generator().manual_seed(0)
     near = [torch.randn(2, 3000, generator=generator) for _ in range(5)]

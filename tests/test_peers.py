@@ -1,4 +1,4 @@
-"""Other libraries beside ours: they say why not, are held to the truth; the table and pictures follow from the run."""
+"""Test the comparison with other libraries: reasons to skip, the check against the truth, tables and pictures."""
 
 import copy
 import importlib
@@ -52,7 +52,7 @@ def test_what_does_not_import_says_why():
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.000005, "ok"), (1.01, "WRONG")])
 def test_they_are_held_to_the_truth(factor, status):
-    """By a tolerance of their own."""
+    """Other libraries are checked by a tolerance of their own."""
 
     def bind(given):
         return lambda: factor * (given["cond"] + given["omega"] * (given["cond"] - given["uncond"]))
@@ -118,7 +118,7 @@ def test_peers_bring_their_workloads():
 
 @pytest.fixture
 def ran(monkeypatch, tmp_path, capsys):
-    """A run of two sizes and of samples: where it was written, and what was said."""
+    """Return a run of two sizes and of samples: the path of its file, and what it printed."""
     small = [steps.guidance(SHAPE), steps.guidance((4, 3, 8, 8)), energies.samples("gaussian", 40, 3)]
     for one in small:
         object.__setattr__(one, "providers", {})
@@ -172,7 +172,7 @@ TABLES = [
 
 
 def test_tables_in_the_docs_are_those_of_committed_runs():
-    """Made by `python -m benchmarks --show FILE --markdown`; pages that carry none have nothing to keep."""
+    """Tables on pages are those that `python -m benchmarks --show FILE --markdown` prints."""
     for page, name, table in TABLES:
         run = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
         assert markdown.block(run, name) == f"<!-- benchmarks: {name} -->\n{table}<!-- end -->", page.name

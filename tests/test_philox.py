@@ -1,4 +1,4 @@
-"""The noise contract: the integers of every implementation are those of Random123, the normals agree to 1e-6."""
+"""Test the noise: the integers of every implementation are those of Random123, the normals agree to 1e-6."""
 
 import math
 
@@ -19,7 +19,7 @@ if impls.triton_interpreted() or torch.cuda.is_available():
 
     @triton.jit
     def words_kernel(words, counters, N: tl.constexpr):
-        """words [4, N] of counters and keys [6, N], uint32 held in int64."""
+        """Store words [4, N] of counters and keys [6, N], uint32 held in int64."""
         at = tl.arange(0, N)
         c0, c1, c2, c3 = (
             tl.load(counters + at).to(tl.uint32),
@@ -36,7 +36,7 @@ if impls.triton_interpreted() or torch.cuda.is_available():
 
     @triton.jit
     def normals_kernel(out, keys, samples, stream, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """out [ROWS, BLOCK]: elements first to first + BLOCK of each sample."""
+        """Store out [ROWS, BLOCK], elements first to first + BLOCK of each sample."""
         rows = tl.arange(0, ROWS)
         key, sample = tl.load(keys + rows), tl.load(samples + rows).to(tl.uint32)
         low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -49,7 +49,7 @@ def extension():
 
 
 def words_of(target, counters, keys):
-    """Four words for each row of counters `[N, 4]` and keys `[N, 2]`."""
+    """Return four words for each row of counters `[N, 4]` and keys `[N, 2]`."""
     if target.impl == "cpu":
         draw = extension().philox_words
         return torch.tensor([draw(c, k) for c, k in zip(counters.tolist(), keys.tolist(), strict=True)])
@@ -66,7 +66,7 @@ def words_of_reference(counters, keys):
 
 
 def quads_of(target, key, quad, samples, stream, count):
-    """Normals [samples, 4 count] from quad (element >> 2) on. The samples follow one another."""
+    """Return normals [samples, 4 count] of consecutive samples, from quad (element >> 2) on."""
     if target.impl == "cpu":
         out = torch.empty(len(samples), 4 * count)
         extension().philox_normal(out, 4 * quad, stream, None, key, int(samples[0]), 1)
@@ -180,7 +180,7 @@ def test_elements_far_out(target, first):
 
 
 def counter_that_gives(words, key):
-    """Philox backwards: for a given key, each counter has words of its own and each four words a counter."""
+    """Run Philox backwards: for a given key, counters and words correspond one to one."""
     mask = 0xFFFFFFFF
     w0, w1, w2, w3 = words
     k0, k1 = (key + 10 * 0x9E3779B9) & mask, ((key >> 32) + 10 * 0xBB67AE85) & mask

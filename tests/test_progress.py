@@ -1,4 +1,4 @@
-"""Bars where somebody can see them: in a notebook. (In a terminal, and in a pipe: tests/test_energy_mmd_pieces.py.)"""
+"""Test bars in a notebook. (tests/test_energy_mmd_pieces.py tests those in a terminal and in a pipe.)"""
 
 import sys
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from lgd_kernels.runtime import progress
 
 
 class Bar:
-    """Of tqdm: the part that is used."""
+    """A stand-in for the part of tqdm that is used."""
 
     made: list = []
 
@@ -30,7 +30,7 @@ class Bar:
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_bars_in_a_notebook(capsys, monkeypatch, installed):
-    """Its stderr is no terminal. tqdm draws there, or, where it is not installed, the bar of terminals."""
+    """A notebook's stderr is no terminal. tqdm draws there or, where it is not installed, the bar of terminals."""
     shell = SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=Bar) if installed else None)

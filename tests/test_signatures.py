@@ -1,4 +1,4 @@
-"""Choices in signatures are Literal types: an editor offers them, and a type checker sees a wrong one."""
+"""Test that choices in signatures are Literal types, which an editor offers and a type checker checks."""
 
 import inspect
 import typing

@@ -1,4 +1,4 @@
-"""What stands around a call: default dtypes, traces, profiles, subclasses, views; batched and mixed backwards."""
+"""Test calls under default dtypes, traces, profilers, subclasses and views, and batched and mixed backwards."""
 
 import itertools
 
@@ -11,6 +11,7 @@ from lgd_kernels import testing
 from lgd_kernels.guidance import rules
 from lgd_kernels.sampling import log_prob, solvers
 
+NOISE = {"rtol": 1e-5, "atol": 1e-5}  # noise agrees to 1e-6 between implementations
 LEVELS = testing.step_levels(3)
 
 
@@ -57,7 +58,7 @@ def test_the_profiler_sees_the_operator(op, data):
 
 
 class Halved(torch.Tensor):
-    """Means half of what it holds."""
+    """A subclass whose values are half of what it holds."""
 
     @staticmethod
     def __new__(cls, held):
@@ -111,7 +112,7 @@ def test_forward_over_reverse(op, data):
 @pytest.mark.parametrize("wide", range(4))
 @pytest.mark.parametrize("trains", [(0, 1, 2, 3), (1,), (3, 4), (0, 1, 2, 3, 4)])
 def test_gradients_of_mixed_dtypes(wide, trains, generator, poisoned):
-    """One float64 among float32: its gradient is float64, and no byte of an output is left as it was."""
+    """With one float64 among float32, its gradient is float64, and every byte of an output is written."""
     tensors = [torch.randn(3, 50, generator=generator) for _ in range(4)] + [torch.rand(3, generator=generator)]
     tensors[wide] = tensors[wide].double()
     found = []
@@ -124,7 +125,7 @@ def test_gradients_of_mixed_dtypes(wide, trains, generator, poisoned):
     assert any(address(grad) in poisoned for grad in found[0])
     for mine, reference, i in zip(*found, trains, strict=True):
         assert mine.dtype == tensors[i].dtype
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)  # omega's is a sum of float32
 
 
 def test_score_gradients_of_mixed_dtypes(data):
@@ -179,18 +180,18 @@ DRAWN = {
 
 @pytest.mark.parametrize("op", DRAWN)
 def test_seeds_of_any_stride(op, target):
-    """A seed [B] is B seeds, however they lie in memory: expanded (stride 0), or every second of some."""
+    """A seed [B] is B seeds in any memory layout: expanded (stride 0), or strided."""
     if target.device != "cpu":
         pytest.skip("tensors of this test are on the CPU")
     for seeds in (torch.tensor([5]).expand(4), torch.tensor([5, 0, 6, 0, -7, 0, 2**40, 0])[::2]):
         found, expected = (DRAWN[op](one, target.impl) for one in (seeds, seeds.clone()))
         assert torch.equal(found, expected)
-        torch.testing.assert_close(found, DRAWN[op](seeds.clone(), "reference"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, DRAWN[op](seeds.clone(), "reference"), **NOISE)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_numbers_of_any_stride(impl):
-    """Every other tensor [B] too."""
+    """The same holds for every other tensor [B]."""
     one = torch.tensor([0.5]).expand(4)
     apart = torch.tensor([0.5, 9.0] * 4)[::2]
     index = torch.tensor([0, 9, 1, 9, 2, 9, 3, 9])[::2]
@@ -215,7 +216,7 @@ def test_numbers_of_any_stride(impl):
 
 
 def test_noise_without_churn_is_refused():
-    """As combine refuses a seed without noise_scale. A churn of 0 that is given leaves noise out on purpose."""
+    """Noise without churn raises, as in combine a seed without noise_scale. An explicit churn of 0 ignores noise."""
     energy = lambda **noise: lgd.guided_energy(  # noqa: E731
         PARTICLES, PARTICLES, PARTICLES, 0.5, X_LEVELS, PARTICLES, **noise
     )
@@ -258,7 +259,7 @@ def test_compiled_table_gradient_is_the_same_every_time(generator):
 
 
 def _zeros(shape, dtype=torch.float32):
-    """As forward AD makes them: without memory."""
+    """Zero tensors of forward AD have no memory."""
     return torch._efficientzerotensor(shape, dtype=dtype)
 
 
@@ -302,7 +303,7 @@ def test_zeros_without_memory_from_above():
 
 @pytest.mark.extension
 def test_a_storage_that_was_freed_is_refused():
-    """As FSDP frees one."""
+    """FSDP frees the memory of tensors like this one."""
     freed = X.clone()
     freed.untyped_storage().resize_(0)
     for call in (lambda: lgd.guided_score(X, freed, 0.5), lambda: lgd.combine((X, freed), torch.ones(4, 2))):

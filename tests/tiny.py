@@ -1,4 +1,4 @@
-"""Tiny diffusers models at random, and the schedulers that they are sampled with: diffusers' and ours."""
+"""Build tiny, random diffusers models, and the schedulers that sample them: diffusers' and ours."""
 
 import functools
 
@@ -33,7 +33,7 @@ RUNS = {  # scheduler, its settings, arguments of its steps
 
 
 def pair(run, steps=20):
-    """diffusers' scheduler and ours, each with its run laid out."""
+    """Return diffusers' scheduler and ours, with their timesteps set."""
     kind, settings, options = RUNS[run]
     theirs = getattr(diffusers, kind)(**settings)
     ours = FusedScheduler(getattr(diffusers, kind)(**settings))
@@ -47,7 +47,7 @@ def noise(seed, shape=(BATCH, 4, 8, 8)):
 
 
 def toy(x, t):
-    """A prediction that depends on the sample gently, and on the time."""
+    """Return a prediction that depends smoothly on the sample and on the time."""
     return 0.5 * torch.tanh(x) + 0.1 * torch.sin(torch.as_tensor(t).float() / 100).view(-1, *(1,) * (x.ndim - 1))
 
 
@@ -92,13 +92,13 @@ def call_transformer(x, t, inputs):
 
 
 def prompts():
-    """Inputs of the network, (with, without) the prompt."""
+    """Return inputs of the network, (with, without) the prompt."""
     return {"prompt_embeds": (noise(1, (BATCH, 5, 8)), noise(2, (BATCH, 5, 8))), "pooled": (noise(3, (BATCH, 8)),) * 2}
 
 
 @torch.no_grad()
 def denoise(network, scheduler, guider, steps=20, seed=0, calls=None, **options):
-    """The loop of diffusers' modular pipelines, to the letter of what it calls."""
+    """Run the loop of diffusers' modular pipelines, with exactly the calls that it makes."""
     scheduler.set_timesteps(steps)
     x, inputs = noise(seed) * float(getattr(scheduler, "init_noise_sigma", 1.0)), prompts()
     for i, t in enumerate(scheduler.timesteps):

@@ -1,4 +1,4 @@
-"""The checks of a call."""
+"""Check a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lgd_kernels.runtime.levels import OmegaLookup
 
 
 class Fault(NamedTuple):
-    """What a call did wrong. Two calls with the same `key` count as one fault."""
+    """An error of a call. Two calls with the same `key` count as one fault."""
 
     function: str
     what: str
@@ -89,7 +89,7 @@ class Refused(NamedTuple):
 
 
 def outcome(call: Call, threads: int = 1, around: str = "") -> list[Tensor] | Refused:
-    """What a call returns or raises, on fresh arguments."""
+    """Return what a call returns or raises, on fresh arguments."""
     arguments = call.build()
     torch.set_num_threads(threads)
     try:
@@ -102,7 +102,7 @@ def outcome(call: Call, threads: int = 1, around: str = "") -> list[Tensor] | Re
 
 
 def check(call: Call) -> Fault | None:
-    """The first fault of this call, or None."""
+    """Return the first fault of this call, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _check(call)
@@ -150,7 +150,7 @@ def _check(call: Call) -> Fault | None:
 
 
 def _refused(call: Call, error: Exception, fault) -> Fault | None:
-    """An error is a TypeError or ValueError that begins with the function's name; valid calls raise none."""
+    """Check that an error is a TypeError or ValueError that begins with the function's name, and no valid call's."""
     said = f"{type(error).__name__}: {error}"
     if str(error).startswith("Inference tensors cannot be saved for backward"):
         return None  # as in any function of torch
@@ -171,7 +171,7 @@ def _refused(call: Call, error: Exception, fault) -> Fault | None:
 
 
 def _may_refuse(call: Call, said: str) -> bool:
-    """Calls that the documentation refuses, but the strategies draw."""
+    """Return whether the documentation refuses a call that the strategies draw."""
     finite = all(functions.finite(one) for one in _held(call.build()))
     samples = ("median_bandwidth", "mmd_test", "kernel_inception_distance", "frechet_distance")
     return not finite and call.function in samples
@@ -247,7 +247,7 @@ def _gradients(call: Call, fault) -> Fault | None:
 
 
 def _ordinary(call: Call) -> bool:
-    """Whether the error budget covers a call: numbers of ordinary size, and enough of them for rules."""
+    """Return whether the error budget covers a call: numbers of ordinary size, and enough of them for rules."""
     specs = list(_specs(call.arguments))
     usual = all(getattr(one, "special", "") in ("", "all zero", "huge") for one in specs)
     ruled = call.arguments.get("rule") is not None
@@ -271,7 +271,7 @@ def _specs(value):
 
 
 def _held(value):
-    """Every plain tensor among the arguments."""
+    """Return every plain tensor among the arguments."""
     if isinstance(value, Tensor):
         if value.layout is torch.strided:
             yield value
@@ -283,7 +283,7 @@ def _held(value):
 
 
 def _plain(value):
-    """The same values in plain tensors without autograd history."""
+    """Return the same values in plain tensors without autograd history."""
     if isinstance(value, Tensor):
         value = value.detach()
         return value.as_subclass(Tensor).resolve_neg().clone() if value.device.type == "cpu" else value

@@ -1,4 +1,4 @@
-"""How each function is called from a `Call`, and how far its result may be from the float64 result."""
+"""Call each function from a `Call`, and bound how far its result may be from the float64 result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _table(table, c, s, t):
 
 
 def _solver(solver, step, schedule=None, **arguments):
-    """The plan, and its first two steps."""
+    """Return the plan, and its first two steps."""
     if schedule is not None:
         arguments["schedule"] = SCHEDULES[schedule]
     times = arguments.pop("times")
@@ -55,7 +55,7 @@ CALLED = {
     "OmegaTable.at": _table,
     "solvers": _solver,
 }
-NAMED = {  # what an error message may begin with, if not with the function's own name
+NAMED = {  # the name that begins an error message, where it is not the function's own
     "levels": "",  # the schedule's
     "frechet_distance": "feature_statistics",
     "OmegaTable.at": "OmegaTable",
@@ -76,7 +76,7 @@ def called(name: str, arguments: dict):
 
 
 def tensors_of(value) -> list[Tensor]:
-    """Every tensor of a result, in order; numbers as float64."""
+    """Return every tensor of a result, in order; numbers as float64."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
@@ -85,20 +85,20 @@ def tensors_of(value) -> list[Tensor]:
 
 
 def widened(value):
-    """Arguments in float64."""
+    """Return arguments in float64."""
     if isinstance(value, dict):
         return {name: widened(one) for name, one in value.items()}
     return [widened(one) for one in value] if isinstance(value, list) else testing.promoted(value)
 
 
 def _of(arguments, name, default=None):
-    """An argument, or its default where it was not given."""
+    """Return an argument, or its default where it was not given."""
     value = arguments.get(name)
     return default if value is None else value
 
 
 def slack(name: str, arguments: dict) -> float:
-    """The tolerance of the noise, 1e-6 of |z|, as it enters the result, and of the moments of a rule."""
+    """Return the tolerance of the noise, 1e-6 of |z|, as it enters the result, and of the moments of a rule."""
     if name == "combine" and arguments.get("noise_scale") is not None:
         scale = arguments["noise_scale"]
         scale = scale.double().abs().max().item() if isinstance(scale, Tensor) and scale.numel() else scale
@@ -147,7 +147,7 @@ def _within(k: Tensor, t: Tensor, limit) -> None:
 
 
 def _mmd(arguments, found, reference, truth, slack):
-    """8 * 2^-24 of the terms (float64: 64 * 2^-53); of products 1e-5, of polynomials twice as much."""
+    """Allow 8 * 2^-24 of the terms (float64: 64 * 2^-53), for products 1e-5, for polynomials twice as much."""
     x, y, kernel = arguments["x"].double(), arguments["y"].double(), arguments.get("kernel")
     kernel = kernel or Energy(arguments.get("beta", 1.0))
     size = kernel._replace(offset=abs(kernel.offset)) if isinstance(kernel, Polynomial) else kernel
@@ -166,7 +166,8 @@ def _mmd(arguments, found, reference, truth, slack):
         return 1 / (1 - p.square().sum(-1))
 
     terms = mean(x, y, p, q) + mean(x, x, p, p) * apart(x, p) + mean(y, y, q, q) * apart(y, q)
-    terms = 2 * terms if found[0].numel() and "kernel" not in arguments else terms  # twice of energy_mmd
+    if found[0].numel() and "kernel" not in arguments:  # energy_distance is twice energy_mmd
+        terms = 2 * terms
     wide = found[0].dtype == torch.float64
     limit = 64 * 2.0**-53 if wide else FLOATS
     products = arguments.get("precision") == "product" or (
@@ -180,7 +181,7 @@ def _mmd(arguments, found, reference, truth, slack):
 
 
 def _energy(arguments, found, reference, truth, slack):
-    """1e-5 of the terms: particles may be as close to each other as rounding."""
+    """Allow 1e-5 of the terms: particles may be as close to each other as rounding."""
     if isinstance(arguments.get("lam"), (int, float)) and arguments["lam"]:
         apart = called("guided_energy", widened(arguments) | {"lam": 0.0, "impl": "reference"})
         terms = 2 * apart - truth[0]
@@ -201,7 +202,7 @@ def _curves(arguments, found, reference, truth, slack):
 
 
 def _density(arguments, found, reference, truth, slack):
-    """The next sample as a step; log p where it is given what it scores."""
+    """Compare the next sample as that of a step, or log p where `x_s` is given."""
     if arguments.get("x_s") is None:
         _elementwise(arguments, found[:1], reference[:1], truth[:1], slack)
     else:
@@ -233,7 +234,7 @@ COMPARED = {
 
 
 def truths(name: str, arguments: dict) -> tuple[list[Tensor], list[Tensor]] | None:
-    """(the reference on these arguments, the reference in float64); None if there is no reference."""
+    """Return (the reference on these arguments, the reference in float64), or None if there is no reference."""
     if name == "philox_normal":
         from lgd_kernels.runtime.philox import normal
 
@@ -257,7 +258,7 @@ def truths(name: str, arguments: dict) -> tuple[list[Tensor], list[Tensor]] | No
 
 
 def dtypes(name: str, arguments: dict, found: list[Tensor]) -> str:
-    """What is wrong with the dtypes of a result, or ""."""
+    """Return what is wrong with the dtypes of a result, or ""."""
     data = {"guided_score": "cond", "guided_step": "x", "dynamic_threshold": "x0"}.get(name)
     if data and found[0].dtype != arguments[data].dtype:
         return f"dtype {found[0].dtype} for `{data}` of {arguments[data].dtype}"
@@ -267,7 +268,7 @@ def dtypes(name: str, arguments: dict, found: list[Tensor]) -> str:
 
 
 def finite(value) -> bool:
-    """Whether every float in it is."""
+    """Return whether every float in a value is finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, (tuple, list)):

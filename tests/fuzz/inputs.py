@@ -1,4 +1,4 @@
-"""Descriptions of arguments. Each prints as the expression that makes it, and `build` makes the argument anew."""
+"""Describe arguments. A description prints as the expression that makes it, and `build` makes the argument anew."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Subclass(torch.Tensor):
 
 
 class Spec:
-    """Prints only the fields that differ from their defaults."""
+    """A description whose repr shows only the fields that differ from their defaults."""
 
     def __repr__(self) -> str:
         shown = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
@@ -76,7 +76,7 @@ class T(Spec):
 
 
 def laid_out(shape: tuple[int, ...], layout: str, make) -> Tensor:
-    """The result of `make(shape)`, in this shape and memory layout; `make` is called once."""
+    """Return the result of `make(shape)` in this shape and memory layout; `make` is called once."""
     if not shape or 0 in shape or (layout == "channels_last" and len(shape) != 4):
         return make(shape)
     if layout == "sliced":
@@ -184,7 +184,7 @@ class Steps(Spec):
 
 
 def _repeated(values: Tensor):
-    """A `make` of any shape, for layouts that use only some of its elements."""
+    """Return a `make` of any shape, for layouts that use only some of its elements."""
     return lambda shape: values.repeat_interleave(shape[0] // max(1, len(values)) + 1)[: shape[0]]
 
 

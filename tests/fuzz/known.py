@@ -1,3 +1,3 @@
-"""Faults that are not fixed yet, as (function or "*", a pattern of `str(Fault)`); delete an entry with its fault."""
+"""List faults that are not fixed yet, as (function or "*", a pattern of `str(Fault)`). Fixing one deletes its entry."""
 
 KNOWN: list[tuple[str, str]] = []

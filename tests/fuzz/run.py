@@ -1,4 +1,4 @@
-"""Makes many random calls in separate processes: `make fuzz`, or `python -m fuzz.run` with tests/ on the path.
+"""Make many random calls in separate processes: `make fuzz`, or `python -m fuzz.run` with tests/ on the path.
 
 A worker notes each call before it makes it, so that a crash, a hang or an abort is traced to its call.
 """
@@ -144,7 +144,7 @@ def work(options) -> int:
 
 
 def simplified(call: Call, key) -> tuple[Call, Fault]:
-    """The simplest call found with this fault: leave out or simplify one thing after another."""
+    """Return the simplest call found with this fault: leave out or simplify one thing after another."""
     found = call, check(call)
     for _ in range(3):  # one simplification may make another possible
         before = found
@@ -158,7 +158,7 @@ def simplified(call: Call, key) -> tuple[Call, Fault]:
 
 
 def plainer(call: Call):
-    """Functions that simplify a call, by one change each."""
+    """Yield functions that simplify a call, by one change each."""
     yield lambda call: replace(call, around="")
     for name in call.arguments:
         yield lambda call, name=name: replace(call, arguments={k: v for k, v in call.arguments.items() if k != name})
@@ -169,7 +169,7 @@ def plainer(call: Call):
 
 
 def plain(value, field: str):
-    """The value with the default of this field, in every description in it."""
+    """Return the value with the default of this field, in every description in it."""
     if isinstance(value, tuple):
         return tuple(plain(one, field) for one in value)
     if isinstance(value, Target):

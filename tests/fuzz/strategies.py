@@ -1,4 +1,4 @@
-"""Draws calls. Most are valid; in some, one argument is replaced by one that may be invalid."""
+"""Draw calls. Most are valid; in some, one argument is replaced by one that may be invalid."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tensors(draw, shape, **fixed):
 
 @st.composite
 def per_sample(draw, batch, **fixed):
-    """A number, or `[B]`."""
+    """Draw a number, or `[B]`."""
     if draw(st.booleans()):
         return draw(one_of((0.0, 1.0, 0.5, 2, 7.5)))
     return draw(tensors((batch,), **{"positive": True, "special": ""} | fixed))
@@ -46,7 +46,7 @@ def per_sample(draw, batch, **fixed):
 
 @st.composite
 def in_unit(draw, batch):
-    """A number or `[B]` in [0, 1], such as churn, that does not round to more than 1 in half precision."""
+    """Draw a number or `[B]` in [0, 1], such as churn, that does not round to more than 1 in half precision."""
     return draw(st.one_of(one_of((0.0, 0.0, 1.0, 0.5, 1)), tensors((batch,), positive=True, special="", kind="")))
 
 
@@ -80,7 +80,7 @@ rules = st.builds(
 
 @st.composite
 def noisy(draw, batch, shape, arguments):
-    """Churn, with noise or a seed if it needs one."""
+    """Draw churn, with noise or a seed if it needs one."""
     arguments["churn"] = churn = draw(in_unit(batch))
     if churn == 0 and not isinstance(churn, T):
         return arguments
@@ -277,7 +277,7 @@ def churn_from_eta(draw):
 
 @st.composite
 def solver(draw):
-    """A plan, and a step of it."""
+    """Draw a plan, and a step of it."""
     name = draw(
         one_of(("one_step", "consistency", "edm_euler", "edm_heun", "adams_bashforth", "dpm_solver_2m", "unipc"))
     )
@@ -314,7 +314,7 @@ FUNCTIONS = {
 
 @st.composite
 def odd(draw, value):
-    """Another value for an argument, or an unusual variant of it."""
+    """Draw another value for an argument, or an unusual variant of it."""
     if isinstance(value, T) and draw(st.booleans()):
         changes = [{"kind": draw(one_of(inputs.ODD))}, {"special": draw(one_of(inputs.SPECIAL))},
                    {"dtype": draw(one_of(("int64", "int32", "uint8", "bool", "float8_e4m3fn")))}]  # fmt: skip
