@@ -21,7 +21,7 @@ S* scratch(const GuidedEnergy& op) {
 template <class Work>
 void in_pieces(const GuidedEnergy& op, int64_t first, int64_t last, const Work& work) {
   Watch watch;
-  const int64_t length = std::max<int64_t>(1, (1 << 16) / (op.m * (op.k + op.m))) * kEnergySpan;
+  const int64_t length = std::max<int64_t>(1, (1 << 16) / (op.m * (op.target.k + op.m))) * kEnergySpan;
   for (int64_t at = first; at < last; at += length) {
     work(at, std::min(at + length, last));
     if (watch.stops()) return;
@@ -38,69 +38,67 @@ void run(const GuidedEnergyBackward& op, int64_t batch, int64_t row, int threads
 }
 
 template <class S>
-void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, int threads, S* loss,
-         S* slope, double* statistics) {
+struct Outputs {
+  S *loss, *slope;     // [B]
+  double* statistics;  // [B, op.statistics()]
+};
+
+template <class S>
+void run(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, int threads,
+         const Outputs<S>& out) {
   const auto work = [&](int64_t item, int64_t first, int64_t last, double* sums) {
     S* kept = scratch<S>(op);
     in_pieces(op, first, last, [&](int64_t from, int64_t to) { guided_energy<S>(op, item, from, to, sums, kept); });
   };
   const int64_t count = op.statistics();
-  reduce_rows(batch, row, threads, count, statistics, work, [&](int64_t item) {
-    const Energy energy = guided_energy_finish(op, item, row, statistics + item * count, options);
-    loss[item] = S(energy.loss);
-    slope[item] = S(energy.slope);
+  reduce_rows(batch, row, threads, count, out.statistics, work, [&](int64_t item) {
+    const Energy energy = guided_energy_finish(op, item, row, out.statistics + item * count, options);
+    out.loss[item] = S(energy.loss);
+    out.slope[item] = S(energy.slope);
   });
 }
 
 }  // namespace
 
 const Binding binding([](py::module_& module) {
-  module.def("guided_energy", [](Tensor loss, Tensor slope, Tensor statistics, Tensor x, Tensor cond, Tensor uncond,
-                                 Tensor noise, Tensor omega_, double omega_value, Tensors table, Tensors levels_,
-                                 int prediction, Tensor churn, double churn_value, Tensor seed_,
-                                 std::optional<int64_t> seed_value, int64_t first_sample, Tensor target, int kind,
-                                 int64_t m, int64_t k, Tensor target_seed, std::optional<int64_t> target_seed_value,
-                                 double beta, double lam, bool unbiased, int threads) {
-    const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
-    const auto op = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample, target, kind, m,
-                                     k, target_seed, target_seed_value);
-    const EnergyOptions options{beta, lam, unbiased};
-    const auto [batch, row] = ParticleSizes(Sizes(x), m);
-    auto* sums = static_cast<double*>(address(statistics));
-    void *losses = address(loss), *slopes = address(slope);
+  module.def("guided_energy", [](Tensor outputs, Tensor arguments, int threads) {
+    Call call;
+    const Fields to(outputs), from(arguments);
+    const auto op = guided_energy_of(from.fields(0), call);
+    const auto options = energy_options_of(from.fields(1));
+    const auto [batch, row] = particle_sizes(op, from.fields(0)[0]);
+    void *loss = address(to[0]), *slope = address(to[1]);
+    auto* statistics = static_cast<double*>(address(to[2]));
     py::gil_scoped_release release;
-    wide(op.x, op.cond, op.uncond, op.noise, op.target)
-        ? run(op, options, batch, row, threads, static_cast<double*>(losses), static_cast<double*>(slopes), sums)
-        : run(op, options, batch, row, threads, static_cast<float*>(losses), static_cast<float*>(slopes), sums);
+    wide(op.x, op.cond, op.uncond, op.noise, op.target.data)
+        ? run(op, options, batch, row, threads,
+              Outputs<double>{static_cast<double*>(loss), static_cast<double*>(slope), statistics})
+        : run(op, options, batch, row, threads,
+              Outputs<float>{static_cast<float*>(loss), static_cast<float*>(slope), statistics});
   });
-  module.def("guided_energy_backward",
-             [](Tensor d_x, Tensor d_cond, Tensor d_uncond, Tensor d_noise, Tensor d_target, Tensor to_targets,
-                Tensor to_particles, Tensor x, Tensor cond, Tensor uncond, Tensor noise, Tensor omega_,
-                double omega_value, Tensors table, Tensors levels_, int prediction, Tensor churn, double churn_value,
-                Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample, Tensor target, int kind,
-                int64_t m, int64_t k, Tensor target_seed, std::optional<int64_t> target_seed_value, int threads) {
-               const auto scalars = step_scalars(omega_, omega_value, table, levels_, prediction, churn, churn_value);
-               const auto forward = guided_energy_of(x, cond, uncond, noise, scalars, seed_, seed_value, first_sample,
-                                                     target, kind, m, k, target_seed, target_seed_value);
-               const auto op = guided_energy_backward_of(d_x, d_cond, d_uncond, d_noise, d_target, to_targets,
-                                                         to_particles, forward);
-               const auto [batch, row] = ParticleSizes(Sizes(x), m);
-               py::gil_scoped_release release;
-               wide(forward.x, forward.cond, forward.uncond, forward.noise, forward.target)
-                   ? run<double>(op, batch, row, threads)
-                   : run<float>(op, batch, row, threads);
-             });
-  module.def("energy_curve", [](Tensor found, Tensor statistics, Tensor shifts, int64_t m, int64_t k, double beta,
-                                double lam, bool unbiased, int order, int threads) {
-    const EnergyCurve curve{m, k, beta, lam, unbiased, order};
-    const Rows out = rows(found), of = rows(statistics), at = rows(shifts);
+  module.def("guided_energy_backward", [](Tensor outputs, Tensor arguments, int threads) {
+    Call call;
+    const Fields from(arguments);
+    const auto op = guided_energy_backward_of(Fields(outputs), from, call);
+    const GuidedEnergy& forward = op.forward;
+    const auto [batch, row] = particle_sizes(forward, from.fields(0)[0]);
+    py::gil_scoped_release release;
+    wide(forward.x, forward.cond, forward.uncond, forward.noise, forward.target.data)
+        ? run<double>(op, batch, row, threads)
+        : run<float>(op, batch, row, threads);
+  });
+  module.def("energy_curve", [](Tensor found, Tensor statistics, Tensor shifts, Tensor arguments, int threads) {
+    const Fields from(arguments);
+    const EnergyDerivative of{from.integer(0), from.integer(1), energy_options_of(from.fields(2)),
+                              int(from.integer(3))};
+    const Rows out = rows(found), at = rows(statistics), by = rows(shifts);
     const Sizes sizes(shifts);
     py::gil_scoped_release release;
     for_tasks(sizes.batch, sizes.batch * sizes.row > 512 ? threads : 1, [&](int64_t item) {
       Watch watch;
       for (int64_t first = 0; first < sizes.row && !watch.stops(); first += kCurveShifts)
-        energy_curve(curve, of.at<double>(item, 0), at.at<double>(item, first),
-                     std::min(kCurveShifts, sizes.row - first), out.at<double>(item, first));
+        energy_curve(of, at.at<double>(item, 0), by.at<double>(item, first), std::min(kCurveShifts, sizes.row - first),
+                     out.at<double>(item, first));
     });
   });
 });

@@ -10,6 +10,7 @@ import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.learn.objective import particle_energy
 from lgd_kernels.ops.guided_step import reference as step
+from lgd_kernels.ops.guided_step.structs import GuidedStep
 from lgd_kernels.runtime.levels import Levels, OmegaLookup, widest
 
 
@@ -55,7 +56,8 @@ def points(x, cond, uncond, omega, levels, target, prediction="x0", churn=0.0, n
         noise = drawn((batch, m, *x.shape[2:]), seed, 1, first_sample).to(x.dtype)
     flat = [one if one is None else one.flatten(0, 1) for one in (x, cond, uncond, noise)]
     each_level = Levels(*map(each, levels))
-    x_s = step.guided_step(*flat[:3], each(omega), each_level, prediction, each(churn), flat[3], None, 0).view(x.shape)
+    options = {"prediction": prediction, "churn": each(churn), "noise": flat[3], "seed": None, "first_sample": 0}
+    x_s = step.guided_step(GuidedStep.of(*flat[:3], each(omega), each_level, **options)).view(x.shape)
     if isinstance(target, lgd.Renoise):
         z = drawn((batch, target.particles, *x.shape[2:]), target.seed, 2, first_sample)
         column = (-1, *(1,) * (x.ndim - 1))

@@ -1,5 +1,6 @@
 """Gradients of guided_energy, and its manners under PyTorch's transforms and compiler."""
 
+import functools
 import itertools
 
 import pytest
@@ -10,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
+from lgd_kernels.ops.guided_energy import op
+from lgd_kernels.ops.guided_energy.structs import EnergyCall, EnergyOptions, GuidedEnergy, GuidedEnergyBackward
 from lgd_kernels.runtime.levels import omega_at, table_gradient
 
 REFERENCE = Target("reference", "cpu")
@@ -251,21 +254,24 @@ def test_transforms_go_through_the_reference(generator):
 def test_operator_manners(generator):
     args, options = some("tensor", generator)
     x, cond, uncond, omega, levels, y = args
-    churn, noise, table = options["churn"], options["noise"], list(testing.omegas(3, generator)["table"])
+    churn, noise, table = options["churn"], options["noise"], testing.omegas(3, generator)["table"]
     m, k, x0, seeds = 3, 2, y[:, 0], torch.arange(3)
-    power, weights = (1.5, 1.0, True), torch.rand(3, m * k + m * (m - 1) // 2, generator=generator).double()
+    weights = torch.rand(3, m * k + m * (m - 1) // 2, generator=generator).double()
     weights = weights[:, : m * k].view(3, m, k), weights[:, m * k :]
-    for z, *scalars, target in (
-        (noise, omega, 0.0, [], list(levels), "v", churn, 0.0, None, None, 0, (y, "tensor", k, None, None)),
-        (None, None, 0.5, [], list(levels), "x0", None, 1.0, None, 5, 2, (x0, "renoise", k, None, 7)),
-        (None, None, 0.0, table, list(levels), "flow", churn, 0.0, seeds, None, 0, (x0, "renoise", k, seeds, None)),
-    ):
-        inputs = (x, cond, uncond, z, *scalars, *target)
-        torch.library.opcheck(torch.ops.lgd.guided_energy, (*inputs, *power, None))
-        wanted = [True, z is None, True, z is not None, True]
-        torch.library.opcheck(torch.ops.lgd.guided_energy_backward, (*weights, *inputs, wanted, None))
-    inputs = (x, cond, uncond, None, *scalars, x0, "expected", 1, None, None)
-    torch.library.opcheck(torch.ops.lgd.guided_energy, (*inputs, 2.0, 0.0, True, None))
+    energy = functools.partial(GuidedEnergy.of, x, cond, uncond)
+    calls = [
+        energy(omega, levels, y, prediction="v", churn=churn, noise=noise),
+        energy(0.5, levels, lgd.Renoise(x0, k, 7), churn=1.0, seed=5, first_sample=2),
+        energy(table, levels, lgd.Renoise(x0, k, seeds), prediction="flow", churn=churn, seed=seeds),
+    ]
+    for a in calls:
+        call = EnergyCall(a, EnergyOptions(1.5, 1.0, True))
+        torch.library.opcheck(torch.ops.lgd.guided_energy, (*op.raw.flatten(call), None))
+        wanted = [True, a.noise is None, True, a.noise is not None, True]
+        backward = op.raw_backward.flatten(GuidedEnergyBackward(a, *weights, wanted))
+        torch.library.opcheck(torch.ops.lgd.guided_energy_backward, (*backward, None))
+    call = EnergyCall(energy(table, levels, lgd.Expected(x0), churn=0.0), EnergyOptions(2.0, 0.0, True))
+    torch.library.opcheck(torch.ops.lgd.guided_energy, (*op.raw.flatten(call), None))
 
 
 def test_compiles_without_breaks_or_recompiles(generator):

@@ -4,21 +4,20 @@
 //   loss = mean S_P^(beta/2) - lam/2 mean S_Q^(beta/2)
 // and its derivatives in d, to the second.
 #pragma once
-#include <cstdint>
+#include "guided_energy.h"
 
 namespace lgd {
 
-struct EnergyCurve {
+struct EnergyDerivative {
   int64_t m, k;
-  double beta, lam;
-  bool unbiased;
-  int order;  // of the derivative; 0: the loss
+  EnergyOptions options;
+  int order;  // 0: the loss
 };
 
 constexpr int64_t kCurveShifts = 64;  // processed together: their sums stay in the first-level cache
 
 // found[i] at d = shifts[i], for one item.
-void energy_curve(const EnergyCurve& curve, const double* statistics, const double* shifts, int64_t count,
+void energy_curve(const EnergyDerivative& of, const double* statistics, const double* shifts, int64_t count,
                   double* found);
 
 }  // namespace lgd

@@ -50,10 +50,11 @@ LGD_CLONES void add_terms(const Terms& of, const double* shifts, int64_t count, 
 
 // add(terms), for all pairs of an item, filled up with pairs that have no share.
 template <class Add>
-void for_terms(const EnergyCurve& curve, const double* statistics, const Add& add) {
-  const int64_t m = curve.m, k = curve.k, pairs = m * (m - 1) / 2, others = curve.lam == 0 ? 0 : pairs;
+void for_terms(const EnergyDerivative& of, const double* statistics, const Add& add) {
+  const int64_t m = of.m, k = of.k, pairs = m * (m - 1) / 2, others = of.options.lam == 0 ? 0 : pairs;
   const double *p0 = statistics, *p1 = p0 + m * k, *p2 = p1 + m * k, *q0 = p2 + m, *q1 = q0 + pairs, *q2 = q1 + pairs;
-  const double repulsion = -curve.lam / 2 * (curve.unbiased ? 1.0 : double(m - 1) / double(m)) / double(pairs);
+  const double repulsion =
+      -of.options.lam / 2 * (of.options.unbiased ? 1.0 : double(m - 1) / double(m)) / double(pairs);
   Terms terms;
   const auto push = [&](double a, double b, double c, double share) {
     terms.push(a, b, c, share);
@@ -67,13 +68,13 @@ void for_terms(const EnergyCurve& curve, const double* statistics, const Add& ad
 
 }  // namespace
 
-void energy_curve(const EnergyCurve& curve, const double* statistics, const double* shifts, int64_t count,
+void energy_curve(const EnergyDerivative& of, const double* statistics, const double* shifts, int64_t count,
                   double* found) {
-  const auto add = curve.order == 0 ? add_terms<0> : curve.order == 1 ? add_terms<1> : add_terms<2>;
+  const auto add = of.order == 0 ? add_terms<0> : of.order == 1 ? add_terms<1> : add_terms<2>;
   for (int64_t at = 0; at < count; at += kCurveShifts) {
     const int64_t some = std::min(kCurveShifts, count - at);
     alignas(64) double sums[kCurveShifts][kLanes] = {};
-    for_terms(curve, statistics, [&](const Terms& terms) { add(terms, shifts + at, some, curve.beta, sums); });
+    for_terms(of, statistics, [&](const Terms& terms) { add(terms, shifts + at, some, of.options.beta, sums); });
     for (int64_t i = 0; i < some; ++i)
       found[at + i] = ((sums[i][0] + sums[i][4]) + (sums[i][2] + sums[i][6])) +
                       ((sums[i][1] + sums[i][5]) + (sums[i][3] + sums[i][7]));

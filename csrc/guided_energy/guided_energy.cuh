@@ -23,8 +23,8 @@ struct Scalars {
     target_noise = float(op.scalars.levels.at<double>(3, item));
     key = op.seed.key(item);
     index = op.seed.index(item, 0, op.m);
-    target_key = op.target_seed.key(item);
-    target_index = op.target_seed.index(item, 0, op.k);
+    target_key = op.target.seed.key(item);
+    target_index = op.target.seed.index(item, 0, op.target.k);
   }
 };
 
@@ -65,7 +65,7 @@ struct Particle {
 template <class T>
 __device__ __forceinline__ void guide(const GuidedEnergy& op, const Scalars& k, const Particle<T>& from,
                                       const typename Read<T>::type& x0, int quad, float (&x_s)[4], float (&slope)[4]) {
-  const bool centred = op.kind != Targets::tensor;
+  const bool centred = op.target.kind != Targets::tensor;
   const float a = float(k.x), b = float(k.guided), omega = float(k.omega);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -101,11 +101,11 @@ template <class T>
 __device__ __forceinline__ void aim(const GuidedEnergy& op, const Scalars& k, const typename Read<T>::type& from, int t,
                                     int64_t at, int quad, float (&y)[4]) {
   float z[4] = {0, 0, 0, 0};
-  if (op.kind == Targets::renoise)
+  if (op.target.kind == Targets::renoise)
     philox_normal4(k.target_key, (uint64_t(at) >> 2) + quad, k.target_index + t, kStreamTargets, z);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    y[i] = op.kind == Targets::tensor ? to_float(from.value[4 * quad + i]) : k.target_noise * z[i];
+    y[i] = op.target.kind == Targets::tensor ? to_float(from.value[4 * quad + i]) : k.target_noise * z[i];
 }
 
 }  // namespace lgd

@@ -14,19 +14,25 @@ namespace lgd {
 // As in lgd_kernels/ops/guided_energy/targets.py: given, made from x0 and noise, or integrated out.
 enum class Targets : int { tensor, renoise, expected };
 
+struct Target {
+  Rows data;  // k rows for each item, or one: x0
+  Targets kind;
+  int64_t k;
+  Seed seed;
+};
+
 struct GuidedEnergy {
   Rows x, cond, uncond;  // m rows for each item
   Rows noise;            // may be absent
-  Rows target;           // k rows for each item, or one: x0
-  Targets kind;
-  int64_t m, k;
   StepScalars scalars;
   bool draws;  // z from the seed
-  Seed seed, target_seed;
+  Seed seed;
+  Target target;
+  int64_t m;
 
   LGD_INLINE int64_t pairs() const { return m * (m - 1) / 2; }
   LGD_INLINE int64_t statistics() const {
-    return 2 * m * k + m + 3 * pairs();
+    return 2 * m * target.k + m + 3 * pairs();
   }  // P0, P1, P2, Q0, Q1, Q2, one after the other
 };
 
@@ -60,7 +66,7 @@ struct Energy {
 
 // Pairs that have a term of their own: those with targets, then, where they repel each other, those of particles.
 LGD_INLINE int64_t guided_energy_terms(const GuidedEnergy& op, const EnergyOptions& options) {
-  return op.m * op.k + (options.lam != 0 ? op.pairs() : 0);
+  return op.m * op.target.k + (options.lam != 0 ? op.pairs() : 0);
 }
 
 // Such a pair, from the statistics of the item: a share of square^(beta/2) in the loss, and of its slope
@@ -70,7 +76,7 @@ struct EnergyPair {
 };
 LGD_INLINE EnergyPair guided_energy_pair(const GuidedEnergy& op, const double* statistics, int64_t term,
                                          const EnergyOptions& options) {
-  const int64_t meetings = op.m * op.k, pairs = op.pairs();
+  const int64_t meetings = op.m * op.target.k, pairs = op.pairs();
   const bool repels = term >= meetings;
   const double* square = statistics + term + (repels ? meetings + op.m : 0);
   const double repulsion = options.lam / 2 * (options.unbiased ? 1.0 : double(op.m - 1) / double(op.m));
@@ -79,7 +85,7 @@ LGD_INLINE EnergyPair guided_energy_pair(const GuidedEnergy& op, const double* s
 
 // What targets that are integrated out add to the loss.
 LGD_INLINE double guided_energy_variance(const GuidedEnergy& op, int64_t item, int64_t row) {
-  if (op.kind != Targets::expected) return 0;
+  if (op.target.kind != Targets::expected) return 0;
   const double noise = op.scalars.levels.at<double>(3, item);
   return noise * noise * double(row);
 }

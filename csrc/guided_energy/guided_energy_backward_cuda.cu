@@ -36,7 +36,8 @@ __device__ __forceinline__ void particle(const GuidedEnergy& op, const Scalars& 
 template <class T>
 __device__ __forceinline__ void target(const GuidedEnergy& op, const Scalars& k, const Spot& at, int t, Quads<T>& y) {
   typename Read<T>::type from;
-  if (op.kind == Targets::tensor) from = Read<T>::at(op.target, at.item * op.k + t, at.first, at.count);
+  if (op.target.kind == Targets::tensor)
+    from = Read<T>::at(op.target.data, at.item * op.target.k + t, at.first, at.count);
 #pragma unroll
   for (int quad = 0; quad < kWidth<T> / 4; ++quad) aim<T>(op, k, from, t, at.first, quad, y[quad]);
 }
@@ -77,7 +78,7 @@ template <class T>
 __global__ void __launch_bounds__(kPulling, 2) backward(GuidedEnergyBackward op, int64_t row, int blocks) {
   __shared__ Scalars k;
   const GuidedEnergy& data = op.forward;
-  const int m = int(data.m), targets = int(data.k);
+  const int m = int(data.m), targets = int(data.target.k);
   Spot at{blockIdx.x / blocks, (int64_t(blockIdx.x % blocks) * kPulling + threadIdx.x) * kWidth<T>, 0};
   if (threadIdx.x == 0) k.of(data, at.item);
   __syncthreads();
@@ -85,9 +86,9 @@ __global__ void __launch_bounds__(kPulling, 2) backward(GuidedEnergyBackward op,
   at.count = row - at.first < kWidth<T> ? int(row - at.first) : kWidth<T>;
   const double *to_targets = op.to_targets + at.item * m * targets,
                *to_particles = op.to_particles + at.item * data.pairs();
-  const bool made = data.kind != Targets::tensor;
+  const bool made = data.target.kind != Targets::tensor;
   typename Read<T>::type x0;
-  if (made) x0 = Read<T>::at(data.target, at.item, at.first, at.count);
+  if (made) x0 = Read<T>::at(data.target.data, at.item, at.first, at.count);
 
   Quads<T> all = {};  // pulls at the targets, with the opposite sign
   for (int first = 0; first < m; first += kHeld) {
@@ -156,7 +157,7 @@ int guided_energy_backward_cuda(const GuidedEnergyBackward& op, int64_t batch, i
     backward<T><<<batch * blocks, kPulling, 0, static_cast<cudaStream_t>(stream)>>>(op, row, int(blocks));
   };
   const GuidedEnergy& data = op.forward;
-  dispatch(row, launch, data.x, data.cond, data.uncond, data.noise, data.target, op.d_x, op.d_cond, op.d_uncond,
+  dispatch(row, launch, data.x, data.cond, data.uncond, data.noise, data.target.data, op.d_x, op.d_cond, op.d_uncond,
            op.d_noise, op.d_target);
   return cudaGetLastError();
 }

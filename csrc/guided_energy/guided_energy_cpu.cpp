@@ -193,10 +193,10 @@ struct Scratch {
     x_s = from;
     slope = x_s + op.m * kSpan;
     target = slope + op.m * kSpan;
-    for (int i = 0; i < 4; ++i) buffers[i] = target + (op.k + i) * kSpan;
+    for (int i = 0; i < 4; ++i) buffers[i] = target + (op.target.k + i) * kSpan;
     drawn = reinterpret_cast<float*>(buffers[3] + kSpan);
-    to_target = buffers[3] + (1 + std::max(op.m, op.k)) * kSpan;
-    y = reinterpret_cast<const S**>(to_target + op.k * kSpan);
+    to_target = buffers[3] + (1 + std::max(op.m, op.target.k)) * kSpan;
+    y = reinterpret_cast<const S**>(to_target + op.target.k * kSpan);
   }
 };
 
@@ -222,8 +222,8 @@ void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& it
     philox_fill_rows(to.drawn, kSpan, op.m, count, at, op.seed.key(item.index), op.seed.index(item.index, 0, op.m),
                      kStreamStep);
   auto* const buffers = reinterpret_cast<E* const*>(to.buffers);
-  const bool centred = op.kind != Targets::tensor;
-  const E* x0 = centred ? read_block(op.target, item.index, at, count, buffers[3]) : nullptr;
+  const bool centred = op.target.kind != Targets::tensor;
+  const E* x0 = centred ? read_block(op.target.data, item.index, at, count, buffers[3]) : nullptr;
   for (int64_t j = 0; j < op.m; ++j) {
     const int64_t row = item.index * op.m + j;
     S *x_s = to.x_s + j * kSpan, *slope = to.slope + j * kSpan;
@@ -246,19 +246,19 @@ void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& it
 template <class S>
 void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, const Item& item, int64_t at, int64_t count,
                   int64_t whole) {
-  if (op.kind == Targets::renoise)
-    philox_fill_rows(to.drawn, kSpan, op.k, count, at, op.target_seed.key(item.index),
-                     op.target_seed.index(item.index, 0, op.k), kStreamTargets);
-  for (int64_t k = 0; k < op.k; ++k) {
+  if (op.target.kind == Targets::renoise)
+    philox_fill_rows(to.drawn, kSpan, op.target.k, count, at, op.target.seed.key(item.index),
+                     op.target.seed.index(item.index, 0, op.target.k), kStreamTargets);
+  for (int64_t k = 0; k < op.target.k; ++k) {
     S* buffer = to.target + k * kSpan;
     to.y[k] = buffer;
-    if (op.kind == Targets::tensor) {
-      const S* found = read_block(op.target, item.index * op.k + k, at, count, buffer);
+    if (op.target.kind == Targets::tensor) {
+      const S* found = read_block(op.target.data, item.index * op.target.k + k, at, count, buffer);
       if (count == whole)
         to.y[k] = found;
       else if (found != buffer)
         std::copy(found, found + count, buffer);
-    } else if (op.kind == Targets::renoise) {
+    } else if (op.target.kind == Targets::renoise) {
       scaled(buffer, to.drawn + k * kSpan, S(item.noise), count);
     } else {
       std::fill(buffer, buffer + count, S(0));
@@ -274,15 +274,16 @@ inline Ahead ahead_of(const GuidedEnergy& op, const Item& item, int64_t j, int64
     return static_cast<const char*>(rows.data) + (row * rows.stride + next) * size;
   };
   const int64_t row = item.index * op.m + j;
-  const bool has_target = op.kind == Targets::tensor && j < op.k;
+  const bool has_target = op.target.kind == Targets::tensor && j < op.target.k;
   const char* x = in(op.x, row);
-  return {{x, in(op.cond, row), in(op.uncond, row), has_target ? in(op.target, item.index * op.k + j) : x}, size};
+  return {{x, in(op.cond, row), in(op.uncond, row), has_target ? in(op.target.data, item.index * op.target.k + j) : x},
+          size};
 }
 
 // All pairs of a span: every particle meets a tile of targets, or of particles, then the next tile.
 template <class S>
 void meet(const GuidedEnergy& op, const Scratch<S>& in, const Item& item, int64_t at, int64_t whole, double* sums) {
-  const int64_t m = op.m, k = op.k, pairs = op.pairs();
+  const int64_t m = op.m, k = op.target.k, pairs = op.pairs();
   double *p0 = sums, *p1 = p0 + m * k, *p2 = p1 + m * k, *q0 = p2 + m, *q1 = q0 + pairs, *q2 = q1 + pairs;
   for (int64_t tile = 0; tile < k; tile += kTile)
     with_size<kTile>(k - tile, [&](auto size) {
@@ -325,7 +326,7 @@ void put(const Rows& rows, int64_t row, int64_t at, int64_t count, const S* valu
 }  // namespace
 
 int64_t guided_energy_scratch(const GuidedEnergy& op) {
-  return (2 * op.m + 2 * op.k + 4 + std::max(op.m, op.k)) * kSpan + 2 * op.k;
+  return (2 * op.m + 2 * op.target.k + 4 + std::max(op.m, op.target.k)) * kSpan + 2 * op.target.k;
 }
 
 template <class S>
@@ -333,7 +334,7 @@ void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t 
   constexpr int kLanes = Vector<S>::kLanes;
   const Scratch<S> in(scratch, op);
   const Item numbers(op, item);
-  const Rows x0 = op.kind == Targets::tensor ? Rows{nullptr, DType::f32, 0} : op.target;
+  const Rows x0 = op.target.kind == Targets::tensor ? Rows{nullptr, DType::f32, 0} : op.target.data;
   for (int64_t at = first; at < last; at += kSpan) {
     const int64_t count = std::min(last - at, kSpan), whole = (count + kLanes - 1) / kLanes * kLanes;
     with_elements<S>([&](auto element) { fill_particles<decltype(element)>(op, in, numbers, at, count); }, op.x,
@@ -350,11 +351,11 @@ void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t 
 template <class S>
 void guided_energy_backward(const GuidedEnergyBackward& op, int64_t item, int64_t first, int64_t last, S* scratch) {
   const GuidedEnergy& forward = op.forward;
-  const int64_t m = forward.m, k = forward.k;
+  const int64_t m = forward.m, k = forward.target.k;
   const Scratch<S> in(scratch, forward);
   const Item numbers(forward, item);
   const double *weight = op.to_targets + item * m * k, *between = op.to_particles + item * forward.pairs();
-  const bool made = forward.kind != Targets::tensor;
+  const bool made = forward.target.kind != Targets::tensor;
   S *to_x = in.slope, *to_y = in.to_target;  // gradients to x_s and y
   for (int64_t at = first; at < last; at += kSpan) {
     const int64_t count = std::min(last - at, kSpan);

@@ -30,13 +30,13 @@ struct Chunks {
 
 // Where a sum goes among an item's statistics, or -1: of a particle and a target (P0, P1, P2), or of particles j < l.
 LGD_INLINE int64_t target_slot(const GuidedEnergy& op, int which, int j, int k) {
-  if (j >= op.m || k >= op.k) return -1;
-  if (which < 2) return which * op.m * op.k + j * op.k + k;
-  return k == 0 ? 2 * op.m * op.k + j : -1;
+  if (j >= op.m || k >= op.target.k) return -1;
+  if (which < 2) return which * op.m * op.target.k + j * op.target.k + k;
+  return k == 0 ? 2 * op.m * op.target.k + j : -1;
 }
 LGD_INLINE int64_t particle_slot(const GuidedEnergy& op, int which, int j, int l) {
   if (l <= j || l >= op.m) return -1;
-  return 2 * op.m * op.k + op.m + which * op.pairs() + j * op.m - int64_t(j) * (j + 1) / 2 + l - j - 1;
+  return 2 * op.m * op.target.k + op.m + which * op.pairs() + j * op.m - int64_t(j) * (j + 1) / 2 + l - j - 1;
 }
 
 // The sum of values[i] over the warp, in lane i: halves change places, so that a step adds half as many as the last.
@@ -77,12 +77,13 @@ __global__ void __launch_bounds__(kFew, kResident<M>) few(GuidedEnergy op, Chunk
     typename Read<T>::type targets[K];
 #pragma unroll
     for (int j = 0; j < M; ++j) particles[j].load(op, item * op.m + (j < op.m ? j : op.m - 1), at, count);
-    if (op.kind == Targets::tensor) {
+    if (op.target.kind == Targets::tensor) {
 #pragma unroll
       for (int t = 0; t < K; ++t)
-        targets[t] = Read<T>::at(op.target, item * op.k + (t < op.k ? t : op.k - 1), at, count);
+        targets[t] =
+            Read<T>::at(op.target.data, item * op.target.k + (t < op.target.k ? t : op.target.k - 1), at, count);
     } else {
-      targets[0] = Read<T>::at(op.target, item, at, count);  // x0
+      targets[0] = Read<T>::at(op.target.data, item, at, count);  // x0
     }
 #pragma unroll
     for (int quad = 0; quad < kWidth<T> / 4; ++quad) {
@@ -149,9 +150,9 @@ __device__ __forceinline__ void meet(const GuidedEnergy& op, const float* staged
                                      bool begins, float* parts) {
   float sums[2][32] = {};
   const auto sum = [&](int which, int i, int r) -> float& { return sums[which / 2][which % 2 * 16 + 4 * i + r]; };
-  const int m = int(op.m), rows = kTargets ? int(op.k) : m;
+  const int m = int(op.m), rows = kTargets ? int(op.target.k) : m;
   const float* values = staged + (kTargets ? m * span : 0);
-  const float* slopes = staged + (m + int(op.k)) * span;
+  const float* slopes = staged + (m + int(op.target.k)) * span;
   for (int at = threadIdx.x % 32; at < span; at += 32) {
     float x_s[kTile], slope[kTile];
 #pragma unroll
@@ -188,8 +189,8 @@ __global__ void __launch_bounds__(kMany, 2) many(GuidedEnergy op, Chunks chunks,
   alignas(16) __shared__ float staged[kStaged];
   const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
   const int64_t last = first + chunks.length < row ? first + chunks.length : row;
-  const int m = int(op.m), rows = int(op.m + op.k);
-  const int lefts = (m + kTile - 1) / kTile, rights = int(op.k + kTile - 1) / kTile, meetings = lefts * rights;
+  const int m = int(op.m), rows = int(op.m + op.target.k);
+  const int lefts = (m + kTile - 1) / kTile, rights = int(op.target.k + kTile - 1) / kTile, meetings = lefts * rights;
   parts += blockIdx.x * op.statistics();
   if (threadIdx.x == 0) k.of(op, item);
   for (int64_t start = first; start < last; start += span) {
@@ -204,9 +205,9 @@ __global__ void __launch_bounds__(kMany, 2) many(GuidedEnergy op, Chunks chunks,
       typename Read<T>::type target;
       if (count && j < m) {
         particle.load(op, item * m + j, at, count);
-        if (op.kind != Targets::tensor) target = Read<T>::at(op.target, item, at, count);  // x0
-      } else if (count && op.kind == Targets::tensor) {
-        target = Read<T>::at(op.target, item * op.k + j - m, at, count);
+        if (op.target.kind != Targets::tensor) target = Read<T>::at(op.target.data, item, at, count);  // x0
+      } else if (count && op.target.kind == Targets::tensor) {
+        target = Read<T>::at(op.target.data, item * op.target.k + j - m, at, count);
       }
 #pragma unroll
       for (int quad = 0; quad < kWidth<T> / 4; ++quad) {
@@ -276,18 +277,18 @@ int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Chunks chunks = Chunks::of(batch, row);
   const int64_t blocks = batch * chunks.count;
-  const int64_t room = kStaged / guided_energy_rows(op.m, op.k) / 32 * 32;
+  const int64_t room = kStaged / guided_energy_rows(op.m, op.target.k) / 32 * 32;
   const int span = int(room < 512 ? room : 512);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    if (op.m > 4 || op.k > 4) return many<T><<<blocks, kMany, 0, stream>>>(op, chunks, row, span, parts);
-    const auto kernel = op.m <= 1 && op.k <= 1   ? few<T, 1, 1>
-                        : op.m <= 2 && op.k <= 2 ? few<T, 2, 2>
-                        : op.k <= 1              ? few<T, 4, 1>
-                                                 : few<T, 4, 4>;
+    if (op.m > 4 || op.target.k > 4) return many<T><<<blocks, kMany, 0, stream>>>(op, chunks, row, span, parts);
+    const auto kernel = op.m <= 1 && op.target.k <= 1   ? few<T, 1, 1>
+                        : op.m <= 2 && op.target.k <= 2 ? few<T, 2, 2>
+                        : op.target.k <= 1              ? few<T, 4, 1>
+                                                        : few<T, 4, 4>;
     kernel<<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
   };
-  dispatch(row, launch, op.x, op.cond, op.uncond, op.noise, op.target);
+  dispatch(row, launch, op.x, op.cond, op.uncond, op.noise, op.target.data);
   finish<<<batch, kFew, 0, stream>>>(op, options, row, chunks.count, parts, out);
   return cudaGetLastError();
 }

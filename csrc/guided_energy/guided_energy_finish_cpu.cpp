@@ -38,7 +38,7 @@ LGD_CLONES void add_terms(const Terms& of, double beta, Energy& energy) {
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options) {
   Energy energy{guided_energy_variance(op, item, row), 0};
-  const int64_t meetings = op.m * op.k, all = guided_energy_terms(op, options);
+  const int64_t meetings = op.m * op.target.k, all = guided_energy_terms(op, options);
   Terms terms;
   // Pairs of one kind: their squares follow one another, then what goes along, and their shares are the same.
   const auto add = [&](const double* square, int64_t count, double share) {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lgd_kernels.ops.guided_energy import op
 from lgd_kernels.ops.guided_energy.curve import EnergyCurve
+from lgd_kernels.ops.guided_energy.structs import EnergyCall, EnergyOptions, GuidedEnergy
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
 from lgd_kernels.runtime import checks
 from lgd_kernels.runtime.impls import Impl
@@ -78,8 +79,17 @@ def guided_energy(
     >>> lgd.guided_energy(cond, cond, uncond, 0.0, levels, target, beta=1.0)  # (1 + 1) / 2 - 1/2 * 2
     tensor([0.])
     """
-    churn = _check(
-        "guided_energy", x, cond, uncond, omega, levels, target, prediction, churn, noise, seed, first_sample
+    a = _checked(
+        "guided_energy",
+        (x, cond, uncond),
+        omega,
+        levels,
+        target,
+        prediction=prediction,
+        churn=churn,
+        noise=noise,
+        seed=seed,
+        first_sample=first_sample,
     )
     checks.power("guided_energy", beta, lam, unbiased, x.shape[1])
     if isinstance(target, Expected) and not (beta == 2 and lam == 0):
@@ -87,8 +97,7 @@ def guided_energy(
             f"guided_energy: `target` is Expected with beta={beta} and lam={lam}, but only ||.||^2 without repulsion "
             "can be integrated out; pass beta=2, lam=0, or Renoise(x0, particles, seed)"
         )
-    return op.guided_energy(x, cond, uncond, omega, levels, target, prediction, churn, noise, seed, first_sample, beta,
-                            lam, unbiased, impl)  # fmt: skip
+    return op.guided_energy(EnergyCall(a, EnergyOptions(float(beta), float(lam), unbiased)), impl)
 
 
 def guided_energy_curve(
@@ -122,18 +131,40 @@ def guided_energy_curve(
     >>> curve.loss(torch.tensor([0.0]), beta=2.0, lam=0.0), curve.minimize(beta=2.0, lam=0.0)
     (tensor([1.2500], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
     """
-    churn = _check(
-        "guided_energy_curve", x, cond, uncond, 0.0, levels, target, prediction, churn, noise, seed, first_sample
+    a = _checked(
+        "guided_energy_curve",
+        (x, cond, uncond),
+        0.0,
+        levels,
+        target,
+        prediction=prediction,
+        churn=churn,
+        noise=noise,
+        seed=seed,
+        first_sample=first_sample,
     )
     if isinstance(target, Expected):
         raise ValueError(
             "guided_energy_curve: `target` is Expected, which fixes beta and lam; pass Renoise(x0, particles, seed)"
         )
-    found = op.statistics(x, cond, uncond, levels, target, prediction, churn, noise, seed, first_sample, impl)
-    return EnergyCurve(found)
+    return EnergyCurve(op.statistics(a, impl))
 
 
-def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, noise, seed, first_sample):
+def _checked(
+    name: str,
+    data: tuple[Tensor, Tensor, Tensor],
+    omega: float | Tensor | OmegaLookup,
+    levels: Levels,
+    target: Tensor | Renoise | Expected,
+    *,
+    prediction: str,
+    churn: float | Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    first_sample: int,
+) -> GuidedEnergy:
+    """Return the arguments as a struct. Raise TypeError or ValueError for the first that is invalid."""
+    x, cond, uncond = data
     checks.samples(name, x=x, cond=cond, uncond=uncond, noise=noise)
     checks.particles(name, "x", x)
     checks.omega(name, omega, "x", x)
@@ -158,10 +189,22 @@ def _check(name, x, cond, uncond, omega, levels, target, prediction, churn, nois
         checks.like_item(name, "target", target, "x", x, (target.shape[1], *x.shape[2:]))
     if x.shape[1] > op.MOST_ROWS or (x.ndim == 4 and x.shape[1] in (3, 4, 16) and min(x.shape[2:]) >= 16):
         _doubt(name, x)
-    return churn
+    return GuidedEnergy.of(
+        x,
+        cond,
+        uncond,
+        omega,
+        levels,
+        target,
+        prediction=prediction,
+        churn=churn,
+        noise=noise,
+        seed=seed,
+        first_sample=first_sample,
+    )
 
 
-def _doubt(name, x):
+def _doubt(name: str, x: Tensor) -> None:
     """Warn about a shape whose second axis may not be particles."""
     if not torch.compiler.is_compiling():
         warnings.warn(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
+from lgd_kernels.ops.guided_energy.structs import EnergyDerivative, EnergyOptions
 from lgd_kernels.runtime import checks, impls
 
 POINTS = 257  # where a minimum is looked for first
@@ -138,8 +139,9 @@ class EnergyCurve:
         points = omega if omega.ndim == 2 else omega[:, None]
         if points.numel() and self._native(points):
             found = torch.empty_like(points, memory_format=torch.contiguous_format)
-            launcher = impls.launcher("guided_energy", "cpu")
-            launcher.curve(found, self._packed, points.contiguous(), m, k, beta, lam, unbiased, order)
+            of = EnergyDerivative(m, k, EnergyOptions(beta, lam, unbiased), order)
+            threads = torch.get_num_threads()
+            impls.extension().energy_curve(found, self._packed, points.contiguous(), of, threads)
             return found.view(omega.shape)
         step = max(1, MEMORY // max(1, batch * m * (k + m)))
         found = [energy(at, part, beta, lam, unbiased, order) for part in points.split(step, 1)]

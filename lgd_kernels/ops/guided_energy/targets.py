@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lgd_kernels.runtime.shown import brief, kind
 
-KINDS = ("tensor", "renoise", "expected")  # the position is the code that the kernels receive
-
 
 class Renoise(NamedTuple):
     """Targets `signal_s x0 + noise_s z`, k of them for each item, made in the kernel and never stored.
@@ -45,19 +43,3 @@ class Expected(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Expected(x0 {list(self.x0.shape)} {kind(self.x0)})"
-
-
-def split_target(target: Tensor | Renoise | Expected) -> tuple[Tensor, str, int, int | Tensor | None]:
-    """(tensor, kind, targets for each item, seed), as the operator takes them."""
-    if isinstance(target, Renoise):
-        return target.x0, "renoise", target.particles, target.seed
-    if isinstance(target, Expected):
-        return target.x0, "expected", 1, None
-    return target, "tensor", target.shape[1], None
-
-
-def join_target(data: Tensor, kind: str, particles: int, seed: int | Tensor | None) -> Tensor | Renoise | Expected:
-    """The other way."""
-    if kind == "renoise":
-        return Renoise(data, particles, seed)
-    return Expected(data) if kind == "expected" else data
