@@ -4,6 +4,15 @@ import torch
 from aot import VARIANTS, Inputs, Kernel, narrow
 
 from lgd_kernels.ops.guided_energy import triton
+from lgd_kernels.ops.guided_energy.statistics import Statistics
+from lgd_kernels.ops.guided_energy.structs import (
+    EnergyCall,
+    EnergyOptions,
+    GuidedEnergy,
+    GuidedEnergyBackward,
+    Target,
+)
+from lgd_kernels.runtime.arguments import Seed
 
 PLAIN = VARIANTS["plain"]
 DRAWN = PLAIN._replace(noise="seed", dtypes=("bf16",))
@@ -14,27 +23,29 @@ ALL = {
 }
 
 
-def arguments(a: Inputs):
+def arguments(a: Inputs) -> GuidedEnergy:
     m = a.variant.particles
     data = a.data(a.batch, m, *a.shape[1:])
-    kind = {"none": "tensor", "tensor": "expected"}.get(a.variant.noise, "renoise")
-    target, k = (data, m) if kind == "tensor" else (data[:, 0].contiguous(), 1 if kind == "expected" else m)
+    x0, none = data[:, 0].contiguous(), Seed(None, None, 0)
+    target = {
+        "none": Target(data, "tensor", m, none),
+        "tensor": Target(x0, "expected", 1, none),
+    }.get(a.variant.noise, Target(x0, "renoise", m, a.seed))
     noise = data if a.variant.noise == "tensor" else None
-    omega, levels, prediction, churn = a.scalars
-    given = data, data, data, noise, *omega, levels, prediction, *churn, *a.seed, target, kind, k, *a.seed[:2]
-    return data, noise, target, m, k, given
+    return GuidedEnergy(data, data, data, noise, a.scalars, a.seed, target)
 
 
 def forward(a: Inputs) -> None:
-    *_, m, k, given = arguments(a)
-    found = torch.zeros((a.batch, 2 * m * k + m + 3 * (m * (m - 1) // 2)), dtype=torch.float64)
-    triton.forward(a.numbers, a.numbers, found, *given, 1.75, 1.0, True)
+    given, m = arguments(a), a.variant.particles
+    statistics = torch.zeros((a.batch, Statistics.count(m, given.target.k)), dtype=torch.float64)
+    triton.forward((a.numbers, a.numbers, statistics), EnergyCall(given, EnergyOptions(1.75, 1.0, True)))
 
 
 def backward(a: Inputs) -> None:
-    data, noise, target, m, k, given = arguments(a)
-    shapes = (a.batch, m, k), (a.batch, m * (m - 1) // 2)
-    triton.backward(data, data, data, noise, target, *(torch.zeros(s, dtype=torch.float64) for s in shapes), *given)
+    given, m = arguments(a), a.variant.particles
+    shapes = (a.batch, m, given.target.k), (a.batch, m * (m - 1) // 2)
+    weights = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+    triton.backward(given.data, GuidedEnergyBackward(given, *weights, [True] * 5))
 
 
 def wide(count: int):

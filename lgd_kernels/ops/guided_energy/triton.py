@@ -8,24 +8,30 @@ is drawn replaces what need not be read by about 60 instructions for each normal
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lgd_kernels.ops.guided_energy.structs import EnergyCall
 from lgd_kernels.ops.guided_energy.triton_backward import backward, guided_energy_backward_kernel  # noqa: F401
 from lgd_kernels.ops.guided_energy.triton_finish import finish, guided_energy_finish_kernel  # noqa: F401
 from lgd_kernels.ops.guided_energy.triton_particles import (
     GROUP,
+    WORDS,
     aim,
+    block_of,
     data_arguments,
     draws,
     guide,
-    keys_of,
+    item_keys,
+    row_of,
     scalars_of,
-    shape_of,
 )
 from lgd_kernels.runtime.triton_common import column_blocks, lane_totals
-from lgd_kernels.runtime.triton_old import NOISE_TENSOR, level_arguments, on_device
+from lgd_kernels.runtime.triton_launch import cdiv, launch
 
 PROGRAMS = 1056  # that keep a large GPU busy: 8 for each of 132 multiprocessors
 STEPS = 64  # blocks that a program adds up in float32, as long as no item has more chunks than
@@ -58,44 +64,62 @@ def _meet_particles(x_s, slopes, others, other_slopes, M: tl.constexpr, N: tl.co
     return squares + along + turns
 
 
-@triton.jit(
-    do_not_specialize=[
-        "steps", "seed_low", "seed_high", "first_sample", "target_seed_low", "target_seed_high", "target_first_sample",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["steps", *WORDS])
 def guided_energy_kernel(
-    parts, chunks, steps, x, x_stride, cond, cond_stride, uncond, uncond_stride, noise, noise_stride,
-    target, target_stride, row, signal_t, noise_t, signal_s, noise_s, gap, levels_stride, churn, churn_stride,
-    churn_value, omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, knot_rows,
-    knot_columns, seed, seed_stride, seed_low, seed_high, first_sample,
-    target_seed, target_seed_stride, target_seed_low, target_seed_high, target_first_sample,
-    PREDICTION: tl.constexpr, CHURN: tl.constexpr, OMEGA: tl.constexpr, KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
-    NOISE: tl.constexpr, TARGET: tl.constexpr, STREAM: tl.constexpr, TARGET_STREAM: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr, GROUP_K: tl.constexpr,
-    TO_TARGETS: tl.constexpr, TO_PARTICLES: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    parts,
+    chunks,
+    steps,
+    x,
+    cond,
+    uncond,
+    noise,
+    target,
+    row,
+    levels,
+    PREDICTION: tl.constexpr,
+    churn,
+    omega,
+    KNOTS: tl.constexpr,
+    seeds,
+    seed_low,
+    seed_high,
+    first_sample,
+    target_seeds,
+    target_low,
+    target_high,
+    target_first,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    MEETING: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """parts is [B, chunks, statistics]. A program meets a group of particles with a group of targets, with another of
-    particles, or, where there is one group of each, all with all. TARGET: a tensor; noise around x0; or x0 itself."""
-    CENTRED: tl.constexpr = TARGET != NOISE_TENSOR
+    particles, or, where there is one group of each, all with all: see `Meeting`."""
+    GROUP_M: tl.constexpr = MEETING[0]
+    GROUP_K: tl.constexpr = MEETING[1]
+    TO_TARGETS: tl.constexpr = MEETING[2]
+    TO_PARTICLES: tl.constexpr = MEETING[3]
+    COUNT: tl.constexpr = MEETING[4]
+    LEVELS: tl.constexpr = MEETING[5]
+    CENTRED: tl.constexpr = KIND != "tensor"
     ALL: tl.constexpr = TO_TARGETS and TO_PARTICLES
     item, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     ones = item + tl.arange(0, 1)
-    present = ones == ones
-    levels = signal_t, noise_t, signal_s, noise_s, gap, levels_stride
-    omegas = (omega, omega_stride, omega_value, values, s_knots, t_knots, c, s, t, conditions, knot_rows,
-              knot_columns)  # fmt: skip
-    scalars = scalars_of(levels, (churn, churn_stride, churn_value), omegas, ones, present, PREDICTION, CHURN, OMEGA,
-                         KNOTS_S, KNOTS_T, CENTRED)  # fmt: skip
-    keys = keys_of((seed, seed_stride, seed_low, seed_high, first_sample), ones, present, NOISE)
-    target_keys = keys_of((target_seed, target_seed_stride, target_seed_low, target_seed_high, target_first_sample),
-                          ones, present, TARGET)  # fmt: skip
-    spread = 0.0
+    scalars = scalars_of(omega, KNOTS, levels, PREDICTION, churn, ones, CENTRED)
+    keys, target_keys = (None, None, None), (None, None, None)
+    if first_sample is not None:
+        keys = item_keys(seeds, seed_low, seed_high, first_sample, ones, ones == ones)
+    if KIND == "renoise":
+        target_keys = item_keys(target_seeds, target_low, target_high, target_first, ones, ones == ones)
+    spread, signal = 0.0, None
     if CENTRED:
-        signal = tl.load(signal_s + item * levels_stride).to(tl.float64)
-        spread = tl.load(noise_s + item * levels_stride).to(tl.float32)
+        signal = tl.load(levels[2] + item * levels[5]).to(tl.float64)
+        spread = tl.load(levels[3] + item * levels[5]).to(tl.float32)
 
-    sources = x, x_stride, cond, cond_stride, uncond, uncond_stride, noise, noise_stride
+    sources = x, cond, uncond, noise
+    made = scalars, keys
     GROUPS: tl.constexpr = ((K if TO_TARGETS else M) + GROUP_K - 1) // GROUP_K
     first, other = tl.program_id(1) // GROUPS * GROUP_M, tl.program_id(1) % GROUPS
     begin = chunk * steps.to(tl.int64)
@@ -111,26 +135,23 @@ def guided_energy_kernel(
         offsets = step * (LANES * WIDTH) + elements
         quads = step * (LANES * WIDTH // 4) + quad
         mask = offsets < row
+        place = item, row, offsets, quads, mask
+        centre = None
         if CENTRED:
-            x0 = tl.load(target + item * target_stride + offsets, mask=mask, other=0.0)
+            x0 = tl.load(target[0] + item * target[1] + offsets, mask=mask, other=0.0)
             centre = signal * x0.to(tl.float64)
-        else:
-            centre = 0
-        x_s, slopes = guide(sources, scalars, keys, centre, item, first, row, offsets, quads, mask, STREAM, NOISE,
-                             CENTRED, M, GROUP_M, M % GROUP_M == 0, LANES, WIDTH)  # fmt: skip
+        x_s, slopes = guide(sources, made, centre, place, first, M, GROUP_M, M % GROUP_M == 0)
         products = ()
         if TO_TARGETS:
             y = ()
             for i in tl.static_range(GROUP_K):
-                y += (aim(target, target_stride, spread, target_keys, item, other * GROUP_K + i, row, offsets, quads,
-                          mask, TARGET_STREAM, TARGET, K, K % GROUP_K == 0, LANES, WIDTH),)  # fmt: skip
+                y += (aim(target, spread, target_keys, place, other * GROUP_K + i, KIND, K, K % GROUP_K == 0),)
             products += _meet_targets(x_s, slopes, y, GROUP_M, GROUP_K)
         if ALL:
             products += _meet_particles(x_s, slopes, x_s, slopes, GROUP_M, GROUP_M, True)
         elif TO_PARTICLES:
             for i in tl.static_range(GROUP_K):  # one met before the next is made: fewer registers
-                one, turned = guide(sources, scalars, keys, centre, item, other * GROUP_K + i, row, offsets, quads,
-                                     mask, STREAM, NOISE, CENTRED, M, 1, M % GROUP_K == 0, LANES, WIDTH)  # fmt: skip
+                one, turned = guide(sources, made, centre, place, other * GROUP_K + i, M, 1, M % GROUP_K == 0)
                 products += _meet_particles(x_s, slopes, one, turned, GROUP_M, 1, False)
         added = ()
         for i in tl.static_range(COUNT):
@@ -155,45 +176,65 @@ def guided_energy_kernel(
     tl.store(parts + at, lane_totals(sums, COUNT, LEVELS, LANES), mask=there)
 
 
-def forward(
-    loss, slope, statistics, x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value,
-    seed, seed_value, first_sample, target, kind, k, target_seed, target_seed_value, beta, lam, unbiased,
-):  # fmt: skip
-    batch, m = x.shape[:2]
-    data = data_arguments(x, cond, uncond, noise, omega, omega_value, table, levels, prediction, churn, churn_value,
-                          seed, seed_value, first_sample, target, kind, k, target_seed, target_seed_value)  # fmt: skip
-    row, meetings = data["row"], _meetings(m, k, draws(data))
-    shape = shape_of(data, 8 if len(meetings) == 1 else 4)
-    chunks, steps = _chunks(batch, triton.cdiv(row, shape["LANES"] * shape["WIDTH"]))
-    parts = torch.empty((batch, chunks, statistics.shape[1]), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        for programs, groups in meetings:
-            guided_energy_kernel[batch * chunks, programs](parts, chunks, steps, **data, **shape, **groups)
-        *_, noise_s, _, levels_stride = level_arguments(levels)
-        share = lam / 2 * (1.0 if unbiased else (m - 1) / m) if m > 1 else 0.0
-        finish(loss, slope, statistics, parts, row, noise_s, levels_stride, beta, share, m, k, kind == "expected")
+class Meeting(NamedTuple):
+    """A launch: against targets, against particles, or both at once."""
+
+    group_m: int  # particles that a program holds
+    group_k: int  # and what they meet
+    to_targets: bool
+    to_particles: bool
+    count: int  # of sums
+    levels: int  # the number of sums is at most 2^levels
+
+    def programs(self, m: int, k: int) -> int:
+        """Return the programs for a chunk."""
+        return cdiv(m, self.group_m) * cdiv(k if self.to_targets else m, self.group_k)
+
+
+def forward(outputs: tuple[Tensor, Tensor, Tensor], a: EnergyCall) -> None:
+    batch, m = a.forward.x.shape[:2]
+    k, row = a.forward.target.k, row_of(a.forward)
+    meetings = _meetings(m, k, draws(a.forward))
+    lanes, width, warps = block_of(a.forward, 8 if len(meetings) == 1 else 4)
+    chunks, steps = _chunks(batch, cdiv(row, lanes * width))
+    statistics = outputs[2]
+    parts = torch.empty((batch, chunks, statistics.shape[1]), dtype=torch.float32, device=statistics.device)
+    data = data_arguments(a.forward)
+    for meeting in meetings:
+        launch(
+            guided_energy_kernel,
+            (batch * chunks, meeting.programs(m, k)),
+            parts,
+            chunks,
+            steps,
+            *data,
+            tuple(meeting),
+            lanes,
+            width,
+            like=parts,
+            num_warps=warps,
+        )
+    finish(outputs, parts, row, a)
 
 
 def _chunks(batch: int, steps: int) -> tuple[int, int]:
-    """(chunks of an item, steps of a chunk): enough for the GPU, and few enough steps to add up in float32."""
-    wanted = max(triton.cdiv(PROGRAMS, batch), triton.cdiv(steps, STEPS))
-    each = triton.cdiv(steps, min(wanted, CHUNKS, steps))
-    return triton.cdiv(steps, each), each
+    """Return (chunks of an item, steps of a chunk): enough for the GPU, and few steps to add up in float32."""
+    wanted = max(cdiv(PROGRAMS, batch), cdiv(steps, STEPS))
+    each = cdiv(steps, min(wanted, CHUNKS, steps))
+    return cdiv(steps, each), each
 
 
-def _meetings(m: int, k: int, drawn: bool) -> list[tuple[int, dict]]:
-    """(programs for a chunk, the kernel's parameters) of each launch: one for all, or against targets and particles."""
+def _meetings(m: int, k: int, drawn: bool) -> list[Meeting]:
+    """Return the launches: one for all, or one against targets and one against particles."""
     group_m, group_k = min(m, GROUP), min(k, GROUP)
     if m == group_m and k == group_k:
-        launches = [(k, group_k, True, True, 2 * m * k + m + 3 * (m * (m - 1) // 2))]
-    else:
-        others = min(m, GROUP // 2 if drawn else GROUP)  # drawing takes registers
-        launches = [(k, group_k, True, False, 2 * group_m * group_k + group_m),
-                    (m, others, False, True, 3 * group_m * others)]  # fmt: skip
+        return [_meeting(m, k, True, True, 2 * m * k + m + 3 * (m * (m - 1) // 2))]
+    others = min(m, GROUP // 2 if drawn else GROUP)  # drawing takes registers
     return [
-        (triton.cdiv(m, group_m) * triton.cdiv(met, group), {
-            "GROUP_M": group_m, "GROUP_K": group, "TO_TARGETS": to_targets, "TO_PARTICLES": to_particles,
-            "COUNT": count, "LEVELS": (count - 1).bit_length(),
-        })
-        for met, group, to_targets, to_particles, count in launches
-    ]  # fmt: skip
+        _meeting(group_m, group_k, True, False, 2 * group_m * group_k + group_m),
+        _meeting(group_m, others, False, True, 3 * group_m * others),
+    ]
+
+
+def _meeting(group_m: int, group_k: int, to_targets: bool, to_particles: bool, count: int) -> Meeting:
+    return Meeting(group_m, group_k, to_targets, to_particles, count, (count - 1).bit_length())
