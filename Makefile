@@ -15,14 +15,20 @@ SANITIZED_TESTS = $(wildcard $(foreach op,combine combine_moments dynamic_thresh
 	rules solvers step_plan,\
 	tests/test_$(op).py)) -n auto --maxprocesses 4
 SANITIZED_CALLS = 10000
+QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui compiled_loop diffusers% digits energy_mmd_pieces fuzz \
+	instruction_sets interpreter interrupt k_diffusion% large learn% mixture notebook peers readme studies trainer%,\
+	tests/test_$(part).py),$(wildcard tests/test_*.py))
 
-.PHONY: demo test slow fuzz sanitize bench peers gpu aot aot-matrix docs wheel lint format install
+.PHONY: demo quick test slow fuzz sanitize bench peers gpu aot aot-matrix docs wheel lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m examples.digits $(ARGS)
 
 test: install            # every test; a missing extension is a failure here, not a skip
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+quick: install           # in under 3 minutes on 2 cores: no compilers, interpreter, processes, builds, demos or long training
+	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -k "not compile" $(or $(ARGS),$(QUICK))
 
 slow: install            # the tests that take minutes: those of every op, with older instruction sets
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --maxprocesses 8 $(ARGS)

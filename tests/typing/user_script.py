@@ -36,7 +36,8 @@ def main() -> None:
 
     plan = lgd.solvers.dpm_solver_2m(schedule, torch.linspace(1, 0, 5))
     x, kept = plan.step(0, x, cond, uncond, omega=0.5)
-    drawn: Tensor = lgd.sample(denoiser, x, plan, label, none, table, seed=3)
+    with torch.no_grad():
+        drawn: Tensor = lgd.sample(denoiser, x, plan, label, none, table, seed=3)
 
     frozen = lgd.learn.Frozen(denoiser, schedule, null=0)
     network = lgd.omega.network.OmegaNetwork(schedule, classes=4, hidden=8)
