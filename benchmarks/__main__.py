@@ -24,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     parsed = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parsed.add_argument
     names = f"{', '.join(rooms())}, which are all if none is named; or beside other libraries {', '.join(COMPARED)}"
-    add("ops", nargs="*", metavar="workload", help=f"files of workloads: {names}")
+    about = f"files of workloads: {names}; or `host [op ...]`: what the host pays for a GPU call, without a GPU"
+    add("ops", nargs="*", metavar="workload", help=about)
     add("--peers", action="store_true", help="beside other libraries: diffusers, geomloss, KeOps")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add(

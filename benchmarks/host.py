@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import stubs, timing
+from benchmarks import peers, stubs, timing
 from benchmarks.verify import with_leaves
 from benchmarks.workload import Workload, complete, public, reference, rooms
 from lgd_kernels.runtime import impls
@@ -102,6 +102,8 @@ def measure(op: str, implementations: tuple[str, ...], rounds: int) -> list[Row]
         calls |= launches(workload, impl)
         calls[f"{impl}: whole call"] = functools.partial(public(workload), **arguments, impl=impl)
     calls[EAGER] = functools.partial(reference(workload), **complete(workload, arguments))
+    if op == "guided_step":  # coefficients from the levels are most of its formula
+        calls["the same, coefficients given"] = peers.coefficients_given(lambda function: function, arguments)
     calls[SMALLEST] = smallest()
     with torch.no_grad():
         samples = timing.alternate({name: timing.busy(call) for name, call in calls.items()}, rounds)
@@ -118,7 +120,7 @@ def measure(op: str, implementations: tuple[str, ...], rounds: int) -> list[Row]
 
 
 def main(ops: list[str], rounds: int) -> int:
-    """Print the table, op by op."""
+    """Print the table, op by op. Compiling the stubs takes about a minute."""
     print(f"{'op':18} {'call':28} {'us':>20} {'of 4 parameters':>20} {'of the eager formula':>20}")
     with stubs.triton_launches(), stubs.cuda_launches():
         for op in ops or rooms():

@@ -51,7 +51,7 @@ def baselines(workload: Workload, arguments: dict, compiles: bool) -> list[Varia
     for named, function in (workload.baselines or {"": reference(workload)}).items():
         found += _variants(workload, function, f" {named}".rstrip(), compiled, draws)
     if workload.op == "guided_step" and not draws and isinstance(arguments["omega"], Tensor):
-        given = functools.partial(_coefficients_given, compiled)
+        given = functools.partial(coefficients_given, compiled)
         found.append(Variant("compiled, coefficients given", given, same_work=False))
     return [one for one in found if compiles or not one.name.startswith("compiled")]
 
@@ -108,7 +108,7 @@ def _bind(workload, step, given, wrap, draw):
     return outside
 
 
-def _coefficients_given(wrap, arguments):
+def coefficients_given(wrap, arguments):
     """a, b, v `[B]` are ready: less work than ours, so a bound and not a baseline."""
     x, noise = arguments["x"], arguments.get("noise")
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -4,12 +4,16 @@ import functools
 import importlib
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
 
-from benchmarks import __main__, environment, gpu, measure, report, timing, workload
+from benchmarks import __main__, environment, gpu, host, measure, report, timing, workload
 from lgd_kernels import testing
 from lgd_kernels.runtime import impls
 
@@ -256,3 +260,24 @@ def test_gpu_stops_a_phase_that_takes_too_long():
     for phase, limit in (("slow", 0.5), ("late", -1)):
         (problem,) = gpu.run(phase, [python, "-c", "import time; time.sleep(60)"], limit, {})[1]
         assert problem.startswith(f"{phase}: stopped after")
+
+
+@pytest.mark.extension
+def test_host_time_of_a_gpu_call_is_measured_without_a_gpu():
+    """Triton's own binder and C launch run on a libcuda that does nothing. (In a process of its own: drivers are kept.)"""
+    pytest.importorskip("triton")
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    script = (
+        "from benchmarks import host, stubs, timing\n"
+        "timing.SAMPLE_SECONDS = 1e-3\n"
+        "with stubs.triton_launches():\n"
+        "    for row in host.measure('guided_score', ('triton',), 2): print(row.call, row.of_smallest[0] > 0)\n"
+    )
+    environment_ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=environment.ROOT, env=environment_, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    calls = ["triton: launcher", "triton: launcher, backward", "triton: whole call", "eager formula", host.SMALLEST]
+    assert run.stdout.splitlines() == [f"{call} True" for call in calls]

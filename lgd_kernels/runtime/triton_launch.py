@@ -45,7 +45,8 @@ def rows_argument(tensor: Tensor | None) -> tuple[Tensor, int] | None:
     """Return (tensor, stride between samples) with contiguous rows, for `load_tile(*argument, ...)`."""
     if tensor is None:
         return None
-    tensor = memory.with_contiguous_rows(tensor)
+    if not tensor.is_contiguous():
+        tensor = memory.with_contiguous_rows(tensor)
     return tensor, tensor.stride(0)
 
 
@@ -95,26 +96,28 @@ def _signed(word: int) -> int:
     return ((word + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
-def launch(
-    kernel: Any, grid: tuple, outputs: Any, *arguments: Any, like: Tensor, num_warps: int = 4, **named: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], outputs: Any, *arguments: Any, like: Tensor, **named: Any) -> None:
     """Launch `kernel(outputs, *arguments, **named)` on the device of `like`.
 
     `outputs` are the kernel's first argument: a tensor, or a tuple of tensors and None. The interpreter needs to know
     them, because it truncates float32 to bfloat16: there the kernel writes float32, and torch rounds."""
-    # Fusion is set explicitly: its default differs between versions of Triton.
     if memory.on_current_device(like):
-        kernel[grid](outputs, *arguments, num_warps=num_warps, enable_fp_fusion=True, **named)
+        # `run` is what `kernel[grid]` calls. Fusion is set explicitly: its default differs between versions of Triton.
+        kernel.run(outputs, *arguments, grid=grid, warmup=False, enable_fp_fusion=True, **named)
     elif like.is_cuda:
         with torch.cuda.device(like.device):
-            kernel[grid](outputs, *arguments, num_warps=num_warps, enable_fp_fusion=True, **named)
+            kernel.run(outputs, *arguments, grid=grid, warmup=False, enable_fp_fusion=True, **named)
     else:
-        narrow = outputs if isinstance(outputs, tuple) else (outputs,)
-        wide = tuple(out.float() if _truncates(out) else out for out in narrow)
-        kernel[grid](wide if isinstance(outputs, tuple) else wide[0], *arguments, **named)
-        for out, stored in zip(narrow, wide, strict=True):
-            if stored is not out:
-                out.copy_(stored)
+        _interpret(kernel, grid, outputs, arguments, named)
+
+
+def _interpret(kernel: Any, grid: tuple[int, ...], outputs: Any, arguments: tuple, named: dict[str, Any]) -> None:
+    narrow = outputs if isinstance(outputs, tuple) else (outputs,)
+    wide = tuple(out.float() if _truncates(out) else out for out in narrow)
+    kernel[grid](wide if isinstance(outputs, tuple) else wide[0], *arguments, **named)
+    for out, stored in zip(narrow, wide, strict=True):
+        if stored is not out:
+            out.copy_(stored)
 
 
 def _truncates(out: Tensor | None) -> bool:
