@@ -64,15 +64,20 @@ def test_a_wrong_kernel_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
     """omega is 1 % off in the forward, in every dtype, and its gradient 1 % off in the backward."""
     right = impls.launcher
 
-    def wrong(op, impl):
-        def forward(*arguments):
-            at = {"guided_score": 3, "guided_step": 5}[op]
-            right(op, impl).forward(*arguments[:at], arguments[at] * 1.01, *arguments[at + 1 :])
+    def off(omega):
+        return omega._replace(tensor=omega.tensor * 1.01)
 
-        def backward(*arguments):
-            right(op, impl).backward(*arguments)
-            d_omega = arguments[{"guided_score": 2, "guided_step": 4}[op]]
-            d_omega *= 1.01
+    def wrong(op, impl):
+        def forward(out, a):
+            if op == "guided_score":
+                a = a._replace(omega=off(a.omega))
+            else:
+                a = a._replace(scalars=a.scalars._replace(omega=off(a.scalars.omega)))
+            right(op, impl).forward(out, a)
+
+        def backward(grads, b):
+            right(op, impl).backward(grads, b)
+            grads[-1].mul_(1.01)
 
         return types.SimpleNamespace(forward=forward, backward=backward)
 
@@ -264,7 +269,7 @@ def test_gpu_stops_a_phase_that_takes_too_long():
 
 @pytest.mark.extension
 def test_host_time_of_a_gpu_call_is_measured_without_a_gpu():
-    """Triton's own binder and C launch run on a libcuda that does nothing. (In a process of its own: drivers are kept.)"""
+    """Triton's own binder and C launch run on a libcuda that does nothing; in another process, for drivers are kept."""
     pytest.importorskip("triton")
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
