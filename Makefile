@@ -11,7 +11,7 @@ SANITIZED = env LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc
 	TORCHINDUCTOR_CACHE_DIR=$(abspath build/sanitize/inductor)
 SANITIZED_TESTS = $(wildcard $(foreach op,combine combine_moments dynamic_threshold energy_mmd energy_mmd_autograd \
 	energy_mmd_pieces guided_energy guided_energy_autograd guided_energy_curve guided_energy_safety guided_score \
-	guided_step guided_step_autograd log_prob metrics moments moments_centred omega_table philox rescale rule_tape \
+	guided_step guided_step_autograd log_prob metrics moments moments_centred omega_table philox rescale rule_program \
 	rules solvers step_plan,\
 	tests/test_$(op).py)) -n auto --maxprocesses 4
 SANITIZED_CALLS = 10000

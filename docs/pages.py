@@ -25,8 +25,8 @@ GUIDES = {
     "Study: a mixture": "mixture.md",
 }
 REFERENCE = {  # a group of the navigation: ops, and modules of the package
-    "Guide and sample": "guidance guidance.rules guidance.stateful runtime.levels sampling.schedules sampling.churn "
-    "sampling.solvers sampling.step_plan sampling.sampler sampling.log_prob",
+    "Guide and sample": "guidance guidance.rules guidance.weights guidance.stateful runtime.levels sampling.schedules "
+    "sampling.churn sampling.solvers sampling.step_plan sampling.sampler sampling.log_prob",
     "Losses and distances": "guided_energy energy_mmd metrics.distance metrics.permutation metrics.kid metrics.frechet "
     "metrics.bandwidth",
     "Sums and combinations": "moments combine dynamic_threshold",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lgd_kernels import metrics as metrics
     from lgd_kernels import omega as omega
     from lgd_kernels.guidance import rules as rules
+    from lgd_kernels.guidance import weights as weights
     from lgd_kernels.metrics.bandwidth import median_bandwidth as median_bandwidth
     from lgd_kernels.sampling import log_prob as log_prob
     from lgd_kernels.sampling import sampler as sampler
@@ -39,6 +40,7 @@ else:  # if a type checker saw a __getattr__, it would accept every name
         sample="sampling.sampler",
         sampler="sampling.sampler",
         solvers="sampling.solvers",
+        weights="guidance.weights",
     )
 
 __all__ = [

@@ -26,38 +26,39 @@ void run(const Combine& op, int64_t batch, int64_t row, int threads, void* found
   for_chunks(batch, row, threads, work, op.noise_scale.data ? kSerialDrawn : kSerial);
 }
 
-PerOutput per_output(Tensor tensor) {
+PerOutput per_output(Tensor tensor, Call& call) {
   if (tensor.is_none()) return {nullptr, DType::f32};
-  return {address(tensor), dtype(tensor)};
+  return {address(call.contiguous(tensor)), dtype(tensor)};
 }
 
 }  // namespace
 
+// outputs: those that are written, [written, B, ...], and their moments, or None.
 const Binding binding([](py::module_& module) {
-  module.def("combine", [](Tensor outputs, Tensors tensors, Tensor coefficients, Tensor constant, Tensor noise_scale,
-                           py::handle columns, Tensor seed_, std::optional<int64_t> seed_value, int64_t first_sample,
-                           Tensor source, double low, double high, Tensor found, int threads) {
+  module.def("combine", [](Tensor outputs, Tensor arguments, int threads) {
+    Call call;
+    const Fields to(outputs), a(arguments);
+    const Tensor written = to[0], found = to[1];
     Combine op{};
-    op.read = columns_of(tensors, columns, source, int(PySequence_Size(tensors.ptr())));
-    const int written = int(size(outputs, 0));
-    op.count = int(size(coefficients, 1));
-    op.unwritten = op.count - written;
+    op.read = columns_of(a.fields(0), call);
+    const int written_count = int(size(written, 0));
+    op.count = int(size(a[1], 1));
+    op.unwritten = op.count - written_count;
     if (op.count > kMostOutputs || op.read.tensor_count > kMostOutputs)
       throw std::length_error("more outputs or tensors than the kernels have room for");
-    if (size(coefficients, 2) != op.read.count)
+    if (size(a[1], 2) != op.read.count)
       throw std::invalid_argument("coefficients [B, P, K] of another K than there are columns");
-    const int64_t batch = size(outputs, 1), row = Sizes(item(tensors, 0)).row, step = stride(outputs);
-    const DType stored = dtype(outputs);
-    const int64_t width = stored == DType::f64 ? 8 : stored == DType::f32 ? 4 : 2;
-    for (int p = 0; p < written; ++p)
-      op.outputs[p] = {static_cast<char*>(address(outputs)) + p * step * width, stored, row};
-    op.coefficients = per_output(coefficients);
-    op.constant = per_output(constant);
-    op.noise_scale = per_output(noise_scale);
-    op.seed = seed(seed_, seed_value, first_sample);
-    op.low = low;
-    op.high = high;
-    void* sums = found.is_none() ? nullptr : address(found);
+    const int64_t batch = size(written, 1), row = Sizes(item(a.fields(0)[0], 0)).row, step = stride(written);
+    const DType stored = dtype(written);
+    for (int p = 0; p < written_count; ++p)
+      op.outputs[p] = {static_cast<char*>(address(written)) + p * step * bytes_of(stored), stored, row};
+    op.coefficients = per_output(a[1], call);
+    op.constant = per_output(a[2], call);
+    op.noise_scale = per_output(a[3], call);
+    op.seed = seed(a.fields(4));
+    op.low = a.real(5);
+    op.high = a.real(6);
+    void* sums = address(found);
     const bool wide = op.read.any(DType::f64) || (sums && dtype(found) == DType::f64);
     py::gil_scoped_release release;
     wide ? run<double>(op, batch, row, threads, sums) : run<float>(op, batch, row, threads, sums);

@@ -34,14 +34,15 @@ void run(const Moments& op, int64_t batch, int64_t row, int threads, void* found
 }  // namespace
 
 const Binding binding([](py::module_& module) {
-  module.def("moments", [](Tensor found, Tensors tensors, py::handle columns, py::handle pairs, py::handle same_as,
-                           Tensor source, int gathered, bool centred, int threads) {
+  module.def("moments", [](Tensor found, Tensor arguments, int threads) {
+    Call call;
+    const Fields a(arguments);
     Moments op{};
-    op.centred = centred;
-    op.read = columns_of(tensors, columns, source, gathered);
-    op.count = pairs_of(pairs, op.pairs, kMostPairs);
-    for (int m = 0; m < op.count; ++m) op.same_as[m] = int(PyLong_AsLong(item(same_as, m).ptr()));
-    const int64_t batch = size(found, 0), row = Sizes(item(tensors, 0)).row;
+    op.read = columns_of(a.fields(0), call);
+    op.count = twos_of(a[1], op.products, kMostProducts);
+    op.find_equal_products();
+    op.centred = a.flag(2);
+    const int64_t batch = size(found, 0), row = Sizes(item(a.fields(0)[0], 0)).row;
     void* out = address(found);
     py::gil_scoped_release release;
     op.read.any(DType::f64) ? run<double>(op, batch, row, threads, out) : run<float>(op, batch, row, threads, out);

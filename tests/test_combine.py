@@ -1,4 +1,4 @@
-"""Per-sample linear combinations of columns, noise drawn on the way."""
+"""Per-sample linear combinations of columns, with noise drawn in the kernel."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from lgd_kernels.runtime.philox import STREAM_STEP
 
 
 def combine(target, tensors, coefficients, **options):
-    """On the target's device, by the target's implementation."""
+    """Combine on the target's device, by the target's implementation."""
     options = {name: testing.moved(value, target.device) for name, value in options.items()}
     tensors = [tensor.to(target.device) for tensor in tensors]
     return lgd.combine(tensors, coefficients.to(target.device), **options, impl=target.impl)
 
 
 def problem(shape, dtype, generator, count=3, outputs=None, source=None, layout="contiguous"):
-    """(tensors, coefficients, options) that ask for everything."""
+    """Return (tensors, coefficients, options) with every option set."""
     tensors = [testing.sample(shape, dtype, generator, layout) for _ in range(count)]
     batch = shape[0] if source is None else len(source)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -41,7 +41,7 @@ def promoted(options):
 
 
 def check(target, tensors, coefficients, **options):
-    """The noise that implementations draw may differ by 1e-6."""
+    """Allow 1e-6 more for the noise, which implementations draw with that difference."""
     found = combine(target, tensors, coefficients, **options)
     same = lgd.combine(tensors, coefficients, **options, impl="reference")
     wide = [testing.promoted(tensor) for tensor in tensors]
@@ -75,7 +75,7 @@ def test_noise_is_that_of_philox_normal(target):
 
 
 def test_a_scale_that_half_coefficients_cannot_hold(target):
-    """1e5 is inf in float16."""
+    """Round 1e5 to inf in float16."""
     z = lgd.philox_normal((2, 6), 3, stream=1)
     for dtype in (torch.float16, torch.bfloat16):
         found = combine(target, (torch.zeros(2, 6),), torch.ones(2, 1, dtype=dtype), noise_scale=100001.0, seed=3)
@@ -94,7 +94,7 @@ def test_a_guided_step_is_a_combine(target, generator):
 
 
 def test_laws(target, generator):
-    """Linear in the coefficients; one sample moves no other; a source is that sample."""
+    """Check that outputs are linear in the coefficients, one sample changes no other, and a source is that sample."""
     tensors = [testing.sample((3, 700), torch.float32, generator) for _ in range(4)]
     coefficients = torch.randn(3, 4, generator=generator)
     found = combine(target, tensors, coefficients)
@@ -209,7 +209,7 @@ def test_gradcheck_twice_and_forward_mode(impl, generator):
 
 
 def test_moments_and_combine_are_each_others_backward(target, generator):
-    """d combine / d coefficients is a cross-moment, d moments / d tensors a combine: to the letter."""
+    """Compare d combine / d coefficients with moments, and d moments / d tensors with a combine."""
     a, b, d = (testing.sample((2, 900), torch.float32, generator).to(target.device) for _ in range(3))
     coefficients = torch.ones(2, 2, device=target.device, requires_grad=True)
     (found,) = torch.autograd.grad(lgd.combine((a, b), coefficients, impl=target.impl), coefficients, d)
@@ -243,7 +243,7 @@ def test_operator_manners(generator):
     coefficients, constant, scale = rest
     columns = [0, -1, 1, -1, 2, -1, 0, 2]
     for seed in ((None, 5), (torch.tensor([1, 2, 3, 4]), None)):
-        arguments = [a, b, c], coefficients, columns, constant, scale, *seed, 0, options["source"], -3.0, 2.0
+        arguments = [a, b, c], columns, options["source"], 3, coefficients, constant, scale, *seed, 0, -3.0, 2.0
         torch.library.opcheck(torch.ops.lgd.combine, (*arguments, torch.float64, None))
 
 
@@ -292,14 +292,14 @@ def test_writes_only_its_output_and_reads_no_stale_memory(target, generator, poi
 
 
 def test_a_source_that_is_not_there_gives_nan(target):
-    """Where it cannot be seen: in the operator itself."""
+    """Call the operator itself, which cannot read the source."""
     tensor = torch.ones(2, 600, device=target.device)
     source = torch.tensor([1, 2, -1], device=target.device)
     one = torch.ones(3, 1, 1, device=target.device)
-    rest = None, None, None, None, 0, source, -torch.inf, torch.inf, torch.float32, target.impl
-    found = torch.ops.lgd.combine([tensor], one, [0, -1], *rest)[0]
+    rest = None, None, None, None, 0, -torch.inf, torch.inf, torch.float32, target.impl
+    found = torch.ops.lgd.combine([tensor], [0, -1], source, 1, one, *rest)[0]
     assert (found[0] == 1).all() and found[1:].isnan().all()
-    found = torch.ops.lgd.moments([tensor], [0, -1], [0, 0], source, 1, target.impl)
+    found = torch.ops.lgd.moments([tensor], [0, -1], source, 1, [0, 0], False, target.impl)
     assert found[0] == 600 and found[1:].isnan().all()
 
 
@@ -340,9 +340,8 @@ CASES = {
 def test_the_kernel_refuses_other_columns_than_it_has_coefficients_for():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="coefficients .* of another K than there are columns"):
-        torch.ops.lgd.combine(
-            [x, x], torch.ones(2, 1, 1), [0, -1, 1, -1], None, None, None, None, 0, None, -1e9, 1e9, x.dtype, "cpu"
-        )
+        rest = None, None, None, None, 0, -1e9, 1e9, x.dtype, "cpu"
+        torch.ops.lgd.combine([x, x], [0, -1, 1, -1], None, 0, torch.ones(2, 1, 1), *rest)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The moments of what a combine puts out, from the same pass: of outputs that are written and of those that are not."""
+"""Moments of the outputs of a combine, from the same pass: of outputs that are written and of those that are not."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_hand_worked(target):
 
 
 def magnitudes(tensors, coefficients, columns=None, constant=None, noise_scale=None, source=None, **_):
-    """The same with every term by its magnitude: outputs are sums that may cancel. z, by twice its size, is 2."""
+    """Compute the same from the magnitudes of all terms, since outputs are sums that may cancel. z counts as 2."""
     read = [one.abs() for one in formed(tensors, flat(columns, len(tensors)), torch.float64)]
     fixed = [one.abs() for one in (constant, None if noise_scale is None else 2 * noise_scale) if one is not None]
     constant = sum(fixed[1:], fixed[0]) if fixed else None
@@ -33,7 +33,7 @@ def magnitudes(tensors, coefficients, columns=None, constant=None, noise_scale=N
 
 
 def check(target, tensors, coefficients, **options):
-    """Outputs as without moments; moments within the budget of a sum, of outputs before they are rounded."""
+    """Give outputs as without moments, and moments of the unrounded outputs within the budget of a sum."""
     found = combine(target, tensors, coefficients, **options, moments=True)
     plain = combine(target, tensors, coefficients, **options)
     many = isinstance(plain, tuple)
@@ -71,7 +71,7 @@ def test_several_outputs_from_gathered_samples(target, outputs, generator):
 
 
 def test_a_small_combination_keeps_its_digits(target, generator):
-    """||x_s - mean||^2 to 3e-5 where x_s - mean is 1e-4 of x_s. From their moments it is lost."""
+    """Give ||x_s - mean||^2 to 3e-5 where x_s - mean is 1e-4 of x_s. Computed from their moments it has no digits."""
     for dtype in (torch.float32, torch.bfloat16):
         x, g, z = testing.sample((3, 3, 4096), torch.float32, generator)
         x, g = x.to(dtype).float(), g.to(dtype)
@@ -86,7 +86,7 @@ def test_a_small_combination_keeps_its_digits(target, generator):
 
 
 def test_wide_is_float64_for_every_dtype(target, generator):
-    """Arithmetic, noise scale, sums and what is returned; outputs stay in the dtype of the first tensor."""
+    """Use float64 for arithmetic, noise scale, sums and moments; outputs stay in the dtype of the first tensor."""
     for dtype in dtypes_of(target):
         tensors, coefficients, options = problem((3, 2101), dtype, generator, 3, 2, [2, 0, 0, 2, 1])
         options["noise_scale"] = None  # noises of implementations differ by 1e-6
@@ -161,18 +161,19 @@ def test_operator_manners(generator):
     tensors, coefficients, options = problem((3, 5), torch.float64, generator, 2, 2, [2, 0, 0, 1])
     scalars = options["constant"], options["noise_scale"]
     for written in (0, 1, 2):
-        arguments = tensors, coefficients, [0, -1, 1, -1, 0, 1], *scalars, None, 5, 0, options["source"], -3.0, 2.0
-        torch.library.opcheck(torch.ops.lgd.combine_moments, (*arguments, written, torch.float64, None))
-    narrow = [tensor.float() for tensor in tensors], *arguments[1:]
-    torch.library.opcheck(torch.ops.lgd.combine_moments, (*narrow, 1, torch.float32, None, True))
+        read = tensors, [0, -1, 1, -1, 0, 1], options["source"], len(tensors)
+        rest = coefficients, *scalars, None, 5, 0, -3.0, 2.0
+        torch.library.opcheck(torch.ops.lgd.combine_moments, (*read, *rest, torch.float64, written, False, None))
+    narrow = [tensor.float() for tensor in tensors], *read[1:]
+    torch.library.opcheck(torch.ops.lgd.combine_moments, (*narrow, *rest, torch.float32, 1, True, None))
 
 
 def test_a_source_that_is_not_there_gives_nan(target):
-    """Where it cannot be seen: in the operator itself."""
+    """Call the operator itself, which cannot read the source."""
     tensor, one = torch.ones(2, 600, device=target.device), torch.ones(3, 1, 1, device=target.device)
     source = torch.tensor([1, 2, -1], device=target.device)
-    rest = None, None, None, None, 0, source, -torch.inf, torch.inf, 0, torch.float32, target.impl
-    found = torch.ops.lgd.combine_moments([tensor], one, [0, -1], *rest)[1]
+    rest = None, None, None, None, 0, -torch.inf, torch.inf, torch.float32, 0, False, target.impl
+    found = torch.ops.lgd.combine_moments([tensor], [0, -1], source, 1, one, *rest)[1]
     assert found[0].tolist() == [600.0, 600.0] and found[1:].isnan().all()
 
 

@@ -12,7 +12,7 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.guidance import rules
+from lgd_kernels.guidance import rules, weights
 from lgd_kernels.guidance.stateful import Momentum
 
 diffusers = pytest.importorskip("diffusers")
@@ -133,5 +133,5 @@ def test_perturbed_predictions(kind, w, generator):
         scale = scale - 1
     else:
         theirs = guided_by(guider, c, u, p)
-    found = lgd.combine((c, u, p), rules.perturbed(omega, scale), columns=(0, (0, 1), (0, 2)))
+    found = lgd.combine((c, u, p), weights.perturbed(omega, scale), columns=(0, (0, 1), (0, 2)))
     assert_same(found, theirs, EXACT)

@@ -13,7 +13,7 @@ GUIDED = (0, 1, (0, 1))  # c, u and c - u
 
 
 def moments(target, tensors, columns=None):
-    """On the target's device, by the target's implementation."""
+    """Compute moments on the target's device, by the target's implementation."""
     return lgd.moments([t.to(target.device) for t in tensors], columns=columns, impl=target.impl)
 
 
@@ -25,7 +25,7 @@ def test_hand_worked(target):
 
 
 def test_laws(target, generator):
-    """Symmetric; ||a + b||^2 by polarisation; scaling by the square; one sample moves no other."""
+    """Check symmetry, ||a + b||^2 by polarisation, scaling by the square, and that one sample changes no other."""
     a, b = (testing.sample((3, 900), torch.float32, generator).round(decimals=1) for _ in range(2))
     found = moments(target, (a, b, a + b), columns=(0, 1, 2, (2, 1)))
     dots = found.dots.cpu()
@@ -59,7 +59,7 @@ def test_agrees_with_float64(target, shape, generator):
 
 
 def test_eight_of_all(target, generator):
-    """As many tensors and columns as there may be."""
+    """Take as many tensors and columns as are allowed."""
     tensors = [testing.sample((2, 1500), torch.float32, generator) for _ in range(8)]
     check(target, tensors)
     check(target, tensors, [(n, (n + 1) % 8) for n in range(8)])
@@ -80,7 +80,7 @@ def test_takes_mixed_dtypes(target, generator):
 
 @pytest.mark.parametrize("closeness", [1e-2, 1e-4])
 def test_a_small_difference_keeps_its_digits(target, closeness, generator):
-    """||c - u||^2 to 1e-6, where c and u have four digits in common. From the moments of c and u it would be lost."""
+    """Give ||c - u||^2 to 1e-6 where c and u have four digits in common. Computed from their moments it has none."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         c = testing.sample((3, 4096), torch.float32, generator).to(dtype)
         u = (c.double() + closeness * testing.sample((3, 4096), torch.float64, generator)).to(dtype)
@@ -125,7 +125,7 @@ def test_gradients_agree_with_float64(target, shape, generator):
 
 
 def test_the_gradient_of_a_small_difference_keeps_its_digits(target, generator):
-    """d ||c - u||^2 / dc = 2 (c - u), formed as a difference there too."""
+    """Give d ||c - u||^2 / dc = 2 (c - u), from a difference formed in the backward too."""
     c = testing.sample((2, 3000), torch.float32, generator)
     u = (c + 1e-4 * testing.sample((2, 3000), torch.float32, generator)).to(target.device)
     c = c.to(target.device).requires_grad_()
@@ -159,11 +159,11 @@ def test_only_what_requires_grad_gets_one(target, generator):
 
 def test_operator_manners(generator):
     tensors = [tensor.detach() for tensor in float64_inputs(generator)]
-    pairs = [0, 0, 0, 1, 1, 1, 0, -1]
-    torch.library.opcheck(torch.ops.lgd.moments, (tensors, [0, -1, 0, 1], pairs, None, 0, None))
+    products = [0, 0, 0, 1, 1, 1, 0, -1]
+    torch.library.opcheck(torch.ops.lgd.moments, (tensors, [0, -1, 0, 1], None, 0, products, False, None))
     source = torch.tensor([1, 1, 0])
     gathered = [tensors[0], torch.randn(3, 5, dtype=torch.float64)]
-    torch.library.opcheck(torch.ops.lgd.moments, (gathered, [0, -1, 1, -1], pairs, source, 1, None))
+    torch.library.opcheck(torch.ops.lgd.moments, (gathered, [0, -1, 1, -1], source, 1, products, False, None))
 
 
 def test_compiles_without_breaks_or_recompiles(generator):

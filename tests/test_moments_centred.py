@@ -1,4 +1,4 @@
-"""Moments of columns less their means: right where a variance formed from plain sums would have no digits."""
+"""Moments of columns less their means: right where a variance computed from plain sums has no digits."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.runtime.columns import flat, formed
+from lgd_kernels.runtime.columns import every_product, flat, formed
 
 GUIDED = (0, 1, (0, 1))  # c, u and c - u
 
@@ -16,7 +16,7 @@ def centred(target, tensors, columns=None):
 
 
 def check(target, tensors, columns=GUIDED):
-    """Each sum within the budget of its terms, products of deviations; each mean within that of the deviations."""
+    """Hold each product to the budget of its terms, products of deviations, and each mean to that of the deviations."""
     found = centred(target, tensors, columns)
     wide = [testing.promoted(tensor) for tensor in tensors]
     apart = [c.reshape(len(c), -1) for c in formed(wide, flat(columns, len(tensors)), torch.float64)]
@@ -34,7 +34,7 @@ def check(target, tensors, columns=GUIDED):
 
 
 def pair(shape, dtype, generator, mean, layout="contiguous"):
-    """c and u about a mean, u within a tenth of c."""
+    """Return c and u about a mean, u within a tenth of c."""
     c, z = (testing.sample(shape, torch.float64, generator, layout) for _ in range(2))
     return (c + mean).to(dtype), (c + mean + 0.1 * z).to(dtype)
 
@@ -73,7 +73,7 @@ def test_takes_mixed_dtypes_and_any_columns(target, generator):
 
 
 def test_a_part_at_another_level_costs_no_digits(target, generator):
-    """Channels far apart, and a first element that is like no other: wherever sums are shifted to."""
+    """Take channels far apart, and a first element unlike all others, which shifts have to follow."""
     c = testing.sample((2, 4, 50, 41), torch.float32, generator)
     levels = torch.tensor([300.0, 300.0, -2.0, 300.0]).view(4, 1, 1)
     check(target, (c + levels, c * 1e-2 + levels))
@@ -92,7 +92,7 @@ def test_a_constant_has_moments_of_exactly_0(target, value, generator):
 
 
 def test_plain_sums_would_lose_them(generator):
-    """What it is for: by dots - sums^2 / count, 3e-3 of a variance is wrong at std / mean = 1e-3."""
+    """Show that dots - sums^2 / count has an error of 3e-3 at std / mean = 1e-3, and centred moments have none."""
     c = testing.sample((8, 4096), torch.float32, generator) + 1e3
     truth = c.double().var(1, correction=0) * 4096
     plain = lgd.moments((c,))
@@ -102,7 +102,7 @@ def test_plain_sums_would_lose_them(generator):
 
 
 def test_parts_merge(target, generator):
-    """By Chan's formula, in any order, with a part of nothing; here halves of latents that two devices hold."""
+    """Merge by Chan's formula, in any order, with an empty part: halves of latents that two devices hold."""
     c, u = pair((3, 4, 10, 21), torch.float32, generator, 1e3)
     whole = centred(target, (c, u), GUIDED)
     parts = [centred(target, (c[..., cut], u[..., cut]), GUIDED)
@@ -132,7 +132,7 @@ def test_not_finite_is_nan(target, generator):
 
 
 def test_gradients(target, generator):
-    """Of a variance about a large mean: twice the deviation, to 1e-6; gradients twice by gradcheck."""
+    """Give the gradient of a variance about a large mean, twice the deviation, to 1e-6."""
     c, u = (tensor.to(target.device).requires_grad_() for tensor in pair((3, 1500), torch.float32, generator, 1e3))
     lgd.moments((c, u), columns=((0, 1), 1), centred=True, impl=target.impl).dots[:, 1, 1].sum().backward()
     expected = 2 * (u.double() - u.double().mean(1, keepdim=True))
@@ -153,7 +153,8 @@ def test_gradcheck_twice_and_forward_mode(impl, generator):
 
 def test_operator_manners(generator):
     tensors = list(torch.randn(2, 3, 40, generator=generator).unbind(0))
-    torch.library.opcheck(torch.ops.lgd.centred_moments, (tensors, [0, -1, 0, 1], None))
+    arguments = tensors, [0, -1, 0, 1], None, 0, every_product(2), True, None
+    torch.library.opcheck(torch.ops.lgd.moments, arguments)
     function = lambda *tensors: lgd.moments(tensors, columns=GUIDED, centred=True).dots.square().sum()  # noqa: E731
     leaves = [tensor.requires_grad_() for tensor in tensors]
     found = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves), leaves)

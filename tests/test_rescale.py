@@ -15,7 +15,7 @@ def spread(tensor):
 
 
 def rescaled_steps(c, u, target, omega=2.0):
-    """CFG-rescale by every way that it runs: in one call, on tensors, and in x0 space; and what they should give."""
+    """Return CFG-rescale in one call, on tensors and in x0 space, and the exact result."""
     rule = functools.partial(rules.rescale, phi=0.7)
     c, u = c.to(target.device), u.to(target.device)
     levels = testing.moved(lgd.RectifiedFlow().levels(torch.full((len(c),), 0.6), torch.full((len(c),), 0.2)), c.device)
@@ -31,7 +31,7 @@ def rescaled_steps(c, u, target, omega=2.0):
 
 @pytest.mark.parametrize("mean", [30.0, 1e3])
 def test_rescale_about_a_large_mean(target, mean, generator):
-    """The spread of g, to which the rule applies, has a relative error of 1e-5 at a mean 1000 times as large."""
+    """Allow the spread of g a relative error of 1e-5 at a mean 1000 times as large."""
     c = testing.sample((3, 4, 33, 32), torch.float64, generator)
     u = c + 0.3 * testing.sample((3, 4, 33, 32), torch.float64, generator)
     for found, c_, u_, _ in rescaled_steps((c + mean).float(), (u + mean).float(), target):
@@ -44,7 +44,7 @@ def test_rescale_about_a_large_mean(target, mean, generator):
 
 @pytest.mark.parametrize("value", [0.1, 0.0, 1e4])
 def test_rescale_of_a_constant(target, value, generator):
-    """Where both are constant g stays; where c alone is, its spread is 0 and so is what g keeps of phi."""
+    """Leave g where both are constant; where only c is, std(c) = 0, and g keeps 1 - phi."""
     c, u = torch.full((2, 4, 9, 11), value), torch.full((2, 4, 9, 11), 0.5 * value)
     for found, c_, u_, _ in rescaled_steps(c, u, target):
         torch.testing.assert_close(found.detach(), c_ + 2 * (c_ - u_), rtol=1e-5, atol=0)

@@ -9,7 +9,7 @@ from conftest import address, dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.guidance import rules
+from lgd_kernels.guidance import rules, weights
 from lgd_kernels.guidance.rules import Guidance
 from lgd_kernels.guidance.stateful import Feedback, Momentum
 from lgd_kernels.runtime.levels import step_coefficients, x0_coefficients
@@ -100,14 +100,14 @@ each_rule = pytest.mark.parametrize("name", RULES)
 
 
 def assert_exact(found, expected, terms=None):
-    """1e-12 of the largest value; of a sum, of the sum of its absolute terms."""
+    """Compare to 1e-12 of the largest value; a sum, to that of the sum of its absolute terms."""
     error = (found - expected).abs()
     limit = 1e-12 * (expected.abs().max() if terms is None else terms) + 1e-300
     assert bool((error <= limit).all()), f"error {error.max():.3g}, allowed {torch.as_tensor(limit).min():.3g}"
 
 
 def pair(generator, dtype=torch.float64):
-    """c and u that agree by half, with a mean: a rule that forgets it would be seen."""
+    """Return c and u that agree by half, with a mean, so that a rule that ignores the mean fails."""
     c, z = (testing.sample(SHAPE, torch.float64, generator) for _ in range(2))
     return (c + 0.3).to(dtype), (0.7 * c + 0.5 * z - 0.2).to(dtype)
 
@@ -116,7 +116,7 @@ def pair(generator, dtype=torch.float64):
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("closeness", [None, 1e-4], ids=["apart", "close"])
 def test_is_its_definition(name, impl, closeness, generator):
-    """Also where u lies within 1e-4 of c, as two predictions do late in a run."""
+    """Compare also where u lies within 1e-4 of c, as late in a run."""
     rule, defined = RULES[name]
     c, u = pair(generator)
     u = u if closeness is None else c + closeness * u
@@ -125,7 +125,7 @@ def test_is_its_definition(name, impl, closeness, generator):
 
 @each_rule
 def test_by_every_implementation(target, name, generator):
-    """Within what the storage type allows: the coefficients are those of the rounded data."""
+    """Compare within the storage type: the coefficients are those of the rounded data."""
     rule, defined = RULES[name]
     for dtype in dtypes_of(target):
         c, u = pair(generator, dtype)
@@ -137,7 +137,7 @@ def test_by_every_implementation(target, name, generator):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_a_rule_sees_a_small_difference(target, stored, generator):
-    """||D||^2 to 1e-6 where D is 1e-4 of c, by every way that a rule is run: here the rule hands it out."""
+    """Give ||D||^2 to 1e-6 where D is 1e-4 of c, however the rule runs: this rule returns it."""
     c = testing.sample((3, 5000), torch.float32, generator).to(stored).float()
     u = (c.double() + 1e-4 * testing.sample((3, 5000), torch.float64, generator)).to(stored)
     exact = (c.double() - u.double()).square().sum(1)
@@ -156,7 +156,7 @@ def test_a_rule_sees_a_small_difference(target, stored, generator):
 
 @each_rule
 def test_omega_0_is_conditional_only(name, generator):
-    """But for rules that change c itself: the rescaled c is c, and the norm of beta-CFG stays."""
+    """Expect c at omega = 0, except from rules that change c itself."""
     if name in ("cfg_zero_star, first step", "beta_cfg"):
         return
     c, u = pair(generator)
@@ -167,7 +167,7 @@ def test_omega_0_is_conditional_only(name, generator):
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("closeness", [None, 1e-4], ids=["apart", "close"])
 def test_gradients_are_those_of_the_definition(name, impl, closeness, generator):
-    """To c, u and omega, through moments and combine, against autograd of the definition."""
+    """Compare gradients to c, u and omega with autograd of the definition."""
     rule, defined = RULES[name]
     c, u = pair(generator)
     u = u if closeness is None else c + closeness * u
@@ -214,7 +214,7 @@ def to_x0(x, p, levels, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("space", ["prediction", "x0"])
 def test_steps(name, prediction, space, generator):
-    """The step from the rule's g, in its space."""
+    """Compare with the step from the rule's g, in its space."""
     rule, defined = RULES[name]
     x, c, u, levels = step_problem(generator)
     if space == "x0":
@@ -232,7 +232,7 @@ def test_steps(name, prediction, space, generator):
 @pytest.mark.extension
 @each_rule
 def test_reads_no_stale_memory(name, generator, poisoned):
-    """In one call of the extension, which writes into fresh memory."""
+    """Write into fresh memory, in one call of the extension."""
     c, u = (one.float() for one in pair(generator))
     found = lgd.guided_score(c, u, OMEGA.float(), rule=RULES[name][0])
     assert address(found) in poisoned
@@ -259,7 +259,7 @@ def test_the_space_matters(generator):
 
 
 def test_temperature(generator):
-    """Of a Gaussian of variance s0^2 it makes one of variance s0^2 / k, exactly."""
+    """Turn a Gaussian of variance s0^2 into one of variance s0^2 / k, exactly."""
     x, _, u, levels = step_problem(generator)
     a, n, s0, k = column(levels.signal_t), column(levels.noise_t), 0.8, 3.0
     exact = a * s0**2 / (a**2 * s0**2 + n**2) * x  # E[x0 | x] for x0 ~ N(0, s0^2)
@@ -273,25 +273,25 @@ def test_temperature(generator):
 
 @pytest.mark.parametrize("churn", [0.0, 0.5])
 def test_cfg_plus_plus(churn, generator):
-    """Renoised with u: x_s = signal_s (u0 + lam (c0 - u0)) + noise_s z(u), the DDIM form of it, at churn 0."""
+    """Renoise with u: x_s = signal_s (u0 + lam (c0 - u0)) + noise_s z(u), in DDIM's form at churn 0."""
     x, c, u, levels = step_problem(generator)
-    omega = rules.cfg_plus_plus(levels, 0.6, churn)
+    omega = weights.cfg_plus_plus(levels, 0.6, churn)
     found = lgd.guided_step(x, c, u, omega, levels, churn=churn, noise=torch.zeros_like(x))
     a, b, _ = (column(value) for value in step_coefficients(levels, "x0", churn))
     expected = a * x + b * u + column(levels.signal_s) * 0.6 * (c - u)
     assert_exact(found, expected)
     t = torch.linspace(0.2, 1, x.shape[0], dtype=torch.float64)
     stays = lgd.RectifiedFlow().levels(t, t)
-    assert torch.equal(lgd.guided_step(x, c, u, rules.cfg_plus_plus(stays, 0.6, churn), stays), x)
+    assert torch.equal(lgd.guided_step(x, c, u, weights.cfg_plus_plus(stays, 0.6, churn), stays), x)
 
 
 def test_more_predictions(generator):
     u, c1, c2 = (testing.sample(SHAPE, torch.float64, generator) for _ in range(3))
-    weights = torch.stack((OMEGA, 0.5 * OMEGA), 1)
-    found = lgd.combine((u, c1, c2), rules.composable(weights), columns=(0, (1, 0), (2, 0)))
+    both = torch.stack((OMEGA, 0.5 * OMEGA), 1)
+    found = lgd.combine((u, c1, c2), weights.composable(both), columns=(0, (1, 0), (2, 0)))
     expected = u + column(OMEGA) * (c1 - u) + 0.5 * column(OMEGA) * (c2 - u)
     assert_exact(found, expected)
-    found = lgd.combine((c1, u, c2), rules.perturbed(OMEGA, OMEGA + 1), columns=(0, (0, 1), (0, 2)))
+    found = lgd.combine((c1, u, c2), weights.perturbed(OMEGA, OMEGA + 1), columns=(0, (0, 1), (0, 2)))
     expected = c1 + column(OMEGA) * (c1 - u) + column(OMEGA + 1) * (c1 - c2)
     assert_exact(found, expected)
 
@@ -315,7 +315,7 @@ def test_momentum_remembers(generator):
 
 @pytest.mark.parametrize("prediction", ["x0", "eps"])
 def test_feedback(prediction, generator):
-    """The log ratio by its definition, in x0 space, through four steps, the last to s = 0."""
+    """Compute the log ratio by its definition, in x0 space, through four steps, the last to s = 0."""
     x, c, u, _ = step_problem(generator)
     feedback, pi, log_ratio = Feedback(3, pi=0.7, tau=0.1, delta=0.05), 0.7, torch.zeros(3, dtype=torch.float64)
     low = math.log(0.3 * 10 / 9)
@@ -339,7 +339,7 @@ def test_feedback(prediction, generator):
 
 
 def test_a_rule_of_ones_own_takes_a_few_lines(generator):
-    """Guidance of a length given beforehand: no kernel, nothing registered, differentiable."""
+    """Guide by a fixed length: no kernel, nothing registered, differentiable."""
 
     def unit_guidance(m, omega, *, length):
         """c + omega length D / ||D||"""

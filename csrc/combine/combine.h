@@ -1,13 +1,13 @@
 // Several linear combinations of columns from one read, each of them
 //   out = sum_k coefficient[k] column_k + constant + noise_scale z,    clamped to [low, high], z drawn
-// and, where asked for, the inner products and sums of what comes out.
+// and, if requested, the inner products and sums of the outputs.
 #pragma once
 #include "../common/columns.h"
 #include "../common/philox.h"
 
 namespace lgd {
 
-// One number for each sample and output: [B, P, ...], contiguous, or absent (0).
+// Numbers for each sample and output, [B, P, ...], contiguous; or absent: 0.
 struct PerOutput {
   const void* data;
   DType dtype;
@@ -21,7 +21,7 @@ struct PerOutput {
 struct Combine {
   Rows outputs[kMostOutputs];  // out
   int count;
-  int unwritten;  // of them, at the end: only their moments are asked for
+  int unwritten;  // how many of the outputs, at the end, are not written: only their moments are computed
   Columns read;
   PerOutput coefficients;  // [B, P, K]
   PerOutput constant;      // [B, P]
@@ -30,11 +30,11 @@ struct Combine {
   double low, high;
 };
 
-// <out_p, out_q> for q >= p, row by row, then the sums
+// How many moments there are: <out_p, out_q> for q >= p, row by row, then the sums.
 constexpr int moments_of(int outputs) { return outputs * (outputs + 3) / 2; }
 
-// Elements [first, last) of one sample of the outputs. S: float, or double where any tensor or `found` is. Adds
-// the moments of these elements, of the outputs before they are rounded, to `found`.
+// Computes elements [first, last) of one sample of the outputs, and adds the moments of these elements, before they are
+// rounded, to `found`. S: float, or double where any tensor or `found` is.
 template <class S>
 void combine(const Combine& op, int64_t sample, int64_t first, int64_t last, double* found = nullptr);
 

@@ -7,10 +7,10 @@
 namespace lgd {
 namespace {
 
-constexpr int kBoth = 2;   // outputs at a time, where nothing passes through buffers
-constexpr int kPlain = 3;  // columns of one loop that are tensors as they are; and one more that is a difference
+constexpr int kBoth = 2;   // outputs of one loop, where nothing passes through buffers
+constexpr int kPlain = 3;  // columns of one loop that are tensors; a loop has one more column that is a difference
 
-// Of a loop's inputs: Plain tensors, then, with Apart, the two of a difference.
+// The inputs of a loop: Plain tensors, then, with Apart, the two tensors of a difference.
 template <class E, class S>
 struct Group {
   const E* in[kPlain + 2];
@@ -32,7 +32,7 @@ LGD_INLINE S terms(const S (&k)[kPlain + 1], In... in) {
 
 template <class S>
 LGD_INLINE S clamped(S value, S low, S high) {
-  value = value < low ? low : value;  // one by one they are instructions; NaN stays NaN
+  value = value < low ? low : value;  // two statements compile to min and max; NaN stays NaN
   return value > high ? high : value;
 }
 
@@ -52,7 +52,7 @@ LGD_CLONES void add(S* sums, const Group<E, S>& group, int64_t count) {
   add_indexed<Plain, Apart>(sums, group, count, std::make_index_sequence<Plain + 2 * Apart>());
 }
 
-// out = clamped(terms + constant), or with the sums of the groups before
+// out = clamped(terms + constant), or clamped(sums + terms) with the sums of earlier groups
 template <int Plain, int Apart, class E, class S, size_t... I>
 LGD_INLINE void finish_indexed(E* out, const S* sums, const Group<E, S>& group, S constant, S low, S high,
                                int64_t count, std::index_sequence<I...>) {
@@ -77,7 +77,7 @@ LGD_CLONES void finish(E* out, const S* sums, const Group<E, S>& group, S consta
                                std::make_index_sequence<Plain + 2 * Apart>());
 }
 
-// Both outputs of a step that keeps something: what they are made of is read once.
+// Both outputs of a solver's step with a history: their inputs are read once.
 template <int Plain, int Apart, class S, size_t... I>
 LGD_INLINE void finish_both_indexed(S* const* outputs, const Group<S, S>* groups, const S* constants, S low, S high,
                                     int64_t count, std::index_sequence<I...>) {
@@ -105,7 +105,7 @@ LGD_CLONES void begin(S* sums, S constant, S scale, const float* z, int64_t coun
   map<S>(sums, count, [=](S z) LGD_LAMBDA { return constant + scale * z; }, z);
 }
 
-// run(std::integral_constant Plain, Apart), for what the group holds.
+// Calls run(std::integral_constant Plain, Apart) with the counts of a group.
 template <class Run>
 void with_group(int plain, int apart, const Run& run) {
   using std::integral_constant;
@@ -118,7 +118,7 @@ void with_group(int plain, int apart, const Run& run) {
   apart ? apart_known(integral_constant<int, 1>()) : apart_known(integral_constant<int, 0>());
 }
 
-// The columns, cut into groups: every loop takes up to three tensors and one difference.
+// Splits the columns into groups of up to three tensors and one difference.
 template <class E, class S>
 int group_columns(const Columns& read, const E* const* tensors, const S* coefficients, Group<E, S>* groups) {
   int plain = 0, apart = 0;
@@ -140,7 +140,7 @@ int group_columns(const Columns& read, const E* const* tensors, const S* coeffic
   return plain_groups > apart ? plain_groups : apart;
 }
 
-// Whether nothing passes through buffers, neither tensors nor sums of several groups.
+// Whether neither tensors nor sums of several groups pass through buffers.
 template <class E>
 bool in_place(const Combine& op) {
   int plain = 0, apart = 0;
@@ -157,7 +157,7 @@ void add_moments(const S* const* outputs, int count, int64_t elements, double* f
   for (int p = 0; p < count; ++p) *found++ += total(outputs[p], elements);
 }
 
-// What is the same for every block of a sample.
+// The numbers of a sample, the same for all of its blocks.
 template <class S>
 struct Factors {
   S coefficients[kMostOutputs][kMostTensors], constants[kMostOutputs], scales[kMostOutputs];
@@ -172,7 +172,7 @@ struct Factors {
   }
 };
 
-// One output, or both of a step, with no block between memory and the loop.
+// Computes one output, or both outputs of a step, without a buffer between memory and the loop.
 template <class E, class S>
 void combine_in_place(const Combine& op, int64_t sample, int64_t first, int64_t last, const Factors<S>& factors) {
   const E* tensors[kMostTensors];

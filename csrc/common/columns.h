@@ -4,9 +4,11 @@
 
 namespace lgd {
 
-constexpr int kMostTensors =
-    17;  // eight, with the eight outputs of a combine and its noise where moments are its backward
+// Eight, with the eight outputs of a combine and its noise where moments are its backward.
+constexpr int kMostTensors = 17;
 constexpr int kMostOutputs = 8;
+
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 struct Column {
   int plus, minus;  // minus < 0: a tensor as it is
@@ -17,11 +19,12 @@ struct Columns {
   int tensor_count;
   Column columns[kMostTensors];
   int count;
-  const int64_t* source;  // null: sample b of every tensor; else source[b] of the first `gathered`
+  const int64_t* source;  // null: output b reads sample b of every tensor; else source[b] of the first `gathered`
   int gathered;
   int64_t samples;  // of a gathered tensor
 
-  // Where sample b of tensor n is; a source outside the tensor reads its first sample, and the caller makes that NaN.
+  // The sample of tensor n that output b reads. An invalid source reads the first sample, and the caller makes that
+  // NaN.
   LGD_INLINE int64_t sample_of(int n, int64_t b) const {
     if (!source || n >= gathered) return b;
     return inside(b) ? source[b] : 0;

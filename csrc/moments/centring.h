@@ -7,7 +7,7 @@
 
 namespace lgd {
 
-// The first element of each column.
+// Reads the first element of each column.
 template <class S>
 void first_elements(const Columns& read, int64_t sample, S* out) {
   S tensors[kMostTensors], buffer[1];
@@ -23,15 +23,16 @@ void first_elements(const Columns& read, int64_t sample, S* out) {
 }
 
 // Sums of a part of a sample about the columns' origins. Elements are summed about `shifts`, near the means of the
-// elements before, so that S loses no digits. The sums are then moved to the origins in double, each time that
-// there are four times as many elements.
+// elements before, so that S loses no digits. Each time that there are four times as many elements, the sums are moved
+// to the origins in double.
 template <class S>
 struct Centring {
   const int columns, sums;
   S origins[kMostTensors], shifts[kMostTensors];
-  double held[kMostPairs], about[kMostPairs];  // about the shifts, since the last move; and about the origins
-  int64_t held_count = 0, count = 0;           // of their elements
-  int64_t next = 0;                            // how many elements there are at the next move; 0: none was read yet
+  double held[kMostProducts];         // sums about the shifts, since the last move
+  double about[kMostProducts];        // sums about the origins
+  int64_t held_count = 0, count = 0;  // of their elements
+  int64_t next = 0;                   // how many elements there are at the next move; 0: none was read yet
   static constexpr int64_t kGrowth = 4;
 
   Centring(const Columns& read, int64_t sample) : columns(read.count), sums(columns * (columns + 1)) {

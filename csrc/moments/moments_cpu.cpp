@@ -20,9 +20,9 @@ LGD_CLONES void subtract(S* out, const S* in, S shift, int64_t count) {
   map<S>(out, count, [=](S value) LGD_LAMBDA { return value - shift; }, in);
 }
 
-constexpr int kTogether = 3;  // products of one column with others in a loop, which reads that column once
+constexpr int kTogether = 3;  // products of one column with others in one loop, which reads that column once
 
-// The sum of the lanes, and of the last elements, fewer than there are lanes; in the order of `sum` in loops.h.
+// Sums the lanes and the last elements, fewer than there are lanes, in the order of `sum` in loops.h.
 LGD_INLINE float finish(float* lanes, const float* a, const float* b, int64_t left) {
   for (int j = 0; j < left; ++j) lanes[j] += a[j] * b[j];
   for (int width = kSums / 2; width > 0; width /= 2)
@@ -31,7 +31,7 @@ LGD_INLINE float finish(float* lanes, const float* a, const float* b, int64_t le
 }
 
 #ifdef LGD_HAS_CLONES
-// By hand: the compiler keeps sums in memory, and each addition waits for the store of the one before.
+// Written with intrinsics: the compiler keeps the sums in memory, so that each addition waits for the store before it.
 template <int Count>
 __attribute__((target("avx2,fma"))) void dots_avx2(const float* a, const float* const* with, int64_t count,
                                                    float* out) {
@@ -54,7 +54,7 @@ __attribute__((target("avx2,fma"))) void dots_avx2(const float* a, const float* 
 }
 #endif
 
-// found[n] = <shared, others[n]>, n < together; what one of them is does not depend on which others there are.
+// found[n] = <shared, others[n]> for n < together. The bits of one do not depend on the others.
 template <class S>
 void dots(int together, const S* shared, const S* const* others, int64_t count, S* found) {
 #ifdef LGD_HAS_CLONES
@@ -69,9 +69,9 @@ void dots(int together, const S* shared, const S* const* others, int64_t count, 
   for (int n = 0; n < together; ++n) found[n] = dot(shared, others[n], count);
 }
 
-// Of a, b and d = a - b, nine moments: these products and the sums, where they are among the twelve of a call, and its
-// mirror images left out.
-constexpr int kPairMoments = 9, kOfPair = 12;
+// The nine different moments of a pair of tensors, of a, b and d = a - b: their places among the twelve of a call,
+// which has (i, j) and (j, i).
+constexpr int kPairMoments = 9;
 constexpr int kPairPlaces[] = {0, 1, 2, 4, 5, 8, 9, 10, 11};
 enum Wanted : unsigned {
   kAA = 1 << 0,
@@ -113,7 +113,7 @@ constexpr int chains_of(unsigned of) { return __builtin_popcount(of) <= 3 ? 4 : 
 
 // Adds the moments `Of` of one part of a sample to `out`. If centred, a, b and d = a - b are taken less their shifts.
 template <unsigned Of, bool Centred, class E>
-__attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64_t count, const E* const* soon,
+__attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64_t count, const E* const* after,
                                                    const float* shifts, double* out) {
   constexpr int kChains = chains_of(Of);
   __m256 sums[kChains][kPairMoments], shift[3];
@@ -123,8 +123,8 @@ __attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64
   int64_t i = 0;
   for (; count - i >= 8 * kChains; i += 8 * kChains) {
     for (int64_t ahead = 0; ahead < 8 * kChains; ahead += kLine / int64_t(sizeof(E))) {
-      if (soon[0]) __builtin_prefetch(soon[0] + i + ahead);
-      if (soon[1]) ask_for(soon[1] + i + ahead);
+      if (after[0]) __builtin_prefetch(after[0] + i + ahead);
+      if (after[1]) ask_for(after[1] + i + ahead);
     }
     for (int chain = 0; chain < kChains; ++chain) {
       __m256 x = eight(a + i + 8 * chain), y = eight(b + i + 8 * chain), d = _mm256_sub_ps(x, y);
@@ -157,14 +157,14 @@ __attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64
   }
 }
 
-// All that guidance rules ask for, in one loop: two loads and a difference for up to nine sums.
+// Computes all moments that guidance rules use in one loop: two loads and a difference for up to nine sums.
 template <unsigned Of, bool Centred, class E>
-void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon, Centring<float>* centring, double* out) {
-  constexpr int64_t kBegin = 256;                 // elements that say where the means lie
+void pair_avx2(const E* a, const E* b, int64_t count, const E* const* after, Centring<float>* centring, double* out) {
+  constexpr int64_t kBegin = 256;                 // elements from which the first shifts are computed
   constexpr int64_t kPart = 512 * chains_of(Of);  // 64 float additions for each sum, which is then added in double
   for (int64_t first = 0; first < count; first += kPart) {
     const int64_t part = count - first < kPart ? count - first : kPart;
-    const E* ahead[2] = {soon[0] ? soon[0] + first : nullptr, soon[1] ? soon[1] + first : nullptr};
+    const E* ahead[2] = {after[0] ? after[0] + first : nullptr, after[1] ? after[1] + first : nullptr};
     if constexpr (!Centred) {
       pair_part<Of, false>(a + first, b + first, part, ahead, nullptr, out);
     } else {
@@ -184,7 +184,7 @@ void pair_avx2(const E* a, const E* b, int64_t count, const E* const* soon, Cent
   }
 }
 
-// The first of these sets that has all that is wanted: fewer sums cost less. The last has all there are.
+// Calls the first of these sets that contains all wanted moments, since fewer sums cost less. The last has all nine.
 template <bool Centred, unsigned Of, unsigned... Others, class... Rest>
 void pair_of(unsigned wanted, Rest&... rest) {
   if constexpr (sizeof...(Others) > 0)
@@ -192,16 +192,16 @@ void pair_of(unsigned wanted, Rest&... rest) {
   pair_avx2<Of, Centred>(rest...);
 }
 template <class E>
-void pair(const Moments& op, const E* a, const E* b, int64_t count, const E* const* soon, Centring<float>* centring,
+void pair(const Moments& op, const E* a, const E* b, int64_t count, const E* const* after, Centring<float>* centring,
           double* out) {
   constexpr unsigned kAll = kAA | kAB | kAD | kBB | kBD | kDD | kA | kB | kD;
-  if (op.centred) return pair_of<true, kAA | kAD | kDD | kA | kD, kAll>(op.wanted, a, b, count, soon, centring, out);
+  if (op.centred) return pair_of<true, kAA | kAD | kDD | kA | kD, kAll>(op.wanted, a, b, count, after, centring, out);
   pair_of<false, kDD, kAB | kBB, kAA | kAD | kDD, kAB | kAD | kBD, kBB | kDD, kAA | kAD | kDD | kA | kD, kAll>(
-      op.wanted, a, b, count, soon, centring, out);
+      op.wanted, a, b, count, after, centring, out);
 }
 #endif
 
-// Whether these are the moments of two tensors and their difference, each pair and each sum once or mirrored.
+// Whether these are all products and sums of two tensors and their difference.
 bool is_pair(const Moments& op) {
 #ifdef LGD_HAS_CLONES
   static const bool fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -210,7 +210,7 @@ bool is_pair(const Moments& op) {
   if (!fits || op.count != 12 || op.read.count != 3 || op.read.tensor_count != 2) return false;
   if (!is(columns[0], 0, -1) || !is(columns[1], 1, -1) || !is(columns[2], 0, 1)) return false;
   for (int m = 0; m < 12; ++m)
-    if (!is(op.pairs[m], m < 9 ? m / 3 : m - 9, m < 9 ? m % 3 : -1)) return false;
+    if (op.products[m].left != (m < 9 ? m / 3 : m - 9) || op.products[m].right != (m < 9 ? m % 3 : -1)) return false;
   return true;
 #else
   return false;
@@ -225,29 +225,29 @@ struct Ones {
   }
 };
 
-// Neighbours that share a column are summed together: (i, j), (i, k), ..., or sums, which share a column of ones.
+// Sums neighbours that share a column together: (i, j), (i, k), ..., or sums, which share a column of ones.
 template <class S>
 void add_products(const Moments& op, const S* const* columns, const S* ones, int64_t count, double* sums) {
   for (int m = 0; m < op.count;) {
-    const Column own = op.pairs[m];
+    const Product own = op.products[m];
     const S* others[kTogether];
     S found[kTogether];
     int together = 0;
     for (; m + together < op.count && together < kTogether; ++together) {
-      const Column next = op.pairs[m + together];
-      const bool shares = own.minus < 0 ? next.minus < 0 : next.minus >= 0 && next.plus == own.plus;
+      const Product next = op.products[m + together];
+      const bool shares = own.right < 0 ? next.right < 0 : next.right >= 0 && next.left == own.left;
       if (!shares || op.same_as[m + together] != m + together) break;
-      others[together] = columns[own.minus < 0 ? next.plus : next.minus];
+      others[together] = columns[own.right < 0 ? next.left : next.right];
     }
-    if (together) dots(together, own.minus < 0 ? ones : columns[own.plus], others, count, found);
+    if (together) dots(together, own.right < 0 ? ones : columns[own.left], others, count, found);
     for (int n = 0; n < together; ++n) sums[m + n] += found[n];
-    m += together ? together : 1;  // none: the mirror image of an earlier pair
+    m += together ? together : 1;  // none: it equals an earlier product
   }
 }
 
 }  // namespace
 
-// Columns lie in the nearest cache before anything is summed, so that a product costs a load or two from there.
+// Columns of a block are in the first-level cache before anything is summed, so a product costs one or two loads.
 template <class S>
 void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, double* sums) {
   alignas(64) S buffers[2 * kMostTensors][kBlock];
@@ -269,10 +269,12 @@ void moments(const Moments& op, int64_t sample, int64_t first, int64_t last, dou
             [&](auto element) {
               using E = decltype(element);
               auto *a = reinterpret_cast<E*>(buffers[0]), *b = reinterpret_cast<E*>(buffers[1]);
-              const E* soon[2];
+              const E* after[2];
               for (int n = 0; n < 2; ++n)
-                soon[n] = op.soon[n].data && op.soon[n].dtype == dtype_of<E>() ? op.soon[n].at<E>(sample, at) : nullptr;
-              pair(op, block(0, a), block(1, b), count, soon, centring ? &*centring : nullptr, sums);
+                after[n] = op.prefetched[n].data && op.prefetched[n].dtype == dtype_of<E>()
+                               ? op.prefetched[n].at<E>(sample, at)
+                               : nullptr;
+              pair(op, block(0, a), block(1, b), count, after, centring ? &*centring : nullptr, sums);
             },
             read.tensors[0], read.tensors[1]);
         continue;

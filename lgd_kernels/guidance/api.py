@@ -58,9 +58,8 @@ def guided_score(
     """
     checks.samples("guided_score", cond=cond, uncond=uncond)
     checks.omega("guided_score", omega, "cond", cond)
-    if rule is not None:
-        return run.guided_score(cond, uncond, omega, rule, impl)
-    return score.guided_score(GuidedScore(cond, uncond, Omega.of(omega, cond)), impl)
+    a = GuidedScore(cond, uncond, Omega.of(omega, cond))
+    return score.guided_score(a, impl) if rule is None else run.guided_score(a, rule, impl)
 
 
 def guided_step(
@@ -149,10 +148,6 @@ def guided_step(
         checks.unused("guided_step", noise, seed)
     if not isinstance(rule_space, str) or rule_space not in ("prediction", "x0"):
         raise ValueError(f"guided_step: `rule_space` is {rule_space!r}, expected one of prediction, x0")
-    if rule is not None:
-        return run.guided_step(
-            x, cond, uncond, omega, levels, prediction, churn, noise, seed, first_sample, rule, rule_space, impl
-        )
     a = GuidedStep.of(
         x,
         cond,
@@ -165,4 +160,4 @@ def guided_step(
         seed=seed,
         first_sample=first_sample,
     )
-    return step.guided_step(a, impl)
+    return step.guided_step(a, impl) if rule is None else run.guided_step(a, rule, rule_space, impl)

@@ -1,4 +1,4 @@
-"""Rules that remember: APG's momentum, and feedback guidance. State is explicit, an object of the caller's."""
+"""Rules with state: APG's momentum, and feedback guidance. The caller owns the object that holds the state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lgd_kernels.guidance.rules import Guidance, Number, Pair, Rule
+from lgd_kernels.guidance import rule_checks
+from lgd_kernels.guidance.rules import Guidance, PairMoments, PerSample, Rule
 from lgd_kernels.ops.combine.api import combine
 from lgd_kernels.runtime import checks
 from lgd_kernels.runtime.impls import Impl
@@ -15,14 +16,14 @@ from lgd_kernels.runtime.levels import Levels, Prediction, step_coefficients
 
 
 class Momentum:
-    """A rule applied to `D + b m` in the place of D, m being what it was applied to last time.
+    """Apply a rule to `D + b m` in the place of D, where m is what the rule was applied to in the step before.
 
-    For one run: `reset()`, or a new one, before the next.
+    The object is for one run: call `reset()`, or make another, before the next.
 
         rule = Momentum(functools.partial(rules.apg, eta=0.0, radius=15.0), -0.5)
 
-    Sadat et al., arXiv 2410.02416 (their beta is b, negative; diffusers' adaptive_projected_guidance_momentum). The new
-    m is written out, in the dtype of cond: a pass more. No gradient flows into the steps before. m is in the space of
+    Sadat et al., arXiv 2410.02416 (their beta is b, negative; diffusers' adaptive_projected_guidance_momentum). Writing
+    the new m, in the dtype of cond, takes one more pass. No gradient flows into the steps before. m is in the space of
     the prediction: with `rule_space="x0"` the prediction must be x0.
 
     >>> import torch
@@ -33,17 +34,18 @@ class Momentum:
     """
 
     def __init__(self, rule: Rule, b: float) -> None:
-        self.rule, self.b, self.running = rule, b, None
+        rule_checks.rule("Momentum", rule)
+        self.rule, self.b = rule, b
+        self.running: Tensor | None = None
 
-    def __call__(self, m: Pair, omega: Tensor) -> Guidance:
+    def __call__(self, m: PairMoments, omega: Tensor) -> Guidance:
         return self.rule(m, omega)
 
     def reset(self) -> None:
         self.running = None
 
     def difference(self, cond: Tensor, uncond: Tensor, impl: Impl | None = None) -> Tensor:
-        """The new running difference, shaped like cond."""
-
+        """Compute the new running difference, shaped like cond."""
         if self.running is None:
             found = combine((cond, uncond), _row(cond, 1.0), columns=((0, 1),), impl=impl)
         else:
@@ -54,19 +56,19 @@ class Momentum:
 
 
 class Feedback:
-    """Feedback guidance: the weight follows from how much of the sample so far the condition explains.
+    """Feedback guidance: compute the weight from how much of the sample so far the condition explains.
 
         w = e^L / (e^L - (1 - pi))                 omega = w - 1, plain cfg
         L <- clamp(L + tau (2 b <x' - mu_c, D> + b^2 ||D||^2) / (2 v) + delta, L_min, L_max)    after each step
         L_min = ln((1 - pi) w_max / (w_max - 1)),  L_0 = 0
 
-    with mu_c and v the mean and variance of the step with churn 1 from the conditional prediction, b its factor of it,
-    and x' where the sample went. Nothing is learned from a step to s = 0, where v = 0.
+    with mu_c and v the mean and variance of the step with churn 1 from the conditional prediction, b the factor of the
+    prediction in that step, and x' the sample after the step taken. A step to s = 0, where v = 0, leaves L as it is.
 
         feedback = Feedback(batch, pi=0.8)
         x_s = guided_step(x, c, u, feedback.omega, levels, ...); feedback.update(x_s, x, c, u, levels, prediction)
 
-    Koulischer et al., arXiv 2506.06085. tau and delta depend on the model; the defaults are ours, and neutral.
+    Koulischer et al., arXiv 2506.06085. tau and delta depend on the model; the defaults are our neutral choice.
 
     >>> Feedback(2, pi=0.5).omega
     tensor([1., 1.], dtype=torch.float64)
@@ -77,8 +79,8 @@ class Feedback:
         batch: int,
         *,
         pi: float,
-        tau: Number = 1.0,
-        delta: Number = 0.0,
+        tau: PerSample = 1.0,
+        delta: PerSample = 0.0,
         w_max: float = 10.0,
         l_max: float = 3.0,
         device: torch.device | str = "cpu",
@@ -111,8 +113,7 @@ class Feedback:
         prediction: Prediction = "x0",
         impl: Impl | None = None,
     ) -> None:
-        """After a step from x at t to x_s at s."""
-
+        """Update L after a step from x at t to x_s at s."""
         checks.samples("Feedback.update", x_s=x_s, x=x, cond=cond, uncond=uncond)
         checks.levels("Feedback.update", levels, prediction, "x_s", x_s)
         a, b, v = step_coefficients(Levels(*(level.double() for level in levels)), prediction, 1.0)
@@ -128,7 +129,7 @@ class Feedback:
 
 
 def _row(like: Tensor, *factors: float) -> Tensor:
-    """The same coefficients for each sample."""
+    """Return the same coefficients for each sample."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     ones = torch.ones(like.shape[0], dtype=wide, device=like.device)
     return torch.stack([ones * factor for factor in factors], 1)

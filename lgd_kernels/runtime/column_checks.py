@@ -1,4 +1,4 @@
-"""The argument checks of `moments` and `combine`: tensors, columns of them, and their coefficients."""
+"""The argument checks of `moments` and `combine`: tensors, their columns, and coefficients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lgd_kernels.runtime.shown import brief, readable
 
 
 def several(op: str, tensors: Sequence[Tensor]) -> None:
-    """A list of data `[B, ...]`, one to eight."""
+    """Check a list of one to eight tensors `[B, ...]`."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"{op}: `tensors` is a {type(tensors).__name__}, expected a list or tuple of tensors [B, ...]")
     if not 1 <= len(tensors) <= MOST:
@@ -23,11 +23,13 @@ def several(op: str, tensors: Sequence[Tensor]) -> None:
 
 
 def columns(op: str, value: Sequence[Column] | None, count: int) -> None:
-    """One to eight, each an index into the tensors or a pair of them."""
+    """Check one to eight columns, each an index of a tensor or a difference (i, j)."""
     if value is None:
         return
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{op}: `columns` is a {type(value).__name__}, expected a list of indices i and pairs (i, j)")
+        raise TypeError(
+            f"{op}: `columns` is a {type(value).__name__}, expected a list of indices i and differences (i, j)"
+        )
     if not 1 <= len(value) <= MOST:
         raise ValueError(f"{op}: `columns` has {len(value)} entries, expected 1 to {MOST}")
     for k, column in enumerate(value):
@@ -43,7 +45,7 @@ def columns(op: str, value: Sequence[Column] | None, count: int) -> None:
 
 
 def source(op: str, value: Tensor, like: Tensor) -> None:
-    """int64 `[B']`, indices of samples where they can be seen."""
+    """Check int64 `[B']`, and that they are indices of samples if the host can read them without a device sync."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: `source` is a {type(value).__name__}, expected an int64 tensor [B']")
     if value.dtype != torch.int64:
@@ -60,7 +62,7 @@ def source(op: str, value: Tensor, like: Tensor) -> None:
 
 
 def coefficients(op: str, value: Tensor, batch: int, count: int, like: Tensor) -> None:
-    """`[B, K]`, or `[B, P, K]` with P from one to eight."""
+    """Check coefficients `[B, K]`, or `[B, P, K]` with P from one to eight."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: `coefficients` is a {type(value).__name__}, expected a tensor [B, K] or [B, P, K]")
     if value.dtype not in DATA_DTYPES:
@@ -75,8 +77,8 @@ def coefficients(op: str, value: Tensor, batch: int, count: int, like: Tensor) -
     same_device(op, "coefficients", value, "tensors[0]", like)
 
 
-def per_output(op: str, name: str, value: Tensor, shape: torch.Size, like: Tensor) -> None:
-    """`[B]`, or `[B, P]` where there are P outputs."""
+def per_output(op: str, name: str, value: object, shape: torch.Size, like: Tensor) -> Tensor:
+    """Check numbers `[B]`, or `[B, P]` for P outputs, and return them."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: `{name}` is a {type(value).__name__}, expected a tensor {list(shape)}")
     if value.dtype not in DATA_DTYPES:
@@ -88,10 +90,11 @@ def per_output(op: str, name: str, value: Tensor, shape: torch.Size, like: Tenso
         )
     dense(op, name, value)
     same_device(op, name, value, "tensors[0]", like)
+    return value
 
 
 def bounds(op: str, value: tuple[float | None, float | None] | None) -> tuple[float, float]:
-    """(low, high) of a clamp; infinite where there is none."""
+    """Check a clamp, and return (low, high), infinite where there is none."""
     if value is None:
         return -math.inf, math.inf
     if not isinstance(value, (tuple, list)) or len(value) != 2:

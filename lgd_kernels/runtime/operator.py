@@ -34,6 +34,7 @@ SCHEMA = {
     list[bool]: "bool[]",
     list[float]: "float[]",
 }
+UNNAMED = ("tensor", "scalars", "read", "combine")  # fields that add nothing to the names of the leaves below them
 
 
 class Leaf(NamedTuple):
@@ -70,7 +71,7 @@ def shape_of(struct: type) -> Shape:
         names[kind.__name__] = kind
         fields = []
         for place, (field, hint) in enumerate(get_type_hints(kind).items()):
-            full = "_".join(part for part in (name, field) if part not in ("", "tensor", "scalars"))
+            full = "_".join(part for part in (name, field) if part and part not in UNNAMED)
             if hasattr(hint, "_fields"):
                 fields.append(expression(hint, f"{path}[{place}]", full))
             else:
@@ -177,7 +178,7 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx, *upstream):
         op = ctx.op
         saved = _with_tensors(op.saved, ctx.rest, ctx.saved_tensors, upstream)
-        if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream[0]):
+        if torch.is_grad_enabled() or impls.transforms_active() or any(map(impls.batched, upstream)):
             grads = op.reference_backward(saved)
         else:
             grads = op.backward(saved, ctx.impl, ctx.plain and impls.direct(*upstream))

@@ -1,19 +1,23 @@
-"""The operator: its schema, allocation, the choice of implementation, and its place in autograd.
+"""The operators `torch.ops.lgd.combine` and `combine_moments`, and the differentiable ops on top of them.
 
-`torch.ops.lgd.combine` itself is not differentiable; the function below is, and it is what the api calls. Its backward
-needs no kernel: to the tensors it is a combine, to all that is per sample moments (called by the operator's name).
+Their backward needs no kernel: to the tensors it is a combine, and to the numbers of each sample it is moments, which
+it calls by the operator's name.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lgd_kernels.ops.combine import reference
+from lgd_kernels.ops.combine.structs import Combine, CombineBackward, CombineMoments, CombineMomentsBackward
 from lgd_kernels.runtime import impls
-from lgd_kernels.runtime.arguments import requires_grad, split_seed
+from lgd_kernels.runtime.arguments import requires_grad
 from lgd_kernels.runtime.columns import triangle
 from lgd_kernels.runtime.levels import arithmetic_dtype
+from lgd_kernels.runtime.operator import Operator, define, shape_of
 from lgd_kernels.runtime.philox import STREAM_STEP, philox_normal
 
 IMPLEMENTATIONS = {
@@ -22,250 +26,183 @@ IMPLEMENTATIONS = {
     "reference": impls.ALL_FLOATS,
 }
 
-_library = torch.library.Library("lgd", "FRAGMENT")
-_library.define(
-    "combine(Tensor[] tensors, Tensor coefficients, int[] columns, Tensor? constant, Tensor? noise_scale, "
-    "Tensor? seed, SymInt? seed_value, SymInt first_sample, Tensor? source, float low, float high, ScalarType dtype, "
-    "str? impl) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
-_library.define(
-    "combine_moments(Tensor[] tensors, Tensor coefficients, int[] columns, Tensor? constant, Tensor? noise_scale, "
-    "Tensor? seed, SymInt? seed_value, SymInt first_sample, Tensor? source, float low, float high, int written, "
-    "ScalarType dtype, str? impl, bool wide=False) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
+
+def forward(a: Combine, impl: str | None) -> Tensor:
+    """Compute the outputs, `[P, B', ...]`."""
+    impl = chosen(a, impl)
+    if impl == "reference":
+        return reference.combine(a)
+    outputs = empty(a)
+    if outputs.numel():
+        impls.launcher("combine", impl).forward((outputs, None), a)
+    return outputs
 
 
-def combine(
-    tensors: list[Tensor],
-    coefficients: Tensor,
-    columns: list[int],
-    constant: Tensor | None,
-    noise_scale: Tensor | None,
-    seed: int | Tensor | None,
-    first_sample: int,
-    source: Tensor | None,
-    low: float,
-    high: float,
-    impl: str | None,
-    written: int | None = None,
-    wide: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The differentiable op: `[P, B', ...]` from coefficients `[B', P, K]`; with a number of outputs to be `written`
-    those alone, and the moments `[B', M]` of all, which `wide` takes in float64 for every dtype."""
-    scalars = columns, constant, noise_scale
-    rest = first_sample, source, low, high, *(() if written is None else (written,)), tensors[0].dtype
-    as_wide = () if written is None else (wide,)
-    if impls.through_reference("combine", impl):
-        function = reference.combine if written is None else reference.combine_moments
-        return function(tensors, coefficients, *scalars, seed, *rest, *as_wide)
-    seed, seed_value = split_seed(seed)
-    if torch.is_grad_enabled() and requires_grad(*tensors, coefficients, constant, noise_scale):
-        return _Combine.apply(
-            coefficients,
-            *scalars,
-            seed,
-            seed_value,
-            first_sample,
-            source,
-            low,
-            high,
-            written,
-            wide,
-            impl,
-            *tensors,
-        )
-    plain = impls.direct(*tensors, coefficients, constant, noise_scale, seed, source)
-    return _raw(plain, written)(tensors, coefficients, *scalars, seed, seed_value, *rest, impl, *as_wide)
+def forward_moments(a: CombineMoments, impl: str | None) -> tuple[Tensor, Tensor]:
+    """Compute the outputs that are written, and the moments `[B', M]` of all, one for each of `columns.triangle`."""
+    impl = chosen(a.combine, impl)
+    if impl == "reference":
+        return reference.combine_moments(a)
+    outputs, found = empty_moments(a)
+    if not found.numel() or not a.combine.read.tensors[0].shape[1:].numel():
+        return outputs, found.zero_()
+    impls.launcher("combine", impl).forward((outputs, found), a.combine)
+    return outputs, found
 
 
-def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], impl: str | None) -> Tensor:
-    """`combine` of these alone, for a caller who knows that nothing looks on (`impls.direct`) and no transform does."""
-    if impl == "reference" or (torch.is_grad_enabled() and requires_grad(*tensors, coefficients)):
-        return combine(tensors, coefficients, columns, None, None, None, 0, None, -torch.inf, torch.inf, impl)
-    dtype = tensors[0].dtype
-    return _forward(tensors, coefficients, columns, None, None, None, None, 0, None, -torch.inf, torch.inf, dtype, impl)
+def chosen(a: Combine, impl: str | None) -> str:
+    tensors = a.read.tensors
+    return impls.choose("combine", impl, tensors[0].device, *[tensor.dtype for tensor in tensors], a.dtype)
 
 
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
-                written, wide, impl, *tensors):  # fmt: skip
-        plain = impls.direct(*tensors, coefficients, constant, noise_scale, seed, source)
-        ctx.save_for_backward(coefficients, constant, noise_scale, seed, source, *tensors)
-        ctx.options = columns, seed_value, first_sample, low, high, impl
-        ctx.written, ctx.wide = written, wide
-        return _raw(plain, written)(
-            list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-            high, *(() if written is None else (written,)), tensors[0].dtype, impl,
-            *(() if written is None else (wide,)),
-        )  # fmt: skip
-
-    @staticmethod
-    def backward(ctx, upstream, to_moments=None):
-        coefficients, constant, noise_scale, seed, source, *tensors = ctx.saved_tensors
-        columns, seed_value, first_sample, low, high, impl = ctx.options
-        if to_moments is not None:
-            upstream = _to_outputs(ctx, upstream, to_moments)
-        elif low > -torch.inf or high < torch.inf:  # what the clamp saw, before it and before rounding
-            with torch.no_grad():
-                seen = torch.ops.lgd.combine(
-                    list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
-                    -torch.inf, torch.inf, arithmetic_dtype(*tensors), impl,
-                )  # fmt: skip
-            upstream = torch.where((seen >= low) & (seen <= high), upstream, torch.zeros_like(upstream))
-        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *ctx.needs_input_grad[13:]
-        seeds = seed_value if seed is None else seed, first_sample
-        arguments = upstream, tensors, coefficients, columns, noise_scale, *seeds, source
-        if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(upstream):
-            to_data, *to_scalars = reference.combine_backward(*arguments)
-        else:
-            to_data = _to_tensors(upstream, tensors, coefficients, columns, source, wanted[3:], impl)
-            to_scalars = _to_scalars(*arguments, wanted[:3], impl)
-        found = zip((*to_scalars, *to_data), (coefficients, constant, noise_scale, *tensors), wanted, strict=True)
-        grads = [grad.to(like.dtype) if want else None for grad, like, want in found]
-        return grads[0], None, *grads[1:3], *(None,) * 9, *grads[3:]
+def empty(a: Combine) -> Tensor:
+    batch, outputs = a.coefficients.shape[:2]
+    first = a.read.tensors[0]
+    return first.new_empty((outputs, batch, *first.shape[1:]), dtype=a.dtype)
 
 
-def _raw(plain, written):
-    """The function, past dispatch where nothing looks on, or the operator."""
-    if written is None:
-        return _forward if plain else torch.ops.lgd.combine
-    return _forward_moments if plain else torch.ops.lgd.combine_moments
+def empty_moments(a: CombineMoments) -> tuple[Tensor, Tensor]:
+    tensors = a.combine.read.tensors
+    batch, count = a.combine.coefficients.shape[:2]
+    outputs = tensors[0].new_empty((a.written, batch, *tensors[0].shape[1:]), dtype=a.combine.dtype)
+    dtype = torch.float64 if a.wide else arithmetic_dtype(*tensors)  # the dtype that the launchers compute in
+    return outputs, tensors[0].new_empty((batch, len(triangle(count)) // 2), dtype=dtype)
 
 
-def _to_outputs(ctx, upstream, to_moments):
-    """What reaches the outputs before clamp and rounding: of the written ones their own upstream, of all that of the
-    moments, for which they are formed again."""
-    coefficients, constant, noise_scale, seed, source, *tensors = ctx.saved_tensors
-    columns, seed_value, first_sample, low, high, impl = ctx.options
-    if torch.is_grad_enabled() or impls.transforms_active() or impls.batched(to_moments):
-        seed = seed_value if seed is None else seed
-        seen = reference.combined(
-            tensors, coefficients, columns, constant, noise_scale, seed, first_sample, source, -torch.inf, torch.inf,
-            ctx.wide,
-        )  # fmt: skip
-    else:
-        dtype = arithmetic_dtype(*tensors)
-        if ctx.wide and tensors[0].device.type == "cpu" and impl in (None, "cpu"):
-            tensors, dtype = [tensors[0].double(), *tensors[1:]], torch.float64  # formed in float64, as in the forward
-        seen = torch.ops.lgd.combine(
-            list(tensors), coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
-            -torch.inf, torch.inf, dtype, impl,
-        )  # fmt: skip
-    total = reference.moments_backward(seen.clamp(low, high), to_moments)
-    total = torch.cat((total[: ctx.written] + upstream, total[ctx.written :]))
-    return torch.where((seen >= low) & (seen <= high), total, torch.zeros_like(total))
+def backward(b: CombineBackward, impl: str | None, direct: bool) -> list[Tensor | None]:
+    """Compute the gradients to coefficients, constant, noise_scale and the tensors; None for one that is not wanted."""
+    return _to_leaves(_unclamped(b, impl, direct), impl, direct)
 
 
-def _to_tensors(upstream, tensors, coefficients, columns, source, wanted, impl):
-    """A combine of the upstreams, summed over the samples that read the same source."""
-    chosen = [n for n, want in enumerate(wanted) if want]
-    grads = [None] * len(tensors)
+def backward_reference(b: CombineBackward) -> list[Tensor | None]:
+    b = _unclamped(b, None, False)
+    return _wanted(reference.combine_backward(b.upstream, b.call), b)
+
+
+def backward_moments(b: CombineMomentsBackward, impl: str | None, direct: bool) -> list[Tensor | None]:
+    a = b.call.combine
+    tensors, dtype = a.read.tensors, arithmetic_dtype(*a.read.tensors)
+    if b.call.wide and tensors[0].device.type == "cpu" and impl in (None, "cpu"):  # in float64, as in the forward
+        tensors, dtype = [tensors[0].double(), *tensors[1:]], torch.float64
+    again = a._replace(read=a.read._replace(tensors=tensors)).without_clamp(dtype)
+    return _to_leaves(_of_outputs(b, raw.run(again, impl, direct)), impl, direct)
+
+
+def backward_moments_reference(b: CombineMomentsBackward) -> list[Tensor | None]:
+    of_outputs = _of_outputs(b, reference.combined(b.call.combine.without_clamp(b.call.combine.dtype), b.call.wide))
+    return _wanted(reference.combine_backward(of_outputs.upstream, of_outputs.call), of_outputs)
+
+
+def _unclamped(b: CombineBackward, impl: str | None, direct: bool) -> CombineBackward:
+    """Set the upstream to 0 where the clamp held a value, which is found by the combine before clamp and rounding."""
+    low, high = b.call.low, b.call.high
+    if low == -torch.inf and high == torch.inf:
+        return b
+    with torch.no_grad():
+        before = raw.run(b.call.without_clamp(arithmetic_dtype(*b.call.read.tensors)), impl, direct)
+    zero = torch.zeros_like(b.upstream)
+    return b._replace(upstream=torch.where((before >= low) & (before <= high), b.upstream, zero))
+
+
+def _of_outputs(b: CombineMomentsBackward, before: Tensor) -> CombineBackward:
+    """Turn the upstream of outputs and moments into that of all outputs, from these `before` clamp and rounding."""
+    (upstream, to_moments), a, written = b.upstream, b.call.combine, b.call.written
+    total = reference.moments_backward(before.clamp(a.low, a.high), to_moments)
+    total = torch.cat((total[:written] + upstream, total[written:]))
+    total = torch.where((before >= a.low) & (before <= a.high), total, torch.zeros_like(total))
+    return CombineBackward(total, a, b.wanted)
+
+
+def _to_leaves(b: CombineBackward, impl: str | None, direct: bool) -> list[Tensor | None]:
+    return _wanted((*_to_scalars(b, impl), *_to_tensors(b, impl, direct)), b)
+
+
+def _to_tensors(b: CombineBackward, impl: str | None, direct: bool) -> list[Tensor | None]:
+    """Compute a combine of the upstreams, summed over the outputs that read the same sample."""
+    tensors, columns, source, _ = b.call.read
+    chosen = [n for n, want in enumerate(b.wanted[3:]) if want]
+    grads: list[Tensor | None] = [None] * len(tensors)
     if not chosen:
         return grads
     wide = arithmetic_dtype(*tensors)
-    transposed = reference.to_tensors(coefficients.to(wide), len(tensors), columns)[:, chosen]
+    transposed = reference.to_tensors(b.call.coefficients.to(wide), len(tensors), columns)[:, chosen]
     dtypes = {tensors[n].dtype for n in chosen}
     dtype = dtypes.pop() if len(dtypes) == 1 and source is None else wide
-    d = [one.to(wide) for one in upstream.unbind(0)] if wide == torch.float64 else list(upstream.unbind(0))
+    d = [one.to(wide) if wide == torch.float64 else one for one in b.upstream.unbind(0)]
     every = [index for p in range(len(d)) for index in (p, -1)]
-    found = torch.ops.lgd.combine(
-        d, transposed, every, None, None, None, None, 0, None, -torch.inf, torch.inf, dtype, impl
-    )
+    found = raw.run(Combine.plain(d, every, transposed, dtype), impl, direct)
     for n, grad in zip(chosen, found.unbind(0), strict=True):
         grads[n] = reference.scattered(grad, source, tensors[n].shape[0])
     return grads
 
 
-def _to_scalars(upstream, tensors, coefficients, columns, noise_scale, seed, first_sample, source, wanted, impl):
-    """The moments of each upstream with the columns, alone, and with the noise, drawn again: one read."""
-    if not any(wanted):
+def _to_scalars(b: CombineBackward, impl: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the moments of each upstream with the columns, alone, and with the noise, drawn again: one read."""
+    to_coefficients, to_constant, to_noise = b.wanted[:3]
+    if not any(b.wanted[:3]):
         return None, None, None
-    size, count = len(columns) // 2, len(tensors)
-    d = list(upstream.unbind(0))
+    tensors, columns, source, gathered = b.call.read
+    size, d = len(columns) // 2, list(b.upstream.unbind(0))
     outputs = range(size, size + len(d))
-    columns = [*columns, *(index for p in range(len(d)) for index in (count + p, -1))]
-    read, z = [*tensors, *d], []
-    if wanted[2]:
-        shape = d[0].shape
-        z.append(philox_normal(shape, seed, stream=STREAM_STEP, first_sample=first_sample, device=d[0].device))
-        columns += [count + len(d), -1]
+    read, columns = [*tensors, *d], [*columns, *(n for p in range(len(d)) for n in (len(tensors) + p, -1))]
+    if to_noise:
+        seed, first = cast("int | Tensor", b.call.seed.given()), b.call.seed.first_sample
+        read.append(philox_normal(d[0].shape, seed, stream=STREAM_STEP, first_sample=first, device=d[0].device))
+        columns += [len(tensors) + len(d), -1]
     kinds = [
-        [(p, k) for p in outputs for k in range(size)] if wanted[0] else [],
-        [(p, -1) for p in outputs] if wanted[1] else [],
-        [(p, size + len(d)) for p in outputs] if wanted[2] else [],
+        [(p, k) for p in outputs for k in range(size)] if to_coefficients else [],
+        [(p, -1) for p in outputs] if to_constant else [],
+        [(p, size + len(d)) for p in outputs] if to_noise else [],
     ]
-    pairs = [index for kind in kinds for pair in kind for index in pair]
-    found = torch.ops.lgd.moments([*read, *z], columns, pairs, source, 0 if source is None else count, impl)
-    to_coefficients, to_constant, to_noise = found.split([len(kind) for kind in kinds], 1)
+    products = [index for kind in kinds for product in kind for index in product]
+    found = torch.ops.lgd.moments(read, columns, source, gathered, products, False, impl)
+    coefficients, constant, noise = found.split([len(kind) for kind in kinds], 1)
     return (
-        to_coefficients.unflatten(1, (len(d), size)) if wanted[0] else None,
-        to_constant if wanted[1] else None,
-        to_noise if wanted[2] else None,
+        coefficients.unflatten(1, (len(d), size)) if to_coefficients else None,
+        constant if to_constant else None,
+        noise if to_noise else None,
     )
 
 
-def _forward(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
-             dtype, impl):  # fmt: skip
-    impl = impls.choose("combine", impl, tensors[0].device, *[tensor.dtype for tensor in tensors], dtype)
-    if impl == "reference":
-        return reference.combine(
-            tensors, coefficients, columns, constant, noise_scale, seed_value if seed is None else seed, first_sample,
-            source, low, high, dtype,
-        )  # fmt: skip
-    outputs = _allocate(tensors, coefficients, dtype)
-    if outputs.numel():
-        impls.launcher("combine", impl).forward(
-            outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source,
-            low, high,
-        )  # fmt: skip
-    return outputs
+def _wanted(grads: tuple[Tensor | None, ...], b: CombineBackward) -> list[Tensor | None]:
+    """Return the gradients that are wanted in the dtypes of their leaves."""
+    found = zip(grads, leaves(b.call), b.wanted, strict=True)
+    return [
+        grad.to(leaf.dtype) if want and grad is not None and leaf is not None else None for grad, leaf, want in found
+    ]
 
 
-def _forward_moments(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-                     high, written, dtype, impl, wide=False):  # fmt: skip
-    impl = impls.choose("combine", impl, tensors[0].device, *(tensor.dtype for tensor in tensors), dtype)
-    if impl == "reference":
-        return reference.combine_moments(
-            tensors, coefficients, columns, constant, noise_scale, seed_value if seed is None else seed, first_sample,
-            source, low, high, written, dtype, wide,
-        )  # fmt: skip
-    outputs, found = _allocate_moments(tensors, coefficients, written, wide, dtype)
-    if not found.numel() or not tensors[0].shape[1:].numel():
-        return outputs, found.zero_()
-    impls.launcher("combine", impl).forward(
-        outputs, tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-        high, found,
-    )  # fmt: skip
-    return outputs, found
+def leaves(a: Combine) -> tuple[Tensor | None, ...]:
+    return a.coefficients, a.constant, a.noise_scale, *a.read.tensors
 
 
-def _allocate_moments(tensors, coefficients, written, wide, dtype):
-    batch, count = coefficients.shape[:2]
-    outputs = tensors[0].new_empty((written, batch, *tensors[0].shape[1:]), dtype=dtype)
-    found = torch.float64 if wide else arithmetic_dtype(*tensors)  # the dtype that the launchers compute in
-    return outputs, tensors[0].new_empty((batch, len(triangle(count)) // 2), dtype=found)
+raw = define(Combine, "combine", "Tensor", forward, empty)
+combine = Operator(
+    "combine",
+    raw,
+    reference=reference.combine,
+    leaves=leaves,
+    saved=shape_of(CombineBackward),
+    save=lambda a, found, wanted: CombineBackward(found, a, list(wanted)),
+    backward=backward,
+    reference_backward=backward_reference,
+)
+combine_moments = Operator(
+    "combine",
+    define(CombineMoments, "combine_moments", "(Tensor outputs, Tensor moments)", forward_moments, empty_moments),
+    reference=reference.combine_moments,
+    leaves=lambda a: leaves(a.combine),
+    saved=shape_of(CombineMomentsBackward),
+    save=lambda a, found, wanted: CombineMomentsBackward(found, a, list(wanted)),
+    backward=backward_moments,
+    reference_backward=backward_moments_reference,
+    outputs=2,
+)
 
 
-def _allocate(tensors, coefficients, dtype):
-    batch, outputs = coefficients.shape[:2]
-    return tensors[0].new_empty((outputs, batch, *tensors[0].shape[1:]), dtype=dtype)
-
-
-def _fake(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low, high,
-          dtype, impl):  # fmt: skip
-    return _allocate(tensors, coefficients, dtype)
-
-
-def _fake_moments(tensors, coefficients, columns, constant, noise_scale, seed, seed_value, first_sample, source, low,
-                  high, written, dtype, impl, wide=False):  # fmt: skip
-    return _allocate_moments(tensors, coefficients, written, wide, dtype)
-
-
-for _device in ("CPU", "CUDA", "MPS", "XPU"):
-    _library.impl("combine", _forward, _device)
-    _library.impl("combine_moments", _forward_moments, _device)
-torch.library.register_fake("lgd::combine", _fake, lib=_library)
-torch.library.register_fake("lgd::combine_moments", _fake_moments, lib=_library)
+def combined(tensors: list[Tensor], coefficients: Tensor, columns: list[int], impl: str | None) -> Tensor:
+    """Combine for a caller that has checked that the call is direct (`impls.direct`) and no transform is active."""
+    a = Combine.plain(tensors, columns, coefficients, tensors[0].dtype)
+    if impl == "reference" or (torch.is_grad_enabled() and requires_grad(*tensors, coefficients)):
+        return combine(a, impl)
+    return forward(a, impl)

@@ -1,4 +1,4 @@
-"""Rules that C++ plays to each sample, in one call: as they run on tensors, and those that cannot be."""
+"""Rules whose programs C++ runs for each sample, in one call, and rules that cannot be recorded."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ SIZES = [(1, 3), (5, 7), (64, 1000), (2, 40001), (3, 300000)]  # the last do not
 @pytest.mark.extension
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_in_one_call_as_in_three(shape, generator, monkeypatch):
-    """Played by C++, rules do what they do with tensors, whatever the size; the same bits from one thread and two."""
+    """Give what rules give on tensors, whatever the size, and the same bits from one thread and two."""
     c, u, x, z = (testing.sample(shape, torch.float32, generator) for _ in range(4))
     u, omega = 0.5 * c + u, torch.linspace(0.5, 4, shape[0])
     t = torch.linspace(0.5, 0.9, shape[0])
@@ -45,7 +45,7 @@ def test_in_one_call_as_in_three(shape, generator, monkeypatch):
 @pytest.mark.extension
 @pytest.mark.parametrize("size", [5, 1031, 5000])
 def test_moments_that_a_rule_reads_and_no_others(size, generator):
-    """Each alone, two at a time and all: there is a loop for some sets, and a set that has more serves the others."""
+    """Read each alone, two at a time and all: some sets have a loop of their own, and the others take a larger one."""
     c, u = testing.sample((2, 3, size), torch.float32, generator).unbind(0)
     d = c.double() - u.double()
     of = dict(zip("cud", (c.double(), u.double(), d), strict=True))
@@ -63,8 +63,8 @@ def test_moments_that_a_rule_reads_and_no_others(size, generator):
 
 @pytest.mark.extension
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_is_noted(name, generator, monkeypatch):
-    """None falls back on tensors: that would be as right, and slower."""
+def test_every_rule_is_recorded(name, generator, monkeypatch):
+    """Fail where a rule falls back on tensors: that would be as right, and slower."""
 
     def refuse(*_, **__):
         raise AssertionError("went over tensors")
@@ -79,8 +79,8 @@ def test_every_rule_is_noted(name, generator, monkeypatch):
 
 
 @pytest.mark.extension
-def test_what_cannot_be_noted_runs_on_tensors(generator):
-    """Decisions, functions that are not in the list, numbers that need a gradient; errors come out as they are."""
+def test_what_cannot_be_recorded_runs_on_tensors(generator):
+    """Run decisions, functions that are not in the list, numbers that need a gradient; an error is the rule's own."""
     c, u = pair(generator)
     expected = lgd.guided_score(c, u, OMEGA)
 
@@ -100,9 +100,9 @@ def test_what_cannot_be_noted_runs_on_tensors(generator):
 
 
 @pytest.mark.extension
-def test_what_a_rule_noted_is_kept_and_what_it_is_given_is_not(generator, monkeypatch):
-    """A rule of the package is noted once for each kind of call; its numbers are those of each call, and so is whatever
-    a rule of somebody else's reads."""
+def test_programs_are_cached_and_their_arguments_are_not(generator, monkeypatch):
+    """Record a rule of the package once for each kind of call; its numbers are those of each call, and so is whatever a
+    user's rule reads."""
     c, u, x = (testing.sample((4, 50), torch.float32, generator) for _ in range(3))
     apg, weaker = rules.apg, functools.partial(rules.apg, eta=0.5)
     scale = 1.0
@@ -138,12 +138,12 @@ def test_what_a_rule_noted_is_kept_and_what_it_is_given_is_not(generator, monkey
 
 @pytest.mark.extension
 def test_omega_and_churn_may_be_one_number(generator):
-    """One object, that is: it has one place in the notes or two, whoever was first."""
+    """Give one object as both: it has two places in the program, whichever call came first."""
     c, u, x = (testing.sample((2, 50), torch.float32, generator) for _ in range(3))
     t = torch.tensor([0.5, 0.9])
     levels, one = lgd.RectifiedFlow().levels(t, t - 0.3), 0.5
     for omegas in ((2.0, one), (one, 2.0)):
-        run._NOTES.clear()
+        run._PROGRAMS.clear()
         for omega in omegas:
             found = lgd.guided_step(x, c, u, omega, levels, rule=rules.apg, churn=one, seed=3)
             exact = lgd.guided_step(x, c, u, omega, levels, rule=rules.apg, churn=one, seed=3, impl="reference")

@@ -1,4 +1,5 @@
-// A rule written down: arithmetic on one sample's numbers, in double. lgd_kernels/guidance/program.py writes it.
+// The program of a guidance rule: arithmetic on the numbers of one sample, in double. lgd_kernels/guidance/program.py
+// records it.
 #pragma once
 #include <cmath>
 
@@ -6,30 +7,30 @@
 
 namespace lgd {
 
-enum class Op : int {  // in the order of lgd_kernels/guidance/program.py
+enum class Op : int {  // in the order of OPS in lgd_kernels/guidance/program.py
   constant,
   number,
   add,
-  subtract,
-  multiply,
-  divide,
-  power,
-  equal,
-  unequal,
-  greater,
-  greater_equal,
-  less,
-  less_equal,
-  both,
-  either,
-  larger,
-  smaller,
-  root,
-  exponential,
-  logarithm,
-  magnitude,
-  negative,
-  choose,
+  sub,
+  mul,
+  div,
+  pow,
+  eq,
+  ne,
+  gt,
+  ge,
+  lt,
+  le,
+  and_,
+  or_,
+  max,
+  min,
+  sqrt,
+  exp,
+  log,
+  abs,
+  neg,
+  where,
 };
 
 struct Instruction {
@@ -37,23 +38,24 @@ struct Instruction {
   int a, b, c;  // places of values; of a constant or a number, where it is among those
 };
 
-// Moments of c, u, D, in the order of `Pair` in lgd_kernels/guidance/rules.py: nine products, row by row, and three sums; then
-// nine products of deviations from the means.
-constexpr int kPlain = 12, kGiven = 21;
+// A program starts with the moments of c, u and D, in the order of `PairMoments` in lgd_kernels/guidance/rules.py: nine
+// products, row by row, and three sums; then nine products of deviations from the means.
+constexpr int kPlainMoments = 12, kAllMoments = 21;
 constexpr int kMostValues = 256;
 
-struct Tape {
-  Instruction instructions[kMostValues - kGiven];
+struct Program {
+  Instruction instructions[kMostValues - kAllMoments];
   int count;
   double constants[kMostValues];
   PerSample numbers[kMostValues];
 
-  // values[kGiven + i] is what instruction i makes of the values before it. Comparisons give 0 or 1.
-  LGD_INLINE void play(int64_t sample, double* values) const {
+  // Sets values[kAllMoments + i] to the result of instruction i, which reads values before it. A comparison gives 0
+  // or 1.
+  LGD_INLINE void run(int64_t sample, double* values) const {
     for (int i = 0; i < count; ++i) {
       const Instruction& step = instructions[i];
       const double a = values[step.a], b = values[step.b];
-      double& out = values[kGiven + i];
+      double& out = values[kAllMoments + i];
       switch (step.op) {
         case Op::constant:
           out = constants[step.a];
@@ -64,64 +66,64 @@ struct Tape {
         case Op::add:
           out = a + b;
           break;
-        case Op::subtract:
+        case Op::sub:
           out = a - b;
           break;
-        case Op::multiply:
+        case Op::mul:
           out = a * b;
           break;
-        case Op::divide:
+        case Op::div:
           out = a / b;
           break;
-        case Op::power:
+        case Op::pow:
           out = std::pow(a, b);
           break;
-        case Op::equal:
+        case Op::eq:
           out = a == b;
           break;
-        case Op::unequal:
+        case Op::ne:
           out = a != b;
           break;
-        case Op::greater:
+        case Op::gt:
           out = a > b;
           break;
-        case Op::greater_equal:
+        case Op::ge:
           out = a >= b;
           break;
-        case Op::less:
+        case Op::lt:
           out = a < b;
           break;
-        case Op::less_equal:
+        case Op::le:
           out = a <= b;
           break;
-        case Op::both:
+        case Op::and_:
           out = a != 0 && b != 0;
           break;
-        case Op::either:
+        case Op::or_:
           out = a != 0 || b != 0;
           break;
-        case Op::larger:
+        case Op::max:
           out = a < b ? b : a;
-          break;  // a NaN in a stays
-        case Op::smaller:
+          break;  // a NaN in `a` stays
+        case Op::min:
           out = a > b ? b : a;
           break;
-        case Op::root:
+        case Op::sqrt:
           out = std::sqrt(a);
           break;
-        case Op::exponential:
+        case Op::exp:
           out = std::exp(a);
           break;
-        case Op::logarithm:
+        case Op::log:
           out = std::log(a);
           break;
-        case Op::magnitude:
+        case Op::abs:
           out = std::fabs(a);
           break;
-        case Op::negative:
+        case Op::neg:
           out = -a;
           break;
-        case Op::choose:
+        case Op::where:
           out = a != 0 ? b : values[step.c];
           break;
       }
