@@ -72,7 +72,7 @@ def test_a_reader_that_leaves_early_is_no_error_of_a_file(monkeypatch):
     def gone(*arguments):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("lgd_kernels.learn.command_fits.told", gone)
+    monkeypatch.setattr("lgd_kernels.learn.command_fits.summary", gone)
     with pytest.raises(BrokenPipeError):
         learn("--omega", "constant")
 

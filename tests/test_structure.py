@@ -303,7 +303,9 @@ def test_every_source_is_built():
 @each_room
 def test_a_workload_file_only_declares(room):
     """How it is verified and timed is the same for all."""
-    beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.runtime.levels", "lgd_kernels.testing"}
+    beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.testing"}
+    beside |= {f"lgd_kernels.runtime.{name}" for name in ("arguments", "columns", "levels")}
+    beside |= {f"lgd_kernels.ops.{room}.{name}" for name in ("reference", "structs")}
     imported = imports(ROOT / "benchmarks" / f"{room}.py")
     assert "benchmarks.workload" in imported
     assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
