@@ -1,4 +1,4 @@
-// Memory that begins at a cache line, so that no vector of a row lies in two.
+// Memory that begins at a cache line, so that no vector of a row spans two.
 #pragma once
 #include <cstddef>
 #include <new>

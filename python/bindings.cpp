@@ -1,4 +1,4 @@
-// lgd_kernels._C: the CPU kernels, on tensors that it knows by address, dtype and stride. One build serves every torch.
+// lgd_kernels._C: the CPU kernels, on tensors given by address, dtype and stride. One build serves every torch version.
 #include <pybind11/pybind11.h>
 
 #include "arguments.h"
@@ -8,7 +8,7 @@
 
 namespace lgd {
 namespace {
-// Which of its clones the row loops run as (LGD_CLONES in csrc/common/scalar.h).
+// The instruction set of the clones that row loops run as (LGD_CLONES in csrc/common/scalar.h).
 const char* instruction_set() {
 #if defined(LGD_HAS_CLONES)
   __builtin_cpu_init();
@@ -20,7 +20,7 @@ const char* instruction_set() {
 #endif
 }
 
-// The least value of a tensor [B], NaN where there is one. What torch takes for that is longer than a small kernel.
+// The least value of a tensor [B], NaN if one is NaN. torch takes longer for that than a small kernel.
 double smallest(Tensor tensor) {
   const PerSample values = per_sample(tensor, 0);
   double least = INFINITY;

@@ -17,8 +17,8 @@ void spread(const OmegaTable& table, const S* gradient, int64_t batch, S* total)
 }  // namespace
 
 const Binding binding([](py::module_& module) {
-  // Adds the gradient of each sample's omega [B] to the cells it was looked up from, one sample after the other. Both
-  // tensors are contiguous and of one dtype, float32 or float64.
+  // Adds the gradient of each sample's omega [B] to the cells that its omega was read from, one sample after the other.
+  // Both tensors are contiguous and of one dtype, float32 or float64.
   module.def("spread_over_table", [](Tensor total, Tensor gradient, Tensor looked_up) {
     Call call;
     const OmegaTable cells = omega(Fields(looked_up), call).table;

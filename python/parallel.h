@@ -1,4 +1,4 @@
-// Threads. Work is cut into chunks of fixed size, so that results do not depend on how many threads there are.
+// Threads. Work is cut into chunks of fixed size, so that results do not depend on the number of threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -10,13 +10,12 @@
 
 namespace lgd {
 
-// Elements below which waking a second thread costs more than it saves: where they are read, and where noise is drawn.
+// Elements below which a second thread costs more than it saves: if they are read, and if noise is drawn.
 constexpr int64_t kSerial = 32768, kSerialDrawn = 8192;
 
-// work(task), for each. A thread's share is a stretch of neighbours, the same ones in every call, for its core may
-// still have what it read and wrote there the last time. Then it takes over what others, who may wake up late, have not
-// begun. An exception in a task ends all tasks, and so does Ctrl-C. for_tasks throws it once no thread works any
-// longer.
+// Calls work(task) for each task. A thread starts with a range of neighbouring tasks, the same in every call, because
+// its core may still cache their data. Then it takes tasks that other threads, which may wake up late, have not begun.
+// An exception in a task ends all tasks, and so does Ctrl-C; for_tasks throws it when no thread works any longer.
 template <class Work>
 void for_tasks(int64_t tasks, int threads, const Work& work, int64_t together = 1) {
   Stop own, *outer = Stop::current(), &stop = outer ? *outer : own;
@@ -60,11 +59,11 @@ void for_tasks(int64_t tasks, int threads, const Work& work, int64_t together = 
   stop.rethrow();
 }
 
-// work(sample, first, last) for every chunk of every row.
+// Calls work(sample, first, last) for every chunk of every row.
 template <class Work>
 void for_chunks(int64_t batch, int64_t row, int threads, const Work& work, int64_t serial = kSerial) {
   const int64_t chunks = chunks_of(row), tasks = batch * chunks;
-  const int64_t together = row < kChunk ? kChunk / std::max<int64_t>(row, 1) : 1;  // short rows, taken at a time
+  const int64_t together = row < kChunk ? kChunk / std::max<int64_t>(row, 1) : 1;  // short rows, taken together
   const auto chunk = [&](int64_t task) {
     const int64_t sample = task / chunks, first = task % chunks * kChunk;
     work(sample, first, std::min(first + kChunk, row));
@@ -72,7 +71,7 @@ void for_chunks(int64_t batch, int64_t row, int threads, const Work& work, int64
   for_tasks(tasks, batch * row < serial ? 1 : threads, chunk, together);
 }
 
-// sums[sample] = the sum of work(sample, first, last) over its chunks, in order.
+// Sets sums[sample] to the sum of work(sample, first, last) over its chunks, in order.
 template <class S, class Work>
 void sum_chunks(int64_t batch, int64_t row, int threads, S* sums, const Work& work) {
   const int64_t chunks = chunks_of(row);
@@ -89,7 +88,7 @@ void sum_chunks(int64_t batch, int64_t row, int threads, S* sums, const Work& wo
   }
 }
 
-constexpr int64_t kMostParts = 16;  // of a row, however long: a part may be thousands of sums
+constexpr int64_t kMostParts = 16;  // of a row of any length: a part may hold thousands of sums
 
 // Elements in each part.
 inline int64_t part_of(int64_t row) {
@@ -97,8 +96,8 @@ inline int64_t part_of(int64_t row) {
   return (blocks + kMostParts - 1) / kMostParts * kChunk;
 }
 
-// totals[sample, i] = the sum over the row of what work(sample, first, last, sums) adds to sums[i], i < count; and
-// done(sample) once a sample has them.
+// Sets totals[sample, i] to the sum over the row of what work(sample, first, last, sums) adds to sums[i], i < count,
+// and calls done(sample) when the totals of a sample are complete.
 template <class Work, class Done>
 void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double* totals, const Work& work,
                  const Done& done) {
@@ -125,7 +124,7 @@ void reduce_rows(int64_t batch, int64_t row, int threads, int64_t count, double*
   reduce_rows(batch, row, threads, count, totals, work, [](int64_t) {});
 }
 
-// The same of one row, by whoever calls: up to 16 sums, with the same bits.
+// The same for one row, on the calling thread: up to 16 sums, with the same bits.
 template <class Work>
 void reduce_row(int64_t sample, int64_t row, int count, double* totals, const Work& work) {
   const int64_t length = part_of(row);

@@ -13,8 +13,8 @@ namespace lgd {
 // threading.main_thread().ident, set when the module is loaded: the thread that runs Python's signal handlers.
 inline unsigned long main_thread = 0;
 
-// The stop request of one call. An exception that leaves a parallel region would end the process, so it is kept here
-// until the region has ended.
+// The stop request of one call. An exception that leaves a parallel region would end the process, so this class stores
+// it until the region has ended.
 class Stop {
  public:
   bool requested() const { return requested_.load(std::memory_order_acquire); }
@@ -43,7 +43,7 @@ class Stop {
   std::exception_ptr error_;
 };
 
-// While it lives, this thread works for that call.
+// During its lifetime, this thread works for that call.
 class Working {
  public:
   explicit Working(Stop& stop) : before_(Stop::current()) { Stop::current() = &stop; }

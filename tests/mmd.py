@@ -1,4 +1,4 @@
-"""Share between the tests of energy_mmd: the kernels, the options, and a call as the operator takes it."""
+"""Share between the tests of energy_mmd: the MMD kernels, the options, and a call as the operator takes it."""
 
 import pytest
 
@@ -6,6 +6,7 @@ import lgd_kernels as lgd
 from lgd_kernels import testing
 from lgd_kernels.ops.energy_mmd import reference
 from lgd_kernels.ops.energy_mmd.kernels import split_kernel
+from lgd_kernels.ops.energy_mmd.structs import EnergyMmd
 
 KERNELS = {
     "energy": lgd.Energy(),
@@ -24,22 +25,24 @@ OPTIONS = [{}, {"unbiased": False}, {"lam": 0.5}, {"lam": 0.0}, {"target_term": 
 
 
 def definition(x, y, kernel, x_weights=None, y_weights=None, lam=1.0, unbiased=True, target_term=True):
-    """Call the operator with a batch of one."""
-    weights = (one if one is None else one[None] for one in (x_weights, y_weights))
-    return (*(one.flatten(1)[None] for one in (x, y)), *weights, *split_kernel(kernel, x[0].numel()), lam, unbiased,
-            target_term)  # fmt: skip
+    """Return the struct of the operator, a batch of one that wants both gradients."""
+    points = (one.flatten(1)[None] for one in (x, y))
+    weights = (None if one is None else one[None] for one in (x_weights, y_weights))
+    function = split_kernel(kernel, x[0].numel())
+    return EnergyMmd(*points, *weights, function, lam, unbiased, True, target_term, None, [True, True])
 
 
 def terms(x, y, kernel):
-    """Return the sums of |terms| of the value, sum |p_i q_j k| and those within a set; bounds of gradients likewise."""
+    """Compute the sum of |p_i q_j k| of all terms of the value."""
     x, y = testing.promoted(x), testing.promoted(y)
     size = kernel._replace(offset=abs(kernel.offset)) if isinstance(kernel, lgd.Polynomial) else kernel
-    plus = [reference.energy_mmd(*definition(a, b, size, lam=0.0)).abs() for a, b in ((x, y), (x, x), (y, y))]
+    plus = [reference.energy_mmd(definition(a, b, size, lam=0.0)).abs() for a, b in ((x, y), (x, x), (y, y))]
     return plus[0] + plus[1] + plus[2]
 
 
 def terms_of_slope(x, y, kernel):
-    """Return the largest sum over j of what pairs add in length to the slope of a sample of x, weights up to 2 / n."""
+    """Compute the largest sum over j of the lengths of what pairs add to the slope of a sample of x, weights up to
+    2 / n."""
     x, y = x.detach().flatten(1), y.detach().flatten(1)
     total = 0.0
     for other in (y, x):

@@ -1,4 +1,4 @@
-"""Call energy_mmd with samples in several processes: `torchrun tests/sharding.py FOLDER` saves what each one found."""
+"""Run energy_mmd of samples in several processes: `torchrun tests/sharding.py FOLDER` saves the results of each."""
 
 import sys
 import weakref
@@ -55,7 +55,7 @@ def inputs(name):
 
 
 def part(count, rank, size, even):
-    """Return the samples of a process, unevenly: the first has half of them, and of four the second has none."""
+    """Return the samples of a process; uneven: the first has half of them, and with four the second none."""
     ends = [count * one // size for one in range(size + 1)]
     if not even:
         ends = [0, count // 2, count] if size == 2 else [0, count // 2, count // 2, count - count // 8, count]
@@ -88,7 +88,7 @@ def sharded(name, wanted, even, rank, size, **more):
 
 
 def around(rank, size):
-    """Return the errors that a process raises, by rank."""
+    """Return the parts that a process meets, by rank."""
     counts = [5 + one for one in range(size)]
     parts = Parts(distributed.group.WORLD, rank, (counts, counts), (False, False))
     own = Side(torch.full((1, counts[rank], 1), float(rank)), None)
@@ -96,7 +96,7 @@ def around(rank, size):
 
 
 def held(rank, size, **more):
-    """Return how many parts of other processes are held whenever a call fetches the next one."""
+    """Return how many parts of others a process holds whenever it asks for the next one."""
     found, came, handed_on = [], [], sharded_op._handed_on
 
     def counted(here, parts):

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.ops.dynamic_threshold import reference
+from lgd_kernels.ops.dynamic_threshold.structs import position
 
 QUANTILES = (0.0, 0.5, 0.9, 0.995, 1.0)
 
@@ -261,8 +261,8 @@ def test_same_bits_twice_and_for_any_thread_count(target, generator):
 
 
 def test_position_of_a_quantile():
-    assert reference.position(0.5, 5) == (2, 0.0) and reference.position(0.5, 4) == (1, 0.5)
-    assert reference.position(1.0, 7) == (6, 0.0) and reference.position(0.0, 1) == (0, 0.0)
+    assert position(0.5, 5) == (2, 0.0) and position(0.5, 4) == (1, 0.5)
+    assert position(1.0, 7) == (6, 0.0) and position(0.0, 1) == (0, 0.0)
 
 
 TENSOR = torch.ones(2, 3)

@@ -173,9 +173,9 @@ def test_a_power_of_two_in_the_weights_changes_no_bit(D, impl, generator):
 @pytest.mark.parametrize("wrong", [[1.0, math.inf, 1.0], [1.0, math.nan, 1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]])
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_wrong_weights_that_cannot_be_read_give_nan(wrong, lam, impl):
-    """As on a GPU: the operator itself, which looks at no values."""
+    """As on a GPU: the operator itself reads no values."""
     x, y = torch.arange(6.0).view(1, 3, 2), torch.ones(1, 4, 2)
-    definition = x, y, torch.tensor([wrong]), None, "energy", [1.0], lam, True, True, None, [True, True], impl
+    definition = x, y, torch.tensor([wrong]), None, "energy", [1.0], lam, True, True, True, None, [True, True], impl
     loss, d_x, d_y = torch.ops.lgd.energy_mmd(*definition)
     assert loss.isnan() and d_y.isnan().all()
 
@@ -186,7 +186,7 @@ def compare(impl, x, y, kernel, limit, **options):
     precision = options.pop("precision", None)
     loss = lgd.energy_mmd(*leaves, kernel=kernel, impl=impl, precision=precision, **options)
     wide = [testing.promoted(one).requires_grad_() for one in (x, y)]
-    truth = reference.energy_mmd(*definition(*wide, kernel, **options))[0]
+    truth = reference.energy_mmd(definition(*wide, kernel, **options))[0]
     assert loss.dtype == (torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32)
     with torch.no_grad():  # other loops, without slopes
         alone = lgd.energy_mmd(*leaves, kernel=kernel, impl=impl, precision=precision, **options)

@@ -1,4 +1,4 @@
-"""energy_mmd: its gradients, the manners of its operator, its memory and its refusals."""
+"""energy_mmd: gradients, the behaviour of the operator under PyTorch, memory and refusals."""
 
 import math
 
@@ -47,11 +47,11 @@ def test_gradcheck_twice_and_forward_mode(kernel, impl, generator):
 
 @each_kernel
 def test_the_references_gradients_are_its_own(kernel, generator):
-    """The formula that the operator runs where there is no kernel."""
+    """Compare the formula that the operator runs without a kernel with autograd."""
     x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 4))
     for options in OPTIONS:
-        found = reference.energy_mmd_gradients(*definition(x.detach(), y.detach(), kernel, **options))
-        loss = reference.energy_mmd(*definition(x, y, kernel, **options))
+        found = reference.energy_mmd_gradients(definition(x.detach(), y.detach(), kernel, **options))
+        loss = reference.energy_mmd(definition(x, y, kernel, **options))
         for one, true in zip(found, torch.autograd.grad(loss, (x, y)), strict=True):
             torch.testing.assert_close(one[0], true)
 
@@ -68,7 +68,7 @@ def test_operator_manners(generator):
     x, y = (torch.randn(2, n, 3, generator=generator) for n in (5, 4))
     for wanted in ([False, False], [True, True], [False, True]):
         for impl in ("cpu", "reference"):
-            arguments = x, y, torch.rand(2, 5), None, "energy", [1.0], 1.0, True, True, None, wanted, impl
+            arguments = x, y, torch.rand(2, 5), None, "energy", [1.0], 1.0, True, True, True, None, wanted, impl
             torch.library.opcheck(torch.ops.lgd.energy_mmd, arguments)
 
 
@@ -152,7 +152,7 @@ def test_same_bits_twice_and_for_any_thread_count(generator):
 
 
 def test_without_the_extension(monkeypatch):
-    """The operator's own reference, with its formula of the gradient."""
+    """The operator runs the reference and its formula of the gradient."""
     monkeypatch.setattr(impls, "_load", lambda name: (None, "not built (as if)"))
     impls._choose.cache_clear()
     x = torch.tensor([[0.0], [2.0]], requires_grad=True)
@@ -181,7 +181,7 @@ def test_autocast_changes_no_bit(D, impl, generator):
 
 def test_why_not():
     assert lgd.why_not("energy_mmd", "cuda") == ["energy_mmd has no 'cuda' implementation in this version"]
-    assert list(KINDS) == ["energy", "gaussian", "laplace", "rational", "polynomial"]  # enum Kernels
+    assert list(KINDS) == ["energy", "gaussian", "laplace", "rational", "polynomial"]  # enum MmdKernels
 
 
 CASES = {

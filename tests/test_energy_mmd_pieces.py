@@ -26,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=[2, 4])
 def processes(request, tmp_path_factory):
-    """(gradients and values, what progress heard, refusals) of each process."""
+    """Return (gradients and values, reports of progress, refusals) of each process."""
     folder = tmp_path_factory.mktemp("processes")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -55,7 +55,7 @@ def close(found, expected, name, size):
 @pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
 @pytest.mark.parametrize("wanted", sharding.WANTED)
 def test_sharded_is_the_whole(processes, name, even, wanted):
-    """The value of all samples, the same bits in every process, and its gradient, in parts."""
+    """Every process gets the value of all samples, the same bits, and its part of the gradient."""
     x, y, options = sharding.inputs(name)
     expected = sharding.measured(x, y, sharding.WANTED[wanted], **options)
     terms = sharding.measured(x, y, sharding.WANTED[wanted], **{**options, "lam": 0.0})  # a slope is their difference
@@ -80,7 +80,7 @@ def test_one_process_may_want_what_others_do_not(processes):
             close(d_x, sharding.own(expected[1], rank, len(processes), False, False), "energy", expected[1].abs().max())
 
 
-def test_each_process_hears_of_its_share(processes):
+def test_each_process_reports_its_share(processes):
     shares = []
     for found, heard, _ in processes:
         done, totals = zip(*heard, strict=True)
@@ -134,7 +134,7 @@ def test_each_two_ranks_meet_once():
 
 
 def test_parts_go_around(processes):
-    """Each process meets those after it in turn, as they are, and holds one of them when it asks for the next."""
+    """Each process receives the parts of those after it in turn, and holds one of them when it asks for the next."""
     size = len(processes)
     for rank, (found, _, _) in enumerate(processes):
         assert found["around"] == [[float((rank + step) % size)] * (5 + (rank + step) % size) for step in range(size)]
@@ -170,7 +170,7 @@ def test_pieces_are_the_whole(kernel, options, dimension, small_pieces, generato
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "polynomial"])
 def test_pieces_keep_the_digits_of_close_samples(name, small_pieces, generator):
-    """Clusters far apart against spreads: the mean that a set is measured beside lies far from all of them."""
+    """Clusters far apart against spreads: the mean, the origin of products, lies far from all of them."""
     x, y = (torch.randn(60, 80, generator=generator) * 1e-3 for _ in range(2))
     x[::2] += 10
     expected = lgd.energy_mmd(x.double(), y.double(), kernel=KERNELS[name])
@@ -190,8 +190,8 @@ def test_a_callback_may_end_the_call(small_pieces):
         lgd.energy_mmd(x, x, progress=stop)
 
 
-def test_a_large_call_is_heard_of_often_and_in_few_pieces():
-    """At the sizes that stand: a million of each, without running them."""
+def test_a_large_call_reports_often_and_has_few_pieces():
+    """A million samples of each set, without running them."""
     sides = [pieces.Side(torch.empty(1, 1, 1).expand(1, 10**6, 2), None) for _ in range(2)]
     one = torch.ones(1)
     parts = list(pieces._cut(pieces.Piece(*sides, one, one)))
@@ -214,7 +214,7 @@ def test_bars(capsys, monkeypatch):
     assert "run label" in capsys.readouterr().err
 
 
-def test_transforms_do_not_hear(generator):
+def test_transforms_do_not_report(generator):
     x, y = torch.randn(2, 30, 2, generator=generator)
 
     def loss(x, progress=None):

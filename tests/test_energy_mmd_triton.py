@@ -16,9 +16,9 @@ LIMIT = 8 * 2.0**-24
 
 @pytest.fixture
 def kernels(target, monkeypatch):
-    """Of any target but the CPU; blocks of one tile, so that a few samples are several."""
+    """Return any target but the CPU, with blocks of one tile, so that a few samples fill several."""
     if target.impl != "triton":
-        pytest.skip("the CPU's are tested in test_energy_mmd.py; there are none in CUDA")
+        pytest.skip("the CPU's are tested in test_energy_mmd.py; there is none in CUDA")
     pytest.importorskip("triton")
     from lgd_kernels.ops.energy_mmd import triton_tiles
 
@@ -28,11 +28,11 @@ def kernels(target, monkeypatch):
 
 
 def compare(target, x, y, kernel, precision=None, **options):
-    """Value and gradients, as part of the sums of their terms' sizes; inputs are not modified."""
+    """Compare value and gradients with float64, relative to the sizes of their terms; inputs are not modified."""
     leaves = [one.to(target.device).requires_grad_() for one in (x, y)]
     loss = lgd.energy_mmd(*leaves, kernel=kernel, impl="triton", precision=precision, **options)
     wide = [testing.promoted(one).requires_grad_() for one in (x, y)]
-    truth = reference.energy_mmd(*definition(*wide, kernel, **options))[0]
+    truth = reference.energy_mmd(definition(*wide, kernel, **options))[0]
     assert loss.dtype == torch.float32
     assert abs(loss.item() - truth.item()) <= LIMIT * terms(*(one.detach() for one in wide), kernel)
     slopes = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, wide), strict=True)

@@ -101,13 +101,15 @@ def test_memory_follows_the_data_of_a_few_long_samples():
 def test_a_term_without_weight_is_not_waited_for():
     """An infinite coefficient returns too: nothing checks the arguments of the binding."""
     script = """
+        from lgd_kernels.ops.energy_mmd.structs import EnergyMmd, MmdKernel
         from lgd_kernels.runtime import impls
         x, y = torch.randn(1, 70, 2).double(), torch.randn(1, 150, 2).double()
         loss, d_x, d_y = torch.zeros(1).double(), torch.empty_like(x), torch.empty_like(y)
         for factor in (1e200, 1e-200, float("inf"), float("nan"), 0.0):
             p, q = (torch.full(one.shape[:2], factor, dtype=torch.float64) for one in (x, y))
             for lam in (0.0, 1.0):
-                impls.extension().energy_mmd(loss, d_x, d_y, x, y, p, q, 0, [1.0], lam, 1.0, True, True, 2)
+                call = EnergyMmd(x, y, p, q, MmdKernel("energy", [1.0]), lam, True, True, True, None, [True, True])
+                impls.extension().energy_mmd((loss, d_x, d_y), call, 2)
                 print("returned")
     """
     assert run(script, 2) == 10 * ["returned"]

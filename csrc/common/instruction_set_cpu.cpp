@@ -1,6 +1,6 @@
 // LGD_INSTRUCTION_SET=x86-64-v3 (AVX2) or x86-64 (SSE2), set before the module is loaded, selects the code for such a
-// processor. Resolvers bind the clones while the module is loaded; they ask libgcc for the processor's features.
-// setup.py links with --wrap, so that this function answers instead.
+// processor. Resolvers bind the clones while the module is loaded; they read the processor's features from libgcc.
+// setup.py links with --wrap, so that they call this function instead.
 #include "scalar.h"
 
 #ifdef LGD_HAS_CLONES

@@ -1,5 +1,5 @@
-// What follows from a sample's time and condition, as in lgd_kernels/runtime/levels.py: its omega and the coefficients of its
-// step. S is the arithmetic type: double on the CPU.
+// omega and the coefficients of a step, from a sample's time and condition, as in lgd_kernels/runtime/levels.py. S is
+// the arithmetic type: double on the CPU.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,8 +36,8 @@ LGD_INLINE int64_t table_bracket(const void* knots, DType dtype, int64_t count, 
   return left;
 }
 
-// A corner with s >= t holds no step: it takes the last row before the diagonal of its column, and a column without
-// such a row is replaced by the first that has one.
+// A corner with s >= t holds no step: the last row before the diagonal of its column replaces it, and the first column
+// with such a row replaces a column without one.
 template <class S>
 LGD_INLINE int64_t table_cell(const OmegaTable& table, int64_t c, int64_t row, int64_t column) {
   row = row < table.rows ? row : table.rows - 1;
@@ -49,7 +49,7 @@ LGD_INLINE int64_t table_cell(const OmegaTable& table, int64_t c, int64_t row, i
   return (c * table.rows + row) * table.columns + column;
 }
 
-// The cells around a sample's (s, t). None where its condition is unknown.
+// The cells around a sample's (s, t). There are none if its condition is unknown.
 template <class S>
 struct TableCells {
   bool known;

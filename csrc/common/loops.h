@@ -1,4 +1,4 @@
-// The loops over a block that more than one op runs. E: how the block is stored, S: the arithmetic type.
+// Loops over a block that several ops run. E is the type of storage, S the arithmetic type.
 #pragma once
 #include <cstring>
 
@@ -6,7 +6,7 @@
 
 namespace lgd {
 
-// Two neighbours in one 32-bit lane. Apart they need no change of width, only a shift and a mask.
+// Two neighbouring elements in one 32-bit lane, unpacked by a shift and a mask, without a change of width.
 struct Bf16Pair {
   uint32_t bits;
 
@@ -25,10 +25,10 @@ struct Bf16Pair {
 
 constexpr int64_t kLine = 64;  // bytes
 
-// A line that is to be written soon, and must be had before that.
-LGD_INLINE void ask_for(const void* line) { __builtin_prefetch(line, 1); }
+// Prefetches a line that is written soon.
+LGD_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 1); }
 
-// How far ahead, in bytes, nobody waits for a line: asked for one by one, between the others that are read.
+// How far ahead, in bytes, lines are prefetched, one by one between reads, so that no store waits.
 constexpr int64_t kAhead = 4096;
 
 // out[i] = body(in[i]...), for a body of S, rounded once. To be called from a function with LGD_CLONES.
@@ -50,13 +50,13 @@ LGD_INLINE void map(E* out, int64_t count, const Body& body, const In*... in) {
   };
   int64_t done = 0;
   for (; done + ahead + kStrip <= count; done += kStrip) {
-    ask_for(out + done + ahead);
+    prefetch(out + done + ahead);
     some(done, done + kStrip);
   }
   some(done, count);
 }
 
-constexpr int kSums = 32;  // side by side, so that no addition waits for the one before it
+constexpr int kSums = 32;  // independent sums, so that no addition waits for the previous one
 
 // The sum of term(in[i]...), in an order that depends on count alone. To be called from a function with LGD_CLONES.
 template <class S, class Term, class E, class... In>

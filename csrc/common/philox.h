@@ -9,8 +9,8 @@ namespace lgd {
 
 enum : uint32_t { kStreamUser = 0, kStreamStep = 1, kStreamTargets = 2 };
 
-// One seed for the batch, or one for each item; then an item's noise does not depend on its place. An item is a sample,
-// or several particles: its samples follow one another.
+// One seed for the batch, or one for each item; then the noise of an item does not depend on its place. An item is one
+// sample, or several particles, which are consecutive samples.
 struct Seed {
   const int64_t* data;  // null: `value`
   int64_t stride;

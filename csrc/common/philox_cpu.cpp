@@ -7,51 +7,51 @@
 namespace lgd {
 namespace {
 
-constexpr int kQuads = 64;  // of a group: its words and normals stay in the nearest cache
-constexpr int kLanes = 8;   // a row's part of a group is computed in whole multiples of this
+constexpr int kQuads = 64;  // drawn at a time: words and normals stay in the first-level cache
+constexpr int kLanes = 8;   // quads of a row are computed in whole multiples of this
 
-struct Group {
+struct Draws {
   uint32_t words[4][kQuads];
   float normals[4][kQuads];
 };
 
-// Of some rows, which are samples one after the other, `quads` each.
+// The counters of some rows, which are consecutive samples, `quads` each.
 struct Counters {
   uint64_t key, quad;
   uint32_t sample, stream;
   int rows, quads;
 };
 
-LGD_CLONES void fill_words(Group& group, const Counters& from) {
+LGD_CLONES void fill_words(Draws& draws, const Counters& from) {
   for (int row = 0, at = 0; row < from.rows; ++row)
     for (int i = 0; i < from.quads; ++i, ++at) {
       const uint64_t quad = from.quad + i;
       uint32_t words[4] = {uint32_t(quad), uint32_t(quad >> 32), from.sample + row, from.stream};
       philox(words, uint32_t(from.key), uint32_t(from.key >> 32));
-      for (int lane = 0; lane < 4; ++lane) group.words[lane][at] = words[lane];
+      for (int lane = 0; lane < 4; ++lane) draws.words[lane][at] = words[lane];
     }
 }
 
 template <class By>
-LGD_INLINE void normals_of(Group& group, int quads) {
+LGD_INLINE void normals_of(Draws& draws, int quads) {
   for (int pair = 0; pair < 4; pair += 2)
     for (int i = 0; i < quads; ++i)
-      box_muller<By>(group.words[pair][i], group.words[pair + 1][i], group.normals[pair][i],
-                     group.normals[pair + 1][i]);
+      box_muller<By>(draws.words[pair][i], draws.words[pair + 1][i], draws.normals[pair][i],
+                     draws.normals[pair + 1][i]);
 }
 
 #ifndef LGD_HAS_CLONES
-void fill_normals(Group& group, int quads) { normals_of<Contracted>(group, quads); }
+void fill_normals(Draws& draws, int quads) { normals_of<Contracted>(draws, quads); }
 #else
 // The same bits for every instruction set.
-void fill_normals(Group& group, int quads) { normals_of<Emulated>(group, quads); }
-__attribute__((target("arch=x86-64-v3"))) void fill_normals_avx2(Group& group, int quads) {
-  normals_of<Contracted>(group, quads);
+void fill_normals(Draws& draws, int quads) { normals_of<Emulated>(draws, quads); }
+__attribute__((target("arch=x86-64-v3"))) void fill_normals_avx2(Draws& draws, int quads) {
+  normals_of<Contracted>(draws, quads);
 }
 
-// fill_words, 2.5 times as fast as what the compiler finds. A word is the low half of a 64-bit lane: the product reads
-// nothing else, so the high half need not be cleared, and a round is two products, two shifts and four xors.
-__attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counters& from) {
+// fill_words, 2.5 times as fast as the compiler's code. A word is the low half of a 64-bit lane. The product reads
+// nothing else, so the high half need not be cleared: a round is two products, two shifts and four xors.
+__attribute__((target("avx2"))) void fill_words_avx2(Draws& draws, const Counters& from) {
   const __m256i multiply0 = _mm256_set1_epi64x(0xD2511F53), multiply1 = _mm256_set1_epi64x(0xCD9E8D57);
   const __m256i low_halves = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
   __m256i keys[10][2];
@@ -83,7 +83,7 @@ __attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counter
     for (int lane = 0; lane < 4; ++lane)
       for (int part = 0; part < kLanes / 4; ++part) {
         const __m256i packed = _mm256_permutevar8x32_epi32(words[lane][part], low_halves);
-        _mm_store_si128(reinterpret_cast<__m128i*>(group.words[lane] + at + 4 * part), _mm256_castsi256_si128(packed));
+        _mm_store_si128(reinterpret_cast<__m128i*>(draws.words[lane] + at + 4 * part), _mm256_castsi256_si128(packed));
       }
     i = i + kLanes < from.quads ? i + kLanes : (++row, 0);
   }
@@ -92,10 +92,10 @@ __attribute__((target("avx2"))) void fill_words_avx2(Group& group, const Counter
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in the compiler's own headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// The same with three-way xors, eight quads to a vector. A round waits for the one before, and several vectors, of
-// whatever rows, fill the gaps.
+// The same with three-way xors, eight quads to a vector. A round waits for the previous one, so several vectors, of any
+// rows, are computed side by side.
 template <int Parts>
-__attribute__((target("avx512f"), always_inline)) inline void words_avx512(Group& group, const Counters& from, int at,
+__attribute__((target("avx512f"), always_inline)) inline void words_avx512(Draws& draws, const Counters& from, int at,
                                                                            int& row, int& i) {
   constexpr int kXor3 = 0x96;  // the truth table of a ^ b ^ c
   const __m512i multiply0 = _mm512_set1_epi64(0xD2511F53), multiply1 = _mm512_set1_epi64(0xCD9E8D57);
@@ -124,25 +124,25 @@ __attribute__((target("avx512f"), always_inline)) inline void words_avx512(Group
   }
   for (int lane = 0; lane < 4; ++lane)
     for (int part = 0; part < Parts; ++part)
-      _mm512_mask_cvtepi64_storeu_epi32(group.words[lane] + at + kLanes * part, 0xff, words[lane][part]);
+      _mm512_mask_cvtepi64_storeu_epi32(draws.words[lane] + at + kLanes * part, 0xff, words[lane][part]);
 }
 
-__attribute__((target("avx512f"))) void fill_words_avx512(Group& group, const Counters& from) {
+__attribute__((target("avx512f"))) void fill_words_avx512(Draws& draws, const Counters& from) {
   const int all = from.rows * from.quads;
   int at = 0, row = 0, i = 0;
-  for (; at + 4 * kLanes <= all; at += 4 * kLanes) words_avx512<4>(group, from, at, row, i);
-  for (; at < all; at += kLanes) words_avx512<1>(group, from, at, row, i);
+  for (; at + 4 * kLanes <= all; at += 4 * kLanes) words_avx512<4>(draws, from, at, row, i);
+  for (; at < all; at += kLanes) words_avx512<1>(draws, from, at, row, i);
 }
 #pragma GCC diagnostic pop
 
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void fill_normals_avx512(Group& group, int quads) {
-  normals_of<Contracted>(group, quads);
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void fill_normals_avx512(Draws& draws, int quads) {
+  normals_of<Contracted>(draws, quads);
 }
 #endif
 
-LGD_CLONES void interleave(const Group& group, int64_t at, float* __restrict out, int64_t count) {
+LGD_CLONES void interleave(const Draws& draws, int64_t at, float* __restrict out, int64_t count) {
   const float* lanes[4];
-  for (int lane = 0; lane < 4; ++lane) lanes[lane] = group.normals[lane] + at;
+  for (int lane = 0; lane < 4; ++lane) lanes[lane] = draws.normals[lane] + at;
   const int64_t quads = count / 4;
   for (int64_t i = 0; i < quads; ++i)
     for (int lane = 0; lane < 4; ++lane) out[4 * i + lane] = lanes[lane][i];
@@ -157,7 +157,7 @@ void philox_fill(float* out, int64_t count, int64_t first, uint64_t key, uint32_
 
 void philox_fill_rows(float* out, int64_t stride, int64_t rows, int64_t count, int64_t first, uint64_t key,
                       uint32_t sample, uint32_t stream) {
-  alignas(64) Group group;
+  alignas(64) Draws draws;
   auto words = fill_words;
   auto normals = fill_normals;
 #ifdef LGD_HAS_CLONES
@@ -174,9 +174,9 @@ void philox_fill_rows(float* out, int64_t stride, int64_t rows, int64_t count, i
     const int quads = ((wanted + 3) / 4 + kLanes - 1) / kLanes * kLanes, together = kQuads / quads;
     for (int64_t row = 0; row < rows; row += together) {
       const int here = int(rows - row < together ? rows - row : together);
-      words(group, {key, uint64_t(first + at) >> 2, uint32_t(sample + row), stream, here, quads});
-      normals(group, here * quads);
-      for (int j = 0; j < here; ++j) interleave(group, j * quads, out + (row + j) * stride + at, wanted);
+      words(draws, {key, uint64_t(first + at) >> 2, uint32_t(sample + row), stream, here, quads});
+      normals(draws, here * quads);
+      for (int j = 0; j < here; ++j) interleave(draws, j * quads, out + (row + j) * stride + at, wanted);
     }
   }
 }

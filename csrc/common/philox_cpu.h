@@ -1,4 +1,4 @@
-// Runs of noise for the CPU kernels.
+// Noise of consecutive elements, for the CPU kernels.
 #pragma once
 #include "philox.h"
 
@@ -7,7 +7,7 @@ namespace lgd {
 // out[i] = the normal of element first + i, i < count; `first` is a multiple of 4.
 void philox_fill(float* out, int64_t count, int64_t first, uint64_t key, uint32_t sample, uint32_t stream);
 
-// The same of `rows` samples, which follow one another, `stride` elements apart: short ones are drawn together.
+// The same for `rows` consecutive samples, `stride` elements apart. Short samples are drawn together.
 void philox_fill_rows(float* out, int64_t stride, int64_t rows, int64_t count, int64_t first, uint64_t key,
                       uint32_t sample, uint32_t stream);
 

@@ -1,4 +1,4 @@
-// exp and powers by polynomials, in loops that vectorise: a call of libm would not.
+// exp and powers by polynomials, in loops that vectorise; a loop with a call of libm does not.
 #pragma once
 #include "scalar.h"
 
@@ -7,8 +7,8 @@ namespace lgd {
 LGD_INLINE float nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23; |value| < 2^22
 LGD_INLINE double nearest(double value) { return (value + 0x1.8p52) - 0x1.8p52; }      // |value| < 2^51
 
-// A polynomial in x, highest power first: of odd and of even powers side by side, so that half as many products wait
-// for one another. (A loop over coefficients is not always unrolled before it is vectorised.)
+// A polynomial in x, highest power first. Odd and even powers are added up side by side, so that half as many products
+// wait for one another. (A loop over coefficients is not always unrolled before it is vectorised.)
 template <class S>
 LGD_INLINE S polynomial(S x, S, S odd, S even) {
   return odd * x + even;
@@ -45,9 +45,9 @@ LGD_INLINE float exp_minus(float value) {
 }
 LGD_INLINE double exp_minus(double value) { return exp(-value); }
 
-// value^exponent, the exponent as a number of few bits and the rest: its product with the value's exponent is exact,
-// and what is left is small, so the error stays near 1e-7 (2e-16) where exp(exponent log(value)) would lose log(value)
-// times as much.
+// The exponent of value^exponent, split into a number of few bits and the rest. The product of the former with the
+// binary exponent of the value is exact, and the remainder is small, so the error stays near 1e-7 (2e-16); the error of
+// exp(exponent log(value)) is log(value) times as large.
 template <class S>
 struct Exponent {
   S all, high;
@@ -69,7 +69,7 @@ LGD_INLINE S power_of_2(const Exponent<S>& exponent, S e, S log2m) {
   return scaled_exp(rest * S(0.69314718055994530942), shift + more);
 }
 
-// Powers are of normal numbers. A squared distance below the smallest is that of points that coincide.
+// Powers are of normal numbers. Points with a squared distance below the smallest normal number coincide.
 template <class S>
 constexpr S kCoincide = std::is_same<S, float>::value ? S(1.17549435e-38) : S(2.2250738585072014e-308);
 

@@ -1,7 +1,7 @@
-// How a CPU kernel walks its data: in blocks of a row.
+// CPU kernels walk data in blocks of a row.
 //
-// A kernel's own loops know one type of element, whatever mixture they are given: tensors of that type are used where
-// they lie, any other passes through a block buffer that never leaves the nearest cache.
+// The loops of a kernel handle one type of element. Tensors of that type are read in place; all others are converted
+// through a block buffer that stays in the first-level cache.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -11,7 +11,7 @@
 namespace lgd {
 
 constexpr int64_t kBlock = 1024;    // elements; five float buffers fill two thirds of a 32 KiB cache
-constexpr int64_t kInPlace = 4096;  // where nothing passes through buffers: a loop's start and end cost 60 cycles
+constexpr int64_t kInPlace = 4096;  // if no buffer is needed: the start and end of a loop cost 60 cycles
 constexpr int64_t kChunk = 8192;    // elements per task; fixed, so that a sum does not depend on the thread count
 
 LGD_INLINE int64_t chunks_of(int64_t row) { return row <= kChunk ? 1 : (row + kChunk - 1) / kChunk; }
@@ -34,8 +34,8 @@ constexpr DType dtype_of() {
   return std::is_same<T, float>::value ? DType::f32 : DType::f64;
 }
 
-// run(E{}), E being what a kernel's loops read: bf16 where all tensors present are stored so, and are converted in the
-// loop itself; otherwise the arithmetic type S, and other tensors pass through buffers.
+// run(E{}), with E the type of element that the loops read: bf16 if all tensors present are stored so, and then the
+// loop itself converts; otherwise the arithmetic type S, and other tensors pass through buffers.
 template <class S, class Run, class... R>
 auto with_elements(const Run& run, const R&... tensors) {
   if constexpr (std::is_same<S, float>::value)
@@ -43,7 +43,7 @@ auto with_elements(const Run& run, const R&... tensors) {
   return run(S{});
 }
 
-// How many elements the loops are given at a time.
+// The number of elements of a block.
 template <class E, class... R>
 int64_t block_size(const R&... tensors) {
   return ((!tensors.data || tensors.dtype == dtype_of<E>()) && ...) ? kInPlace : kBlock;
@@ -62,7 +62,7 @@ const E* read_block(const Rows& rows, int64_t sample, int64_t first, int64_t cou
   return rows.at<E>(sample, first);
 }
 
-// Where the kernel should write the block; `write_block` then rounds it to where it belongs.
+// The memory that the kernel writes a block to. `write_block` then rounds the block into the tensor.
 template <class E>
 E* open_block(const Rows& rows, int64_t sample, int64_t first, E* buffer) {
   return rows.dtype == dtype_of<E>() ? rows.at<E>(sample, first) : buffer;

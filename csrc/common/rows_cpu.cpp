@@ -28,7 +28,7 @@ void round_to(const S* in, T* out, int64_t count) {
 }
 
 #ifdef LGD_HAS_CLONES
-// Half by the instruction for it, which the compiler does not find: 5 times as fast.
+// float16 by the instruction for it, which the compiler does not emit: 5 times as fast.
 __attribute__((target("avx2,f16c"))) void widen_f16c(const f16* in, float* out, int64_t count) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)

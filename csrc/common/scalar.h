@@ -1,4 +1,4 @@
-// Storage types and how they become numbers: one inline rounding each way, by integer operations that vectorise.
+// Storage types and their conversion from and to float, inline, by integer operations that vectorise.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -46,7 +46,7 @@ LGD_INLINE float to_float(f16 value) {
   return wide;
 #else
   const uint32_t magnitude = value.bits & 0x7fffu;
-  uint32_t bits = (magnitude << 13) + (112u << 23);  // the exponent's other bias
+  uint32_t bits = (magnitude << 13) + (112u << 23);  // the biases of the exponents differ by 112
   bits = magnitude < 0x400u ? bits_as<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f) : bits;  // subnormal
   bits = magnitude >= 0x7c00u ? bits | 0x7f800000u : bits;                                     // infinity, NaN
   return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
@@ -93,7 +93,7 @@ LGD_INLINE double from_float<double>(float value) {
   return value;
 }
 
-// A result of the arithmetic type S, rounded once to where it is stored.
+// A result of the arithmetic type S, rounded once to its type of storage.
 template <class E, class S>
 LGD_INLINE E rounded(S value) {
   if constexpr (std::is_same<E, S>::value)

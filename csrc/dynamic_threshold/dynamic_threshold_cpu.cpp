@@ -6,9 +6,9 @@
 namespace lgd {
 namespace {
 
-constexpr int kLook = 32;  // elements looked at together: nearly all blocks of them lack the prefix
+constexpr int kLook = 32;  // elements tested together: nearly no such block has the prefix
 
-// Whether one of them has the prefix.
+// Whether one of kLook elements has the prefix.
 template <class S, class Bits>
 LGD_CLONES int has_prefix(const S* in, Bits prefix, int above) {
   int found = 0;
@@ -56,7 +56,7 @@ void count_digits(const Rows& x0, int64_t sample, int64_t first, int64_t last, c
   const int shift = known.shift, above = known.shift + known.bits;
   const Bits prefix = Bits(known.prefix), mask = (Bits(1) << known.bits) - 1;
   for_blocks<S>(x0, sample, first, last, [&](const S* in, int64_t count) {
-    if (above == Magnitude<S>::width) {  // nothing is known: all have it
+    if (above == Magnitude<S>::width) {  // nothing is known yet: all elements have the prefix
       for (int64_t i = 0; i < count; ++i) ++counts[magnitude_bits(in[i]) >> shift];
       return;
     }

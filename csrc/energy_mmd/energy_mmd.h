@@ -1,4 +1,6 @@
-// Sums over pairs of points of p_i q_j k(x_i, y_j), and their gradients, a tile of 64 x 64 pairs at a time:
+// MMD of two sets of points, a tile of 64 x 64 pairs at a time:
+//   L = S_xy / (P Q)  -  lam/2 (S_xx / pairs_x + S_yy / pairs_y),  times the factor of the MMD kernel k
+// with sums over pairs of p_i q_j k(x_i, y_j), and their gradients:
 //   s_ij = ||x_i - y_j||^2 (or <x_i, y_j>)        value += sum_ij p_i q_j k(s_ij)         w_ij = 2 p_i q_j k'(s_ij)
 //   d_x_i += c sum_j w_ij (x_i - y_j)             d_y_j += c sum_i w_ij (y_j - x_i)
 // (of products, k' without the 2: d_x_i += c sum_j w_ij y_j, d_y_j += c sum_i w_ij x_i).
@@ -8,18 +10,27 @@
 
 namespace lgd {
 
+struct EnergyMmd {
+  int64_t batch, n, k, dimension;
+  const void *x, *y;                  // [batch, n, dimension], [batch, k, dimension]
+  const void *x_weights, *y_weights;  // [batch, n], [batch, k]; null: 1
+  MmdKernel kernel;
+  double lam;
+  bool unbiased, between, target_term;  // between: S_xy counts; target_term: S_yy counts
+};
+
 constexpr int kMmdTile = 64;  // points; the pairs of two tiles fill half of the nearest cache
 
 // A tile of points, or a stretch of its coordinates: [count][64], coordinate by coordinate, so that the lanes of a
-// vector are points; `first` and `count` are coordinates. With fewer than 64 points the rest of the tile is 0, as are
-// its weights.
+// vector are points; `first` and `count` are coordinates. With fewer than 64 points the rest of the tile is 0, and so
+// are its weights.
 template <class S>
 void mmd_pack(const S* rows, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count, S* packed);
 template <class S>
 void mmd_unpack(const double* packed, int64_t points, int64_t dimension, int64_t tile, int64_t first, int64_t count,
                 S* rows);
 
-// The pairs of two tiles with so many points, rounded up to multiples of 4 and of 16.
+// The pairs of two tiles: numbers of points, rounded up to multiples of 4 and of 16.
 struct TilePairs {
   int rows, columns;
   bool same;  // a tile with itself: only pairs with i < j
@@ -41,8 +52,8 @@ template <class S>
 void mmd_gradients(const MmdKernel& kernel, const TilePairs& of, const S* x, const S* y, int64_t dimension,
                    const S* weights, double coefficient, double* d_x, double* d_y);
 
-// The same for points with themselves: <x_i, x_i>, or 0; sum p_i^2 k; and the gradients, which are 0 except for
-// kernels of products.
+// The same for points with themselves: <x_i, x_i>, or 0; sum p_i^2 k; and the gradients, which are 0 unless k is a
+// function of products.
 template <class S>
 void mmd_own_squares(const MmdKernel& kernel, const S* x, int64_t dimension, S* squares);
 template <class S>
@@ -51,20 +62,43 @@ template <class S>
 void mmd_own_gradients(const MmdKernel& kernel, const S* x, int64_t dimension, const S* p, const S* slopes,
                        double coefficient, double* d_x);
 
-// A row of products <x_i, y_j>, with norms: how the large dimensions come. Squared distances follow, and where one is
-// below `closest` times the sum of the norms it is taken again from differences. products [count] become w_ij; those of
-// pairs that were close become 0, and their w_ij go to `close`, others 0 there. Returns the row's sum.
+// A row of a block of products: products [rows, columns] <x_i, y_j> of x [rows, dimension] and y [columns, dimension],
+// with squared norms (null if k is a function of products). Squared distances follow from them. One below `closest`
+// times the sum of the norms is computed again from differences. Products become w_ij; those of close pairs become 0,
+// and their w_ij go to `close`, which is 0 elsewhere. Returns the sum of the row.
+struct ProductBlock {
+  int64_t rows, columns, dimension;
+  void* products;
+  const void *x, *y, *x_norms, *y_norms, *x_weights, *y_weights;
+  MmdKernel kernel;
+  double closest;
+  bool same;  // x is y: pairs with i < j alone
+};
 template <class S>
 struct ProductRow {
   S* products;
-  S* close;        // absent: gradients are not wanted, and no w_ij are written
-  const S *x, *y;  // the point, and `count` points, row by row
+  S* close;        // null: gradients are not wanted, and no w_ij are written
+  const S *x, *y;  // the point, and all points of y
   S x_norm, x_weight;
   const S *y_norms, *y_weights;
   int64_t count, dimension;
   int64_t first;  // pairs before it do not count
   S closest;
-  bool any_close;  // out
+  bool any_close = false;  // out
+
+  ProductRow(const ProductBlock& op, int64_t i, S* close)
+      : products(static_cast<S*>(op.products) + i * op.columns),
+        close(close),
+        x(static_cast<const S*>(op.x) + i * op.dimension),
+        y(static_cast<const S*>(op.y)),
+        x_norm(op.x_norms ? static_cast<const S*>(op.x_norms)[i] : S(0)),
+        x_weight(static_cast<const S*>(op.x_weights)[i]),
+        y_norms(static_cast<const S*>(op.y_norms)),
+        y_weights(static_cast<const S*>(op.y_weights)),
+        count(op.columns),
+        dimension(op.dimension),
+        first(op.same ? (i + 1 < count ? i + 1 : count) : 0),
+        closest(S(op.closest)) {}
 };
 template <class S>
 double mmd_product_row(const MmdKernel& kernel, ProductRow<S>& row);

@@ -1,3 +1,4 @@
+#include "../common/vectors.h"
 #include "energy_mmd.h"
 
 namespace lgd {
@@ -6,24 +7,7 @@ namespace {
 constexpr int kTile = kMmdTile;
 constexpr int64_t kSpan = 256;  // coordinates whose squares are added up before they join the rest
 
-template <class S>
-struct Vector {
-  static constexpr int kLanes = 32 / sizeof(S);
-  typedef S type __attribute__((vector_size(32)));
-  typedef S unaligned __attribute__((vector_size(32), aligned(sizeof(S)), may_alias));
-  typedef double wide __attribute__((vector_size(8 * kLanes)));
-  typedef double wide_unaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
-};
-template <class S>
-LGD_INLINE const typename Vector<S>::unaligned& load(const S* from) {
-  return *reinterpret_cast<const typename Vector<S>::unaligned*>(from);
-}
-template <class S>
-LGD_INLINE void store(S* to, const typename Vector<S>::type& lanes) {
-  *reinterpret_cast<typename Vector<S>::unaligned*>(to) = lanes;
-}
-
-// s_ij of the first `rows` x `columns` pairs; four points of x meet two vectors of points of y, in registers.
+// Computes s_ij of the first `rows` x `columns` pairs: four points of x with two vectors of points of y, in registers.
 template <class S, bool kProduct>
 LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, int columns, bool more, S* squares) {
   constexpr int kLanes = Vector<S>::kLanes;
@@ -51,7 +35,7 @@ LGD_CLONES void pair_sums(const S* x, const S* y, int64_t dimension, int rows, i
   }
 }
 
-// sum_ij p_i q_j k(s_ij); s_ij become w_ij, where wanted. `same`: pairs with i < j alone.
+// Returns sum_ij p_i q_j k(s_ij). With kSlopes, s_ij become w_ij. `same`: pairs with i < j alone.
 template <bool kSlopes, class S, class F>
 LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows, int columns, bool same, S two,
                               S* squares) {
@@ -84,8 +68,9 @@ LGD_CLONES double pair_values(const F& kernel, const S* p, const S* q, int rows,
   return total;
 }
 
-// The gradient of a tile to its lanes' points: sum_i w_ij (y_j - x_i), or sum_i w_ij x_i of products. A few coordinates
-// of some vectors of points stay in registers, as in a matrix product, while all points of x pass by.
+// Adds the gradient of a tile to the points of its lanes: sum_i w_ij (y_j - x_i), or sum_i w_ij x_i of products. A few
+// coordinates of some vectors of points stay in registers, as in a matrix product, while the loop visits all points of
+// x.
 template <bool kProduct, int kCoordinates, int kVectors, class S>
 LGD_INLINE void pull(const S* x, const S* y, int rows, const S* weights, double coefficient, double* d_y) {
   constexpr int kLanes = Vector<S>::kLanes;
@@ -125,7 +110,7 @@ LGD_CLONES void pair_gradients(const S* x, const S* y, int64_t dimension, int ro
   if (c < dimension) pull<kProduct, 1, 8>(x + c * kTile, y + c * kTile, rows, weights, coefficient, d_y + c * kTile);
 }
 
-// The first halves of two vectors, an element of each in turn, or the second halves.
+// Interleaves the elements of the first halves of two vectors, or of the second halves.
 template <bool kSecond, class V>
 LGD_INLINE void interleave(const V& a, const V& b, V& to) {
   if constexpr (sizeof(a[0]) == 4)
@@ -135,7 +120,8 @@ LGD_INLINE void interleave(const V& a, const V& b, V& to) {
     to = kSecond ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
 }
 
-// Of a tile, in squares of as many rows as a vector has lanes: log2 of that many times, rows half of them apart meet.
+// Transposes a tile in squares of as many rows as a vector has lanes, in log2 of that many steps; in each, rows half of
+// that many apart are interleaved.
 template <class S>
 LGD_CLONES void transpose(const S* from, S* to) {
   constexpr int kLanes = Vector<S>::kLanes;
@@ -158,7 +144,7 @@ LGD_CLONES void transpose(const S* from, S* to) {
     }
 }
 
-// To both sides; `weights` are those of the points of y, and turned over to those of x.
+// Adds the gradients to both sides. `weights` are used as they are for the points of y, and transposed for those of x.
 template <bool kProduct, class S>
 void gradients(const S* x, const S* y, int64_t dimension, int rows, int columns, const S* weights, double coefficient,
                double* d_x, double* d_y) {
@@ -198,7 +184,7 @@ LGD_CLONES void add_pair(const S* x, const S* y, S weight, int64_t count, S* d_x
   }
 }
 
-// s_j = max(0, ||x||^2 + ||y_j||^2 - 2 <x, y_j>); says whether one is below `closest` of the norms.
+// s_j = max(0, ||x||^2 + ||y_j||^2 - 2 <x, y_j>). Returns whether one is below `closest` of the norms.
 template <class S>
 LGD_CLONES bool squares_of(S* products, const S* y_norms, S x_norm, S closest, int64_t count) {
   int64_t close = 0;
@@ -211,7 +197,7 @@ LGD_CLONES bool squares_of(S* products, const S* y_norms, S x_norm, S closest, i
   return close != 0;
 }
 
-// sum_j q_j k(s_j) of a stretch of at most a tile; s_j become w_j, where wanted.
+// Returns sum_j q_j k(s_j) of a stretch of at most a tile. With kSlopes, s_j become w_j.
 template <bool kSlopes, class S, class F>
 LGD_CLONES S stretch(const F& kernel, S* squares, const S* weights, S turn, int count) {
   alignas(64) S value[kTile], slope[kTile];

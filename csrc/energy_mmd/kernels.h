@@ -1,34 +1,37 @@
-// The kernels that samples are compared by, one functor each: from a row of squared distances (or of products) the
-// values and the derivatives. As in lgd_kernels/ops/energy_mmd/kernels.py; docs/energy_mmd.md says how to add one.
+// The MMD kernels k(x, y), one functor each: from a row of squared distances (or of products) the values and the
+// derivatives. As in lgd_kernels/ops/energy_mmd/kernels.py; docs/energy_mmd.md says how to add one.
 #pragma once
 #include "../common/power.h"
 
 namespace lgd {
 
-enum class Kernels : int { energy, gaussian, laplace, rational, polynomial };  // in the order of KINDS
+enum class MmdKernels : int { energy, gaussian, laplace, rational, polynomial };  // in the order of KINDS
 
 struct MmdKernel {
-  Kernels kind;
+  MmdKernels kind;
   const double* parameters;
   int count;
 
-  LGD_INLINE bool of_product() const { return kind == Kernels::polynomial; }
+  LGD_INLINE bool of_product() const { return kind == MmdKernels::polynomial; }
+  double factor() const { return kind == MmdKernels::energy ? 1 : -2; }  // the energy is minus a kernel, and halved
 };
 
-// Each: row(arguments, values, derivatives, count); null derivatives are not wanted (once inlined, a constant).
-// s^(1/2), and 1/2 s^(-1/2), 0 where s is: without a root and a division, where there is an instruction that begins a
-// root. Returns how many were done.
+// Each functor: row(arguments, values, derivatives, count); null derivatives are not wanted (once inlined, a constant).
+
+// s^(1/2), and 1/2 s^(-1/2), or 0 where s is 0, by an instruction that approximates s^(-1/2), if the processor has one.
+// Returns how many elements were computed.
 int fast_roots(const float* s, float* value, float* slope, int count);
 
-// Rows of squared distances and all that becomes of them: p_i q_j s^(1/2) is summed up, and s turn into p_i q_j
-// s^(-1/2). The columns fill vectors of 16.
+// Rows of squared distances s. p_i q_j s^(1/2) is added up, and s become p_i q_j s^(-1/2). The columns fill vectors of
+// 16.
 struct DistanceTile {
   float* squares;
   int64_t stride;
   const float *p, *q;
   int rows, columns;
 };
-// Row after row, from this one, to the first that has points that coincide or are no numbers: which it is.
+// Computes row after row, from this one, to the first with points that coincide or are no numbers, and returns its
+// index.
 int fast_distances(const DistanceTile& of, int row, double& total);
 
 template <class S>
@@ -140,20 +143,20 @@ struct Polynomial {  // (scale s + offset)^degree of a product s
   }
 };
 
-// run(functor)
+// run(functor) with the functor of the kernel.
 template <class S, class Run>
 LGD_INLINE auto with_kernel(const MmdKernel& kernel, const Run& run) {
   const double* p = kernel.parameters;
   switch (kernel.kind) {
-    case Kernels::energy:
+    case MmdKernels::energy:
       if (p[0] == 1) return run(Distance<S>{});
       if (p[0] == 2) return run(Square<S>{});
       return run(Power<S>{Exponent<S>(p[0] / 2)});
-    case Kernels::gaussian:
+    case MmdKernels::gaussian:
       return run(Gaussian<S>{p, kernel.count});
-    case Kernels::laplace:
+    case MmdKernels::laplace:
       return run(Laplace<S>{S(1 / p[0])});
-    case Kernels::rational:
+    case MmdKernels::rational:
       return run(Rational<S>{S(0.5 / (p[1] * p[0] * p[0])), Exponent<S>(-p[1])});
     default:
       return run(Polynomial<S>{int(p[0]), S(p[1]), S(p[2])});

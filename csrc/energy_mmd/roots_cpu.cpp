@@ -11,13 +11,14 @@ namespace {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in the compiler's own headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// All are normal numbers that are not huge.
+// Whether all are normal numbers and not huge.
 __attribute__((target("avx512f"), always_inline)) inline bool plain(__m512 square) {
   return (_mm512_cmp_ps_mask(square, _mm512_set1_ps(kCoincide<float>), _CMP_GE_OQ) &
           _mm512_cmp_ps_mask(square, _mm512_set1_ps(0x1p120f), _CMP_LE_OQ)) == 0xffff;
 }
 
-// 14 bits of s^(-1/2) and a step of Newton's make 1.5 units in the last place; so does one more step, of the root.
+// 14 bits of s^(-1/2) and one step of Newton's method give 1.5 units in the last place; so does one more step, of the
+// root.
 __attribute__((target("avx512f"), always_inline)) inline void roots(__m512 square, __m512& root, __m512& half_inverse) {
   const __m512 half = _mm512_set1_ps(0.5f), near = _mm512_rsqrt14_ps(square);
   const __m512 near_root = _mm512_mul_ps(square, near), half_near = _mm512_mul_ps(half, near);

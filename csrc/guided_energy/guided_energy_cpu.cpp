@@ -2,6 +2,7 @@
 
 #include "../common/loops.h"
 #include "../common/philox_cpu.h"
+#include "../common/vectors.h"
 #include "guided_energy.h"
 
 namespace lgd {
@@ -9,17 +10,6 @@ namespace {
 
 constexpr int kTile = 4;  // targets, or other particles, compared with one at a time: their sums fill the registers
 constexpr int64_t kSpan = kEnergySpan;
-
-template <class S>
-struct Vector {
-  static constexpr int kLanes = 32 / sizeof(S);
-  typedef S type __attribute__((vector_size(32)));
-  typedef S unaligned __attribute__((vector_size(32), aligned(sizeof(S)), may_alias));
-};
-template <class S>
-LGD_INLINE const typename Vector<S>::unaligned& load(const S* from) {
-  return *reinterpret_cast<const typename Vector<S>::unaligned*>(from);
-}
 
 // totals[i] = the sum of all lanes of sums[i].
 template <class V, int N>

@@ -124,7 +124,7 @@ __attribute__((target("avx2,fma"))) void pair_part(const E* a, const E* b, int64
   for (; count - i >= 8 * kChains; i += 8 * kChains) {
     for (int64_t ahead = 0; ahead < 8 * kChains; ahead += kLine / int64_t(sizeof(E))) {
       if (after[0]) __builtin_prefetch(after[0] + i + ahead);
-      if (after[1]) ask_for(after[1] + i + ahead);
+      if (after[1]) prefetch(after[1] + i + ahead);
     }
     for (int chain = 0; chain < kChains; ++chain) {
       __m256 x = eight(a + i + 8 * chain), y = eight(b + i + 8 * chain), d = _mm256_sub_ps(x, y);

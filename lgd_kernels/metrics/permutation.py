@@ -70,7 +70,7 @@ def mmd_test(
     """
     kernel = Energy() if kernel is None else kernel
     with checks.said_by("mmd_test"):
-        checks.call(x, y, None, None, 1.0, 1.0, unbiased, kernel, True, None, False)
+        checks.call(x, y, None, None, checks.Options(unbiased=unbiased, kernel=kernel))
     checks.finite("mmd_test", waits=True, x=x, y=y)
     count("mmd_test", "permutations", permutations, MOST_REPEATS)
     report = reports.report("mmd_test", progress)

@@ -153,6 +153,7 @@ class Operator(NamedTuple):
     backward: Callable[[Any, str | None, bool], Sequence]  # (that, impl, direct) -> a gradient for each leaf
     reference_backward: Callable[[Any], Sequence]  # the same as a formula that autograd and vmap can go through
     outputs: int = 1  # differentiable ones, the first
+    recorded: Callable[[Any, tuple], Any] | None = None  # (struct, wanted) -> the struct of a call with gradients
 
     def __call__(self, a: tuple, impl: str | None) -> Any:
         if impls.through_reference(self.name, impl):
@@ -167,6 +168,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, a, impl, *leaves):
         ctx.op, ctx.impl, ctx.wanted = op, impl, ctx.needs_input_grad[3:]
+        a = a if op.recorded is None else op.recorded(a, ctx.wanted)
         ctx.plain = impls.direct(*op.raw.tensors(a))
         found = op.raw.run(a, impl, ctx.plain)
         saved = op.save(a, found, ctx.wanted)

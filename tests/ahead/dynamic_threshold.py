@@ -6,10 +6,11 @@ import torch
 from aot import Inputs, Kernel, of_rows
 
 from lgd_kernels.ops.dynamic_threshold import triton
+from lgd_kernels.ops.dynamic_threshold.structs import DynamicThreshold
 
 
 def forward(a: Inputs) -> None:
-    triton.forward(a.data(), torch.zeros(a.batch, 2), a.data(), a.shape[1] // 2, 0.5, math.inf)
+    triton.forward((a.data(), torch.zeros(a.batch, 2)), DynamicThreshold(a.data(), 0.5, math.inf))
 
 
 CALLS = {

@@ -1,19 +1,15 @@
-"""The operator: its schema, allocation, the choice of implementation, and its place in autograd.
-
-`torch.ops.lgd.dynamic_threshold` itself is not differentiable; the function below is, and it is what the api calls.
-"""
+"""The operator `torch.ops.lgd.dynamic_threshold`, and the differentiable op on top of it."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from lgd_kernels.ops.dynamic_threshold import reference
+from lgd_kernels.ops.dynamic_threshold.structs import DynamicThreshold, DynamicThresholdBackward
 from lgd_kernels.runtime import impls
-from lgd_kernels.runtime.arguments import requires_grad
 from lgd_kernels.runtime.levels import arithmetic_dtype
+from lgd_kernels.runtime.operator import Operator, define, shape_of
 
 IMPLEMENTATIONS = {
     "triton": impls.FLOATS,
@@ -21,64 +17,44 @@ IMPLEMENTATIONS = {
     "reference": impls.ALL_FLOATS,
 }
 
-_library = torch.library.Library("lgd", "FRAGMENT")
-_library.define(  # order: the two elements that the quantile lies between, [B, 2]
-    "dynamic_threshold(Tensor x0, float quantile, float max_value, str? impl) -> (Tensor out, Tensor order)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
 
-
-def dynamic_threshold(x0: Tensor, quantile: float, max_value: float, impl: str | None) -> Tensor:
-    """The differentiable op."""
-    if max_value > torch.finfo(arithmetic_dtype(x0)).max:
-        max_value = math.inf  # the same, to these numbers
-    if impls.through_reference("dynamic_threshold", impl):
-        return reference.dynamic_threshold(x0, quantile, max_value)
-    if torch.is_grad_enabled() and requires_grad(x0):
-        return _DynamicThreshold.apply(x0, quantile, max_value, impl)
-    forward = _forward if impls.direct(x0) else torch.ops.lgd.dynamic_threshold
-    return forward(x0, quantile, max_value, impl)[0]
-
-
-class _DynamicThreshold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x0, quantile, max_value, impl):
-        forward = _forward if impls.direct(x0) else torch.ops.lgd.dynamic_threshold
-        out, order = forward(x0, quantile, max_value, impl)
-        ctx.save_for_backward(x0, order)
-        ctx.options = quantile, max_value
-        return out
-
-    @staticmethod
-    def backward(ctx, upstream):
-        x0, order = ctx.saved_tensors
-        if not x0.numel():
-            return torch.zeros_like(x0), None, None, None
-        low, high = order.unbind(1)
-        if torch.is_grad_enabled():  # again: the statistics are functions of x0 too
-            low, high = reference.order_statistics(x0.to(order.dtype), ctx.options[0])
-        grad = reference.dynamic_threshold_backward(upstream, x0, low, high, *ctx.options)
-        return grad.to(x0.dtype), None, None, None
-
-
-def _forward(x0, quantile, max_value, impl):
-    impl = impls.choose("dynamic_threshold", impl, x0.device, x0.dtype)
-    out, order = _allocate(x0, quantile, max_value, impl)
+def forward(a: DynamicThreshold, impl: str | None) -> tuple[Tensor, Tensor]:
+    """Compute the output, and the two elements that each quantile lies between, `[B, 2]`."""
+    impl = impls.choose("dynamic_threshold", impl, a.x0.device, a.x0.dtype)
+    out, order = outputs = allocated(a)
     if not out.numel():
-        return out, order
+        return outputs
     if impl == "reference":
-        out.copy_(reference.dynamic_threshold(x0, quantile, max_value))
-        order.copy_(torch.stack(reference.order_statistics(x0.to(order.dtype), quantile), 1))
-        return out, order
-    place = reference.position(quantile, x0[0].numel())
-    impls.launcher("dynamic_threshold", impl).forward(out, order, x0, *place, max_value)
-    return out, order
+        out.copy_(reference.dynamic_threshold(a))
+        order.copy_(torch.stack(reference.order_statistics(a.x0.to(order.dtype), a.quantile), 1))
+    else:
+        impls.launcher("dynamic_threshold", impl).forward(outputs, a)
+    return outputs
 
 
-def _allocate(x0, quantile, max_value, impl):
-    return x0.new_empty(x0.shape), x0.new_empty((x0.shape[0], 2), dtype=arithmetic_dtype(x0))
+def allocated(a: DynamicThreshold) -> tuple[Tensor, Tensor]:
+    return a.x0.new_empty(a.x0.shape), a.x0.new_empty((a.x0.shape[0], 2), dtype=arithmetic_dtype(a.x0))
 
 
-for _device in ("CPU", "CUDA", "MPS", "XPU"):
-    _library.impl("dynamic_threshold", _forward, _device)
-torch.library.register_fake("lgd::dynamic_threshold", _allocate, lib=_library)
+def backward(b: DynamicThresholdBackward) -> list[Tensor]:
+    """Compute the gradient to x0, in plain PyTorch."""
+    x0 = b.call.x0
+    if not x0.numel():
+        return [torch.zeros_like(x0)]
+    if torch.is_grad_enabled():  # again: the statistics are functions of x0 too
+        low, high = reference.order_statistics(x0.to(b.order.dtype), b.call.quantile)
+    else:
+        low, high = b.order.unbind(1)
+    return [reference.dynamic_threshold_backward(b.upstream, b.call, low, high).to(x0.dtype)]
+
+
+dynamic_threshold = Operator(
+    "dynamic_threshold",
+    define(DynamicThreshold, "dynamic_threshold", "(Tensor out, Tensor order)", forward, allocated),
+    reference=reference.dynamic_threshold,
+    leaves=lambda a: (a.x0,),
+    saved=shape_of(DynamicThresholdBackward),
+    save=lambda a, outputs, wanted: DynamicThresholdBackward(outputs[0], outputs[1], a),
+    backward=lambda b, impl, direct: backward(b),
+    reference_backward=backward,
+)

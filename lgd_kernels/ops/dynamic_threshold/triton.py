@@ -5,27 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgd_kernels.runtime.memory import sizes, with_contiguous_rows
+from lgd_kernels.ops.dynamic_threshold.structs import DynamicThreshold
+from lgd_kernels.runtime.memory import sizes
 from lgd_kernels.runtime.triton_common import column_blocks, load_tile, store_tile, tile
-from lgd_kernels.runtime.triton_old import COMPILE, on_device, rounded_stores, tiling
+from lgd_kernels.runtime.triton_launch import launch, rows_argument, tiling
 
-SELECTED = 2048  # elements of a sample that its program, of 8 warps, counts at a time: with 4, Triton 3.6 spills
+SELECTED = 2048  # elements of a sample that a program of 8 warps counts at a time; with 4 warps Triton 3.6 spills
 
 
 @triton.jit
 def _magnitudes(x0, first, columns, row):
-    """The bits of |x0|, and which of them there are."""
+    """Return the bits of |x0|, and the mask of elements that exist."""
     mask = first + columns < row
     bits = tl.load(x0 + first + columns, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
     return bits & 0x7FFFFFFF, mask
 
 
 @triton.jit
-def dynamic_threshold_select_kernel(order, x0, stride, row, rank, NEXT: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for each sample: of |x0| the element of this rank, digit by digit, and with NEXT the one after it. Bits
-    order as the magnitudes do. Counts are integers, so no order of addition shows."""
+def dynamic_threshold_select_kernel(order, x0, row, rank, NEXT: tl.constexpr, BLOCK: tl.constexpr):
+    """Find in a sample, one to a program, the element of |x0| of this rank, digit by digit, and with NEXT the element
+    after it. Bits order as the magnitudes do. Counts are integers: the order of addition changes no bit."""
     sample = tl.program_id(0).to(tl.int64)
-    x0 += sample * stride
+    x0 = x0[0] + sample * x0[1]
     columns, bins = tl.arange(0, BLOCK), tl.arange(0, 256)
     left, equal = tl.cast(rank, tl.int64), tl.cast(0, tl.int64)
     prefix = tl.cast(0, tl.int32)
@@ -36,7 +37,7 @@ def dynamic_threshold_select_kernel(order, x0, stride, row, rank, NEXT: tl.const
             if digit > 0:
                 mask &= (bits >> (32 - 8 * digit)) == prefix
             counts += tl.histogram((bits >> (24 - 8 * digit)) & 255, 256, mask=mask)
-        before = tl.cumsum(counts, 0) <= left  # digits that all come before the one sought
+        before = tl.cumsum(counts, 0) <= left  # digits that all come before the digit sought
         found = tl.sum(before.to(tl.int32), 0)
         left -= tl.sum(tl.where(before, counts, 0), 0)
         equal = tl.sum(tl.where(bins == found, counts, 0), 0)
@@ -54,24 +55,23 @@ def dynamic_threshold_select_kernel(order, x0, stride, row, rank, NEXT: tl.const
 
 
 @triton.jit
-def dynamic_threshold_kernel(out, order, x0, stride, batch, row, weight, most, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def dynamic_threshold_kernel(out, x0, batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr, order, weight, most):
     rows, present, first, columns = tile(batch, row, ROWS, BLOCK)
     mask = present[:, None] & (first + columns < row)[None, :]
     low = tl.load(order + 2 * rows, mask=present, other=1.0)
     high = tl.load(order + 2 * rows + 1, mask=present, other=1.0)
     quantile = tl.where(high == low, low, low + weight * (high - low))
     s = tl.where(quantile < 1, 1.0, tl.where(quantile > most, most, quantile))[:, None]  # NaN stays
-    x = load_tile(x0, stride, rows, first, columns, mask)
+    x = load_tile(*x0, rows, first, columns, mask)
     clipped = tl.minimum(tl.maximum(x, -s), s)
     store_tile(out, row, rows, first, columns, mask, tl.div_rn(clipped, tl.zeros_like(clipped) + s))
 
 
-def forward(out, order, x0, rank, weight, max_value):
-    x0 = with_contiguous_rows(x0)
-    batch, row = sizes(x0)
-    grid, _, shape = tiling(x0)
-    with on_device(x0), rounded_stores(out) as (stored,):
-        dynamic_threshold_select_kernel[(batch,)](
-            order, x0, x0.stride(0), row, rank, NEXT=weight > 0, BLOCK=SELECTED, **(COMPILE | {"num_warps": 8})
-        )
-        dynamic_threshold_kernel[grid](stored, order, x0, x0.stride(0), batch, row, weight, max_value, **shape)
+def forward(outputs, a: DynamicThreshold) -> None:
+    out, order = outputs
+    batch, row = sizes(a.x0)
+    grid, _, tiles = tiling(batch, row)
+    x0, (rank, weight) = rows_argument(a.x0), a.position()
+    select = dynamic_threshold_select_kernel
+    launch(select, (batch,), order, x0, row, rank, weight > 0, SELECTED, like=out, num_warps=8)
+    launch(dynamic_threshold_kernel, grid, out, x0, *tiles, order, weight, a.max_value, like=out)

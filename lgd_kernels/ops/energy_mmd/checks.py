@@ -1,28 +1,40 @@
-"""The argument checks of this room: each message names the argument, what came and what was expected."""
+"""Check the arguments of the op. Each message names the argument, its value and what was expected."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Polynomial, RationalQuadratic
+from lgd_kernels.ops.energy_mmd.kernels import KINDS, Energy, Gaussian, Kernel, Polynomial, RationalQuadratic
 from lgd_kernels.runtime.checks import DATA_DTYPES, dense, flag, power, smallest
 from lgd_kernels.runtime.shown import readable
 
 OP = "energy_mmd"
 Precision = Literal["direct", "product"]
 PRECISIONS = get_args(Precision)
-LEAST_SHARE = 2.0**-40  # of pairs of different samples, in weight: below it, 1 - sum p^2 is mostly rounding
+LEAST_SHARE = 2.0**-40  # weight of the pairs of different samples: below it, 1 - sum p^2 is mostly rounding
+
+
+class Options(NamedTuple):
+    """The options of a call, as users pass them."""
+
+    beta: float = 1.0
+    lam: float = 1.0
+    unbiased: bool = True
+    kernel: Kernel | None = None
+    target_term: bool = True
+    precision: Precision | None = None
+    batched: bool = False
 
 
 @contextlib.contextmanager
 def said_by(op: str) -> Iterator[None]:
-    """Errors about arguments name the function that was called."""
+    """Name the function that the user called in errors about its arguments."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -31,24 +43,29 @@ def said_by(op: str) -> Iterator[None]:
         raise type(error)(f"{op}{str(error)[len(OP) :]}") from None
 
 
-def call(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, part=False) -> None:
-    """Everything; `part`: of one process of several, which may hold no sample; their number is looked at later."""
-    samples(x, y, batched, part)
-    weights("x_weights", x_weights, "x", x, batched)
-    weights("y_weights", y_weights, "y", y, batched)
-    options(beta, lam, unbiased, kernel, target_term, precision)
-    if not part:
-        dimension = 1 if batched else 0
-        partners(x.shape[dimension], y.shape[dimension], lam, unbiased, target_term)
-        for name, given, counts in (("x_weights", x_weights, True), ("y_weights", y_weights, target_term)):
-            if given is not None and readable(given):
-                sums(name, given.sum(-1, dtype=torch.float64).reshape(-1))
-                if lam > 0 and unbiased and counts:
-                    shares = given.double() / given.amax(-1, keepdim=True)
-                    shared(name, shares.sum(-1).reshape(-1), shares.square().sum(-1).reshape(-1))
+def call(
+    x: Tensor, y: Tensor, x_weights: Tensor | None, y_weights: Tensor | None, given: Options, part: bool = False
+) -> None:
+    """Check everything. A `part`, the samples of one process of several, may be empty; the number of samples of all
+    processes is checked later."""
+    samples(x, y, given.batched, part)
+    weights("x_weights", x_weights, "x", x, given.batched)
+    weights("y_weights", y_weights, "y", y, given.batched)
+    options(*given[:-1])
+    if part:
+        return
+    dimension = 1 if given.batched else 0
+    partners(x.shape[dimension], y.shape[dimension], given.lam, given.unbiased, given.target_term)
+    for name, own, counts in (("x_weights", x_weights, True), ("y_weights", y_weights, given.target_term)):
+        if own is not None and readable(own):
+            sums(name, own.sum(-1, dtype=torch.float64).reshape(-1))
+            if given.lam > 0 and given.unbiased and counts:
+                shares = own.double() / own.amax(-1, keepdim=True)
+                shared(name, shares.sum(-1).reshape(-1), shares.square().sum(-1).reshape(-1))
 
 
 def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
+    """Raise TypeError or ValueError unless x and y are two sets of samples of one shape."""
     flag(OP, "batched", batched)
     leading = 2 if batched else 1
     said = "[B, n, ...]" if batched else "[n, ...]"
@@ -76,7 +93,8 @@ def samples(x: Tensor, y: Tensor, batched: bool, part: bool = False) -> None:
 
 
 def finite(op: str, waits: bool = False, **tensors: Tensor | None) -> None:
-    """No NaN and no infinity, where values can be read; with `waits` on any device, since the caller waits anyway."""
+    """Raise ValueError for NaN and infinity where values can be read; with `waits` on any device, since the caller
+    waits anyway."""
     for name, tensor in tensors.items():
         if waits and tensor is not None and tensor.device.type == "meta":
             raise ValueError(f"{op}: `{name}` is on meta, where tensors have no values; expected another device")
@@ -85,6 +103,7 @@ def finite(op: str, waits: bool = False, **tensors: Tensor | None) -> None:
 
 
 def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batched: bool) -> None:
+    """Raise TypeError or ValueError unless the weights fit the samples `like`; values only where they can be read."""
     if value is None:
         return
     shape = list(like.shape[: 2 if batched else 1])
@@ -109,7 +128,7 @@ def weights(name: str, value: Tensor | None, like_name: str, like: Tensor, batch
 
 
 def sums(name: str, totals: Tensor) -> None:
-    """Sums of the weights `[B]`, in float64: positive and finite, where they can be read."""
+    """Raise ValueError unless sums of weights, `[B]` in float64, are positive and finite, where they can be read."""
     if readable(totals) and not (smallest(totals) > 0 and -smallest(-totals) < math.inf):
         wrong = next(total for total in totals.tolist() if not 0 < total < math.inf)
         hint = "; divide by the largest" if wrong > 0 else ""
@@ -117,7 +136,7 @@ def sums(name: str, totals: Tensor) -> None:
 
 
 def shared(name: str, totals: Tensor, squares: Tensor) -> None:
-    """More than one sample has weight, where values can be read: P^2 - sum p^2 is more than rounding."""
+    """Raise ValueError if one sample has all the weight, where values can be read: P^2 - sum p^2 is rounding."""
     if readable(totals) and not smallest(totals.square() - squares - LEAST_SHARE * totals.square()) > 0:
         raise ValueError(
             f"{OP}: `{name}` gives one sample all the weight, so there is no pair of different samples; pass lam=0, "
@@ -125,7 +144,15 @@ def shared(name: str, totals: Tensor, squares: Tensor) -> None:
         )
 
 
-def options(beta, lam, unbiased, kernel, target_term, precision) -> None:
+def options(
+    beta: float,
+    lam: float,
+    unbiased: bool,
+    kernel: Kernel | None,
+    target_term: bool,
+    precision: Precision | None,
+) -> None:
+    """Raise TypeError or ValueError unless every option is valid."""
     for name, value in (("unbiased", unbiased), ("target_term", target_term)):
         if not isinstance(value, bool):
             raise TypeError(f"{OP}: `{name}` is a {type(value).__name__}, expected True or False")
@@ -141,6 +168,7 @@ def options(beta, lam, unbiased, kernel, target_term, precision) -> None:
 
 
 def partners(n: int, k: int, lam: float, unbiased: bool, target_term: bool) -> None:
+    """Raise ValueError where a term within a set has no pair of different samples."""
     if lam > 0 and unbiased and min(n, k if target_term else n) < 2:
         raise ValueError(
             f"{OP}: `{'x' if n < 2 else 'y'}` holds one sample, which has no other to be compared with; pass "
@@ -148,7 +176,7 @@ def partners(n: int, k: int, lam: float, unbiased: bool, target_term: bool) -> N
         )
 
 
-def _kernel(kernel) -> None:
+def _kernel(kernel: Kernel) -> None:
     if not isinstance(kernel, tuple(KINDS.values())):
         names = ", ".join(kind.__name__ for kind in KINDS.values())
         raise TypeError(f"{OP}: `kernel` is a {type(kernel).__name__}, expected one of {names}")
@@ -158,8 +186,10 @@ def _kernel(kernel) -> None:
         return
     if isinstance(kernel, Energy):
         return
-    widths = kernel.bandwidths if isinstance(kernel, Gaussian) else kernel.bandwidth
-    widths = list(widths) if isinstance(widths, (tuple, list)) else [widths]
-    for value in [*widths, *([kernel.alpha] if isinstance(kernel, RationalQuadratic) else [])] or [None]:
+    given = kernel.bandwidths if isinstance(kernel, Gaussian) else kernel.bandwidth
+    values: list[Any] = list(given) if isinstance(given, (tuple, list)) else [given]
+    if isinstance(kernel, RationalQuadratic):
+        values.append(kernel.alpha)
+    for value in values or [None]:
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{OP}: `kernel` is {kernel}, expected bandwidths (and alpha) that are positive numbers")

@@ -7,158 +7,172 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels.ops.energy_mmd.kernels import CODES, KINDS, factor
+from lgd_kernels.ops.energy_mmd.kernels import KINDS
+from lgd_kernels.ops.energy_mmd.structs import EnergyMmd, MmdKernel, ProductBlock
 from lgd_kernels.runtime import impls
-from lgd_kernels.runtime.levels import widest
 from lgd_kernels.runtime.precision import full_precision
 
-SMALL = 64  # dimensions up to which differences are quicker than products
-# Rows and columns of a block of products, 3.5 MiB: of 1024 and D = 2048, whose rows lie 4 and 8 KiB apart, torch's
+SMALL = 64  # dimensions up to which differences are faster than products
+# Rows and columns of a block of products, 3.5 MiB. With 1024 and D = 2048, rows lie 4 and 8 KiB apart, and torch's
 # product takes a tenth longer.
 BLOCK = 960
 PART = 2**18  # elements of samples at a time whose squares are added up: 1 MiB
-# Pairs closer than that share of ||x||^2 + ||y||^2 get differences where precision is None. A product of float32 is
-# about 3e-7 of the norms off, so that a distance it leaves to the product is 2e-5 of itself off at most.
+# Pairs closer than that share of ||x||^2 + ||y||^2 are taken from differences if precision is None. The error of a
+# float32 product is about 3e-7 of the norms, so a distance from a product has an error of at most 2e-5 of itself.
 CLOSEST = 1e-2
 
 
-def forward(loss, d_x, d_y, x, y, x_weights, y_weights, kernel, parameters, lam, unbiased, target_term, precision):
-    dtype = widest(x.dtype, y.dtype)
-    x, y = (one.to(dtype).contiguous() for one in (x, y))
-    x_weights, y_weights = (one if one is None else one.to(dtype).contiguous() for one in (x_weights, y_weights))
+def forward(outputs: tuple[Tensor, Tensor | None, Tensor | None], a: EnergyMmd) -> None:
+    dtype, precision = a.dtype, a.precision
+    x, y = a.x.to(dtype), a.y.to(dtype)
+    p, q = (None if one is None else one.to(dtype) for one in (a.x_weights, a.y_weights))
+    a = a._replace(x=x, y=y, x_weights=p, y_weights=q)
     if precision is None:
-        precision = "direct" if x.shape[2] <= SMALL or x.shape[1] * y.shape[1] <= 64 * 64 else "auto"
+        pairs = a.x.shape[1] * (a.y if a.between else a.x).shape[1]
+        precision = "direct" if a.x.shape[2] <= SMALL or pairs <= 64 * 64 else "auto"
     if precision == "direct":
-        impls.extension().energy_mmd(
-            loss, d_x, d_y, x, y, x_weights, y_weights, CODES[kernel], parameters, lam, factor(kernel), unbiased,
-            target_term, torch.get_num_threads(),
-        )  # fmt: skip
+        impls.extension().energy_mmd(outputs, a, torch.get_num_threads())
         return
     closest = CLOSEST if precision == "auto" else 0.0
-    for item in range(x.shape[0]):
-        rows = [one if one is None else one[item] for one in (x, y, x_weights, y_weights, d_x, d_y)]
+    for item, loss in enumerate(outputs[0]):
+        problem = a._replace(
+            x=x[item].contiguous(),
+            y=y[item].contiguous(),
+            x_weights=None if p is None else p[item].contiguous(),
+            y_weights=None if q is None else q[item].contiguous(),
+        )
+        gradients = [None if one is None else one[item] for one in outputs[1:]]
         with full_precision(x.device):
-            loss[item] = _products(*rows, kernel, parameters, lam, unbiased, target_term, closest)
+            loss.fill_(_products(problem, gradients, closest))
 
 
 class _Side(NamedTuple):
-    """A set of samples, and what blocks of it are made of."""
+    """A set of samples, and the origin of its products."""
 
-    points: Tensor
-    weights: Tensor
+    points: Tensor  # [n, D]
+    weights: Tensor  # [n]
     gradient: Tensor | None
-    centre: Tensor | None  # what distances are seen from; None: the origin
-    norms: Tensor | None  # squared, from there; None: not needed
+    centre: Tensor | None  # the origin of distances; None: 0
+    norms: Tensor | None  # squared, about the centre; None: not needed
 
     def block(self, first: int, kept: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Points, norms and weights of the samples from `first` on; `kept` is where points may be put."""
-        points, norms, weights = (
-            one if one is None else one[first : first + BLOCK] for one in (self.points, self.norms, self.weights)
-        )
+        """Return points, norms and weights of the samples from `first` on. Centred points are stored in `kept`."""
+        end = first + BLOCK
+        points, norms = self.points[first:end], None if self.norms is None else self.norms[first:end]
         if self.centre is not None:
             points = torch.sub(points, self.centre, out=kept[: points.numel()].view(points.shape))
-        return points, norms, weights
+        return points, norms, self.weights[first:end]
 
 
-def _products(x, y, p, q, d_x, d_y, kernel, parameters, lam, unbiased, target_term, closest):
-    """One problem, in blocks of products; gradients are added to d_x and d_y, which begin at 0."""
-    of_product = KINDS[kernel].of_product
-    centre = None if of_product else _centre(y)
+class _Kept(NamedTuple):
+    """Memory for a block."""
+
+    products: Tensor
+    centred: list[Tensor]  # points of both sides about the centre
+    turns: list[Tensor]  # what the block adds to the gradients of both sides
+
+    @staticmethod
+    def of(sides: list[_Side]) -> _Kept:
+        like, largest = sides[0].points, max(min(BLOCK, len(side.points)) for side in sides)
+        wide = largest * like.shape[1]
+        wanted = any(side.gradient is not None for side in sides)
+        return _Kept(
+            like.new_empty(largest * largest if len(like) else 0),
+            [like.new_empty(wide if sides[0].centre is not None else 0) for _ in sides],
+            [like.new_empty(wide if wanted else 0) for _ in sides],
+        )
+
+
+def _products(a: EnergyMmd, gradients: list[Tensor | None], closest: float) -> float:
+    """Compute one problem, x [n, D], in blocks of products; gradients are added to `gradients`, from 0 on."""
+    kernel = a.kernel
+    centre = None if kernel.of_product else _centre(a.y)
     sides = []
-    for points, weights, gradient in ((x, p, d_x), (y, q, d_y)):
+    for points, weights, gradient in zip((a.x, a.y), (a.x_weights, a.y_weights), gradients, strict=True):
         weights = points.new_ones(len(points)) if weights is None else weights
-        sides.append(_Side(points, weights, gradient, centre, None if of_product else _norms(points, centre)))
+        norms = None if kernel.of_product else _norms(points, centre)
+        sides.append(_Side(points, weights, gradient, centre, norms))
         if gradient is not None:
             gradient.zero_()
-    kept, options = _kept(*sides), (kernel, parameters, closest)
-    meets = factor(kernel) / (_total(sides[0].weights) * _total(sides[1].weights))
-    loss = meets * _pairs(*sides, kept, meets, False, *options)
-    for side, counts in zip(sides, (True, target_term), strict=True):
-        if not counts or lam == 0:
+    kept, loss = _Kept.of(sides), 0.0
+    x, y = sides
+    if a.between:
+        share = kernel.factor / (_total(x.weights) * _total(y.weights))
+        loss += share * _pairs(x, y, kept, share, kernel, closest)
+    for side, counts in zip(sides, (True, a.target_term), strict=True):
+        if not counts or a.lam == 0:
             continue
-        weights = side.weights
-        share = -factor(kernel) * lam / (_total(weights) ** 2 - (_total(weights.double().square()) if unbiased else 0))
-        loss += share * _pairs(side, side, kept, share, True, *options)
-        if not unbiased:
-            loss += share / 2 * _itself(side.points, weights, side.gradient, kernel, parameters, share / 2)
+        squares = _total(side.weights.double().square()) if a.unbiased else 0
+        share = -kernel.factor * a.lam / (_total(side.weights) ** 2 - squares)
+        loss += share * _pairs(side, side, kept, share, kernel, closest)
+        if not a.unbiased:
+            loss += share / 2 * _itself(side, share / 2, kernel)
     return loss
 
 
-def _centre(points):
-    """The mean, where norms about it are smaller by a quarter or more: distances do not know where the origin is, and
-    a product's error is a share of the norms. Otherwise None, which saves taking it from every block."""
-    total = sum(part.sum(0, dtype=torch.float64) for part in _parts(points))
+def _centre(points: Tensor) -> Tensor | None:
+    """Return the mean where norms about it are smaller by a quarter or more, and None elsewhere, which saves taking it
+    from every block. Distances do not depend on the origin, and the error of a product is a share of the norms."""
+    total = points.new_zeros(points.shape[1], dtype=torch.float64)
+    for part in _parts(points):
+        total += part.sum(0, dtype=torch.float64)
     centre = (total / len(points)).to(points.dtype)
     mean_square = sum(_total(part * part) for part in _parts(points)) / len(points)
     return centre if 4 * _total(centre * centre) > mean_square else None
 
 
-def _norms(points, centre):
+def _norms(points: Tensor, centre: Tensor | None) -> Tensor:
     parts = (part if centre is None else part - centre for part in _parts(points))
     return torch.cat([(part * part).sum(1) for part in parts])
 
 
-def _parts(points):
-    """So few rows at a time that what is made of them stays in the cache."""
+def _parts(points: Tensor) -> tuple[Tensor, ...]:
+    """Return so few rows at a time that what is computed from them stays in the cache."""
     return points.split(max(1, PART // points.shape[1]))
 
 
-def _kept(*sides):
-    """Memory for a block: products; points about the centre, of both sides; what close pairs add to their gradients."""
-    sizes = [min(BLOCK, len(side.points)) for side in sides]
-    like, largest = sides[0].points, max(sizes)
-    wide = largest * like.shape[1]
-    wanted = any(side.gradient is not None for side in sides)
-    return (
-        like.new_empty(largest * largest if len(sides[0].points) else 0),
-        [like.new_empty(wide if sides[0].centre is not None else 0) for _ in sides],
-        [like.new_empty(wide if wanted else 0) for _ in sides],
-    )
-
-
-def _pairs(x, y, kept, coefficient, same, kernel, parameters, closest):
-    """sum_ij p_i q_j k(x_i, y_j) (`same`: of i < j), and coefficient times its gradients."""
-    total, wanted = 0.0, x.gradient is not None or y.gradient is not None
+def _pairs(x: _Side, y: _Side, kept: _Kept, coefficient: float, kernel: MmdKernel, closest: float) -> float:
+    """Compute sum_ij p_i q_j k(x_i, y_j) (within a set: of i < j), and add coefficient times its gradients."""
+    total, wanted, same = 0.0, x.gradient is not None or y.gradient is not None, x is y
     for i in range(0, len(x.points), BLOCK):
-        a, a_norms, p = x.block(i, kept[1][0])
+        a, a_norms, p = x.block(i, kept.centred[0])
         for j in range(i if same else 0, len(y.points), BLOCK):
-            b, b_norms, q = y.block(j, kept[1][1])
-            products = torch.mm(a, b.t(), out=kept[0][: len(a) * len(b)].view(len(a), len(b)))
+            b, b_norms, q = y.block(j, kept.centred[1])
+            products = torch.mm(a, b.t(), out=kept.products[: len(a) * len(b)].view(len(a), len(b)))
             turns = [
-                room[: one.numel()].view(one.shape).zero_() if wanted else None
-                for one, room in zip((a, b), kept[2], strict=True)
+                memory[: one.numel()].view(one.shape).zero_() if wanted else None
+                for one, memory in zip((a, b), kept.turns, strict=True)
             ]
-            total += impls.extension().energy_mmd_block(
-                products, a, b, a_norms, b_norms, p, q, *turns, CODES[kernel], parameters, closest, same and i == j,
-                torch.get_num_threads(),
-            )  # fmt: skip
-            if x.gradient is not None:
-                _turn(turns[0], products, a, b, kernel)
-                x.gradient[i : i + BLOCK].add_(turns[0], alpha=coefficient)
-            if y.gradient is not None:
-                _turn(turns[1], products.t(), b, a, kernel)
-                y.gradient[j : j + BLOCK].add_(turns[1], alpha=coefficient)
+            block = ProductBlock(products, a, b, a_norms, b_norms, p, q, kernel, closest, same and i == j)
+            total += impls.extension().energy_mmd_block(turns, block, torch.get_num_threads())
+            ends = (x, turns[0], products, a, b, i), (y, turns[1], products.t(), b, a, j)
+            for side, turn, weights, points, others, first in ends:
+                if side.gradient is not None and turn is not None:
+                    _turn(turn, weights, points, others, kernel)
+                    side.gradient[first : first + BLOCK].add_(turn, alpha=coefficient)
     return total
 
 
-def _turn(turn, weights, points, others, kernel):
-    """Adds sum_j w_ij (x_i - y_j), or sum_j w_ij y_j of products."""
-    if KINDS[kernel].of_product:
+def _turn(turn: Tensor, weights: Tensor, points: Tensor, others: Tensor, kernel: MmdKernel) -> None:
+    """Add sum_j w_ij (x_i - y_j), or sum_j w_ij y_j for kernels of products."""
+    if kernel.of_product:
         turn.addmm_(weights, others)
     else:
         turn.addcmul_(points, weights.sum(1, keepdim=True)).addmm_(weights, others, alpha=-1)
 
 
-def _itself(points, weights, gradient, kernel, parameters, coefficient):
-    """sum_i p_i^2 k(x_i, x_i), and coefficient times its gradient."""
-    function, squares = KINDS[kernel], weights.double().square()
-    if not function.of_product:
-        return 0.0 if kernel == "energy" else _total(squares)
-    function, argument = function(int(parameters[0]), *parameters[1:]), points.double().square().sum(1)
-    if gradient is not None:
-        gradient += ((2 * coefficient * squares * function.slope(argument))[:, None] * points).to(gradient.dtype)
+def _itself(side: _Side, coefficient: float, kernel: MmdKernel) -> float:
+    """Compute sum_i p_i^2 k(x_i, x_i), and add coefficient times its gradient."""
+    squares = side.weights.double().square()
+    if not kernel.of_product:
+        return 0.0 if kernel.name == "energy" else _total(squares)
+    degree, *rest = kernel.parameters
+    function, argument = KINDS[kernel.name](int(degree), *rest), side.points.double().square().sum(1)
+    if side.gradient is not None:
+        slopes = (2 * coefficient * squares * function.slope(argument))[:, None]
+        side.gradient.add_((slopes * side.points).to(side.gradient.dtype))
     return _total(squares * function.value(argument))
 
 
-def _total(weights):
+def _total(weights: Tensor) -> float:
     return weights.sum(dtype=torch.float64).item()

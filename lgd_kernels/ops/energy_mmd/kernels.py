@@ -1,5 +1,5 @@
-"""The kernels that samples are compared by. To add one: a NamedTuple here and its name in `KINDS`, and a functor of the
-same formula in `csrc/energy_mmd/kernels.h` (docs/energy_mmd.md).
+"""The MMD kernels k(x, y) that samples are compared by. To add one, write a NamedTuple here with its name in `KINDS`,
+and a functor of the same formula in `csrc/energy_mmd/kernels.h` (docs/energy_mmd.md).
 
 Each is a function of the squared distance s = ||x - y||^2 (`of_product`: of the product <x, y>), with its derivative.
 Points that coincide have slope 0.
@@ -8,14 +8,16 @@ Points that coincide have slope 0.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lgd_kernels.ops.energy_mmd.structs import MmdKernel
+
 
 class Energy(NamedTuple):
-    """||x - y||^beta, beta in (0, 2]: minus a kernel, and what energy_mmd takes by default.
+    """||x - y||^beta, beta in (0, 2]: minus a kernel, and the default of energy_mmd.
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.energy_mmd(torch.zeros(1, 1), torch.full((1, 1), 4.0), kernel=lgd.Energy(0.5), lam=0.0)
@@ -23,7 +25,10 @@ class Energy(NamedTuple):
     """
 
     beta: float = 1.0
-    of_product = False
+
+    @property
+    def of_product(self) -> bool:
+        return False
 
     def value(self, s: Tensor) -> Tensor:
         return torch.where(s == 0, 0.0, _positive(s) ** (self.beta / 2))
@@ -33,7 +38,7 @@ class Energy(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """exp(-s / (2 bandwidth^2)): of one bandwidth, or the mean over a tuple of them.
+    """exp(-s / (2 bandwidth^2)), for a tuple of bandwidths the mean over them.
 
     >>> import torch, lgd_kernels as lgd
     >>> two = lgd.energy_mmd(torch.zeros(1, 1), torch.ones(1, 1), kernel=lgd.Gaussian((1.0, 2.0)), unbiased=False)
@@ -42,17 +47,21 @@ class Gaussian(NamedTuple):
     """
 
     bandwidths: float | tuple[float, ...] = 1.0
-    of_product = False
+
+    @property
+    def of_product(self) -> bool:
+        return False
 
     def rates(self) -> list[float]:
+        """Return 1 / (2 bandwidth^2) for each bandwidth."""
         bandwidths = self.bandwidths if isinstance(self.bandwidths, (tuple, list)) else (self.bandwidths,)
         return [0.5 / bandwidth**2 for bandwidth in bandwidths]
 
     def value(self, s: Tensor) -> Tensor:
-        return sum((-rate * s).exp() for rate in self.rates()) / len(self.rates())
+        return sum(((-rate * s).exp() for rate in self.rates()), torch.zeros_like(s)) / len(self.rates())
 
     def slope(self, s: Tensor) -> Tensor:
-        return sum(-rate * (-rate * s).exp() for rate in self.rates()) / len(self.rates())
+        return sum((-rate * (-rate * s).exp() for rate in self.rates()), torch.zeros_like(s)) / len(self.rates())
 
 
 class Laplace(NamedTuple):
@@ -65,7 +74,10 @@ class Laplace(NamedTuple):
     """
 
     bandwidth: float = 1.0
-    of_product = False
+
+    @property
+    def of_product(self) -> bool:
+        return False
 
     def value(self, s: Tensor) -> Tensor:
         return torch.where(s == 0, 1.0, (-_positive(s).sqrt() / self.bandwidth).exp())
@@ -86,7 +98,10 @@ class RationalQuadratic(NamedTuple):
 
     bandwidth: float = 1.0
     alpha: float = 0.5
-    of_product = False
+
+    @property
+    def of_product(self) -> bool:
+        return False
 
     def value(self, s: Tensor) -> Tensor:
         return (1 + s / (2 * self.alpha * self.bandwidth**2)) ** -self.alpha
@@ -108,43 +123,48 @@ class Polynomial(NamedTuple):
     degree: int = 3
     scale: float | None = None
     offset: float = 1.0
-    of_product = True
+
+    @property
+    def of_product(self) -> bool:
+        return True
 
     def value(self, s: Tensor) -> Tensor:
+        assert self.scale is not None  # split_kernel sets it
         return (self.scale * s + self.offset) ** self.degree
 
     def slope(self, s: Tensor) -> Tensor:
+        assert self.scale is not None
         return self.degree * self.scale * (self.scale * s + self.offset) ** (self.degree - 1)
 
 
 Kernel = Energy | Gaussian | Laplace | RationalQuadratic | Polynomial
-KINDS = {"energy": Energy, "gaussian": Gaussian, "laplace": Laplace, "rational": RationalQuadratic,
-         "polynomial": Polynomial}  # fmt: skip
-CODES = {name: code for code, name in enumerate(KINDS)}  # what the kernels receive
+KINDS: dict[str, type[Any]] = {
+    "energy": Energy,
+    "gaussian": Gaussian,
+    "laplace": Laplace,
+    "rational": RationalQuadratic,
+    "polynomial": Polynomial,
+}
 
 
-def split_kernel(kernel: Kernel, dimension: int) -> tuple[str, list[float]]:
-    """(name, parameters), as the operator takes them."""
+def split_kernel(kernel: Kernel, dimension: int) -> MmdKernel:
+    """Return the name and the parameters, as the operator takes them."""
     name = next(name for name, kind in KINDS.items() if isinstance(kernel, kind))
-    if name == "gaussian":
-        return name, kernel.rates()
-    if name == "polynomial" and kernel.scale is None:
-        kernel = kernel._replace(scale=1 / max(dimension, 1))
-    return name, [float(parameter) for parameter in kernel]
+    if isinstance(kernel, Gaussian):
+        return MmdKernel(name, kernel.rates())
+    if isinstance(kernel, Polynomial):
+        scale = 1 / max(dimension, 1) if kernel.scale is None else kernel.scale
+        return MmdKernel(name, [float(kernel.degree), float(scale), float(kernel.offset)])
+    return MmdKernel(name, [float(parameter) for parameter in kernel])
 
 
 def join_kernel(name: str, parameters: list[float]) -> Kernel:
-    """The other way."""
+    """Return the kernel of this name with these parameters."""
     if name == "gaussian":
         return Gaussian(tuple(math.sqrt(0.5 / rate) for rate in parameters))
     return KINDS[name](*parameters)
 
 
-def factor(name: str) -> float:
-    """Of E k(x, y) - lam/2 (...): MMD^2 is -2 times that; the energy is minus a kernel, and halved."""
-    return 1.0 if name == "energy" else -2.0
-
-
 def _positive(s: Tensor) -> Tensor:
-    """s, or 1 where it is 0: a branch that `where` drops must not have a slope that is infinite."""
+    """Return s, and 1 where s is 0: the branch that `where` drops must not have an infinite slope."""
     return torch.where(s == 0, 1.0, s)

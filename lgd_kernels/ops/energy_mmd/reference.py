@@ -3,66 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from lgd_kernels.ops.energy_mmd.kernels import Kernel, factor, join_kernel
+from lgd_kernels.ops.energy_mmd.kernels import Kernel, join_kernel
+from lgd_kernels.ops.energy_mmd.structs import EnergyMmd
 from lgd_kernels.runtime.levels import arithmetic_dtype
 
 LARGEST = 2**24  # elements of a block of differences
 
 
-def energy_mmd(
-    x: Tensor,
-    y: Tensor,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    kernel: str,
-    parameters: list[float],
-    lam: float,
-    unbiased: bool,
-    target_term: bool,
-) -> Tensor:
-    """x [B, n, D], y [B, k, D], weights [B, n] and [B, k] -> [B]."""
-    dtype = arithmetic_dtype(x, y)
-    x, y, p, q = x.to(dtype), y.to(dtype), _shares(x, x_weights), _shares(y, y_weights)
-    function = join_kernel(kernel, parameters)
-    total = _mean(function, x, y, p, q, 1.0)
-    if lam:
-        total = total - lam / 2 * _within(function, x, p, unbiased)
-        if target_term:
-            total = total - lam / 2 * _within(function, y, q, unbiased)
-    return (factor(kernel) * total).to(dtype)
+def energy_mmd(a: EnergyMmd) -> Tensor:
+    """Compute the loss `[B]`."""
+    dtype = arithmetic_dtype(a.x, a.y)
+    x, y, p, q = a.x.to(dtype), a.y.to(dtype), _shares(a.x, a.x_weights), _shares(a.y, a.y_weights)
+    function = join_kernel(*a.kernel)
+    total = _mean(function, x, y, p, q) if a.between else torch.zeros_like(p[:, 0])
+    if a.lam:
+        total = total - a.lam / 2 * _within(function, x, p, a.unbiased)
+        if a.target_term:
+            total = total - a.lam / 2 * _within(function, y, q, a.unbiased)
+    return (a.kernel.factor * total).to(dtype)
 
 
-def energy_mmd_gradients(
-    x: Tensor,
-    y: Tensor,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    kernel: str,
-    parameters: list[float],
-    lam: float,
-    unbiased: bool,
-    target_term: bool,
-) -> tuple[Tensor, Tensor]:
-    """d loss / d x and d loss / d y, in the arithmetic dtype."""
-    dtype = arithmetic_dtype(x, y)
-    x, y, p, q = x.to(dtype), y.to(dtype), _shares(x, x_weights), _shares(y, y_weights)
-    function = join_kernel(kernel, parameters)
-    d_x, d_y = _pull(function, x, y, p, q), _pull(function, y, x, q, p)
-    if lam:  # a pair of one set counts once at either end
-        d_x = d_x - lam / _pairs(p, unbiased)[:, None, None] * _pull(function, x, x, p, p, not unbiased)
-        if target_term:
-            d_y = d_y - lam / _pairs(q, unbiased)[:, None, None] * _pull(function, y, y, q, q, not unbiased)
-    return (factor(kernel) * d_x).to(dtype), (factor(kernel) * d_y).to(dtype)
+def energy_mmd_gradients(a: EnergyMmd) -> tuple[Tensor | None, Tensor | None]:
+    """Compute d loss / d x and d loss / d y, in the arithmetic dtype; None for one that is not wanted."""
+    dtype = arithmetic_dtype(a.x, a.y)
+    x, y, p, q = a.x.to(dtype), a.y.to(dtype), _shares(a.x, a.x_weights), _shares(a.y, a.y_weights)
+    function = join_kernel(*a.kernel)
+
+    def gradient(points: Tensor, others: Tensor, own: Tensor, their: Tensor, counts: bool) -> Tensor:
+        total = _pull(function, points, others, own, their) if a.between else torch.zeros_like(points, dtype=own.dtype)
+        if a.lam and counts:  # a pair of one set counts once at either end
+            pull = _pull(function, points, points, own, own, not a.unbiased)
+            total = total - a.lam / _pairs(own, a.unbiased)[:, None, None] * pull
+        return (a.kernel.factor * total).to(dtype)
+
+    return (
+        gradient(x, y, p, q, True) if a.wanted[0] else None,
+        gradient(y, x, q, p, a.target_term) if a.wanted[1] else None,
+    )
 
 
 def scaled(weights: Tensor | None, largest: Tensor | None = None) -> Tensor | None:
-    """Weights [B, n] in float64, divided by a power of two, so that the largest ([B], of this part or of all) lies in
-    [1, 2): no sum, square or product of two overflows, and ordinary weights give the same bits as before. NaN where a
-    weight is negative or NaN, and for a set whose largest weight is 0 or infinite."""
+    """Divide weights [B, n] by a power of two, in float64, so that the largest ([B], of this part or of all) lies in
+    [1, 2). Then no sum, square or product of two overflows, and ordinary weights give the same bits. NaN where a weight
+    is negative or NaN, and for a set whose largest weight is 0 or infinite."""
     if weights is None:
         return None
     weights = weights.double()
@@ -71,50 +59,50 @@ def scaled(weights: Tensor | None, largest: Tensor | None = None) -> Tensor | No
 
 
 def _shares(points: Tensor, weights: Tensor | None) -> Tensor:
-    """[B, n] in float64, with sum 1."""
-    if weights is None:
+    """Return weights [B, n] in float64, with sum 1."""
+    own = scaled(weights)
+    if own is None:
         return torch.full(points.shape[:2], 1 / points.shape[1], dtype=torch.float64, device=points.device)
-    weights = scaled(weights)
-    return weights / weights.sum(1, keepdim=True)
+    return own / own.sum(1, keepdim=True)
 
 
 def _pairs(p: Tensor, unbiased: bool) -> Tensor:
-    """The share of the pairs that count: those of different points, or all."""
+    """Return the share, in weight, of the pairs that count: those of different points, or all."""
     return 1 - p.square().sum(1) if unbiased else torch.ones_like(p[:, 0])
 
 
 def _arguments(function: Kernel, rows: Tensor, y: Tensor) -> Tensor:
-    """What a kernel is a function of, for all pairs: [B, rows, k]."""
+    """Compute the argument of the MMD kernel for all pairs, [B, rows, k]."""
     if function.of_product:
         return (rows[:, :, None] * y[:, None]).sum(-1)
     return (rows[:, :, None] - y[:, None]).square().sum(-1)
 
 
-def _blocks(x: Tensor, y: Tensor):
-    """(first row, rows) of x, few enough for a block of differences."""
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, rows) of x, few enough for a block of differences."""
     length = max(1, LARGEST // max(1, x.shape[0] * y.shape[1] * y.shape[2]))
     for first in range(0, x.shape[1], length):
         yield first, x[:, first : first + length]
 
 
-def _mean(function: Kernel, x: Tensor, y: Tensor, p: Tensor, q: Tensor, without: float) -> Tensor:
-    """sum_ij p_i q_j k(x_i, y_j); `without` 0 leaves out i = j."""
+def _mean(function: Kernel, x: Tensor, y: Tensor, p: Tensor, q: Tensor, itself: bool = True) -> Tensor:
+    """Compute sum_ij p_i q_j k(x_i, y_j); `itself` False leaves out i = j."""
     total = torch.zeros_like(p[:, 0])
     for first, rows in _blocks(x, y):
         values = function.value(_arguments(function, rows, y)).double()
         pairs = p[:, first : first + rows.shape[1], None] * q[:, None]
-        if not without:
+        if not itself:
             pairs = pairs.masked_fill(_same(first, rows, y), 0.0)
         total = total + (pairs * values).sum((1, 2))
     return total
 
 
 def _within(function: Kernel, x: Tensor, p: Tensor, unbiased: bool) -> Tensor:
-    return _mean(function, x, x, p, p, 0.0 if unbiased else 1.0) / _pairs(p, unbiased)
+    return _mean(function, x, x, p, p, not unbiased) / _pairs(p, unbiased)
 
 
 def _pull(function: Kernel, x: Tensor, y: Tensor, p: Tensor, q: Tensor, itself: bool = True) -> Tensor:
-    """d/dx_i of sum_j p_i q_j k(x_i, y_j), y held; `itself` False leaves out i = j."""
+    """Compute d/dx_i of sum_j p_i q_j k(x_i, y_j) with y constant; `itself` False leaves out i = j."""
     found = []
     for first, rows in _blocks(x, y):
         weights = function.slope(_arguments(function, rows, y)).double()
@@ -129,6 +117,6 @@ def _pull(function: Kernel, x: Tensor, y: Tensor, p: Tensor, q: Tensor, itself: 
 
 
 def _same(first: int, rows: Tensor, y: Tensor) -> Tensor:
-    """i = j, [rows, k]"""
+    """Return where i = j, [rows, k]."""
     i = torch.arange(first, first + rows.shape[1], device=y.device)
     return i[:, None] == torch.arange(y.shape[1], device=y.device)

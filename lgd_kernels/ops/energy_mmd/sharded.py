@@ -1,23 +1,24 @@
-"""Samples that lie in several processes: each takes the pairs of its own with all, and values are added up.
+"""Samples that lie in several processes: each computes the pairs of its own with all, and values are added up.
 
-The parts go around: a process hands on what it has met to the one before it and gets what the one after it has met, so
-it never holds more than its own samples, those it meets and those that are on their way meanwhile.
+The parts travel around a ring: a process sends the part it has just used to the rank before it, and receives the next
+one from the rank after it. It never holds more than its own samples, those in use and those on their way.
 
-A process sees n_own k + n_own n pairs of x: an equal share of the work where parts are equal. Where nobody wants the
-gradient to a set, a pair of its samples is looked at in one of their two processes; else in both, for the gradient of
+A process computes n_own k + n_own n pairs of x: an equal share of the work where parts are equal. Where no process
+wants the gradient to a set, one of two processes computes a pair of its samples; else both do, each for the gradient of
 its own sample. So no gradient travels, and backward does not communicate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from lgd_kernels.ops.energy_mmd import checks, pieces, reference
-from lgd_kernels.ops.energy_mmd.pieces import Form, Piece, Side
+from lgd_kernels.ops.energy_mmd.pieces import Piece, Side
+from lgd_kernels.ops.energy_mmd.structs import EnergyMmd
 from lgd_kernels.runtime import impls
 from lgd_kernels.runtime.progress import Report
 
@@ -25,16 +26,36 @@ OP = checks.OP
 
 
 class Parts(NamedTuple):
-    """What the processes of a group know of each other."""
+    """The parts of a group of processes, as all of them know them."""
 
     group: distributed.ProcessGroup
     rank: int
     counts: tuple[list[int], list[int]]  # of x and y, by rank
-    wanted: tuple[bool, bool]  # whether anyone wants the gradient
+    wanted: tuple[bool, bool]  # whether any process wants the gradient
+
+    @property
+    def size(self) -> int:
+        return len(self.counts[0])
 
 
-def agreed(group, x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched, impl):
-    """`Parts`; or an error in every process, where one was called wrongly or two differ."""
+class _Described(NamedTuple):
+    """What a process sends to the others before a call."""
+
+    same: dict[str, Any]  # equal in all processes
+    counts: tuple[int, int]
+    wanted: tuple[bool, bool]
+
+
+def agreed(
+    group: distributed.ProcessGroup,
+    x: Tensor,
+    y: Tensor,
+    x_weights: Tensor | None,
+    y_weights: Tensor | None,
+    options: checks.Options,
+    impl: str | None,
+) -> Parts:
+    """Return the parts of all processes, or raise in every process if one of them has a wrong call or two differ."""
     if impls.transformed():  # where processes cannot even be asked
         raise ValueError(f"{OP}: `group` does not go with torch.compile, vmap, jvp and func.grad")
     if not distributed.is_available() or not distributed.is_initialized():
@@ -44,113 +65,124 @@ def agreed(group, x, y, x_weights, y_weights, beta, lam, unbiased, kernel, targe
             f"{OP}: `group` is a {type(group).__name__}, expected a torch.distributed.ProcessGroup that this process "
             "belongs to, such as torch.distributed.group.WORLD"
         )
-    options = beta, lam, unbiased, kernel, target_term, precision, batched
-    error = None
+    error, own = None, None
     try:
-        checks.call(x, y, x_weights, y_weights, *options, part=True)
+        checks.call(x, y, x_weights, y_weights, options, part=True)
         impls.choose(OP, impl, x.device, x.dtype, y.dtype)
-        own = _described(x, y, x_weights, y_weights, *options)
+        own = _described(x, y, x_weights, y_weights, options)
     except (TypeError, ValueError) as found:
-        error, own = found, str(found)
-    every = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(every, own, group=group)
+        error = found
+    answers: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(answers, own if error is None else str(error), group=group)
     if error is not None:
         raise error
-    for rank, one in enumerate(every):
-        if isinstance(one, str):
-            raise ValueError(f"another process of the group, rank {rank}, was called wrongly: {one}")
-    for name, value in own["same"].items():
-        for rank, one in enumerate(every):
-            if one["same"][name] != every[0]["same"][name]:
-                raise ValueError(
-                    f"{OP}: {name} is {every[0]['same'][name]} in rank 0 of the group and {one['same'][name]} in rank "
-                    f"{rank}, expected the same in all (here it is {value})"
-                )
-    counts = tuple([one["counts"][of] for one in every] for of in (0, 1))
-    for name, total in zip("xy", map(sum, counts), strict=True):
-        if total == 0:
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, str):
+            raise ValueError(f"another process of the group, rank {rank}, was called wrongly: {answer}")
+    every = [_Described(*answer) for answer in answers]
+    _check_same(every, distributed.get_rank(group))
+    x_counts, y_counts = ([one.counts[of] for one in every] for of in (0, 1))
+    for name, counts in (("x", x_counts), ("y", y_counts)):
+        if sum(counts) == 0:
             raise ValueError(f"{OP}: `{name}` holds no sample in any process of the group, expected one or more")
-    checks.partners(*map(sum, counts), lam, unbiased, target_term)
-    wanted = tuple(any(one["wanted"][of] for one in every) for of in (0, 1))
-    return Parts(group, distributed.get_rank(group), counts, wanted)
+    checks.partners(sum(x_counts), sum(y_counts), options.lam, options.unbiased, options.target_term)
+    x_wanted, y_wanted = (any(one.wanted[of] for one in every) for of in (0, 1))
+    return Parts(group, distributed.get_rank(group), (x_counts, y_counts), (x_wanted, y_wanted))
 
 
-def _described(x, y, x_weights, y_weights, beta, lam, unbiased, kernel, target_term, precision, batched):
-    samples = int(batched)
-    shape = list(x.shape)
+def _described(
+    x: Tensor, y: Tensor, x_weights: Tensor | None, y_weights: Tensor | None, options: checks.Options
+) -> _Described:
+    samples = int(options.batched)
+    shape: list[Any] = list(x.shape)
     shape[samples] = "n"
     same = {
         "the shape of `x`": shape,
         "the dtype of `x`": str(x.dtype),
         "the dtype of `y`": str(y.dtype),
-        "the dtype of `x_weights`": x_weights if x_weights is None else str(x_weights.dtype),
-        "the dtype of `y_weights`": y_weights if y_weights is None else str(y_weights.dtype),
-        "`beta`": float(beta), "`lam`": float(lam), "`unbiased`": unbiased, "`kernel`": repr(kernel),
-        "`target_term`": target_term, "`precision`": precision, "`batched`": batched,
-    }  # fmt: skip
-    counts = x.shape[samples], y.shape[samples]
-    return {"same": same, "counts": counts, "wanted": (pieces.wanted(x), pieces.wanted(y))}
+        "the dtype of `x_weights`": None if x_weights is None else str(x_weights.dtype),
+        "the dtype of `y_weights`": None if y_weights is None else str(y_weights.dtype),
+    }
+    plain = options._replace(beta=float(options.beta), lam=float(options.lam))._asdict()
+    plain["kernel"] = repr(options.kernel)
+    same |= {f"`{name}`": value for name, value in plain.items()}
+    return _Described(same, (x.shape[samples], y.shape[samples]), (pieces.wanted(x), pieces.wanted(y)))
 
 
-def energy_mmd(
-    x: Tensor,
-    y: Tensor,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    kernel: str,
-    parameters: list[float],
-    lam: float,
-    unbiased: bool,
-    target_term: bool,
-    precision: str | None,
-    impl: str | None,
-    parts: Parts,
-    report: Report | None,
-) -> Tensor:
-    """x [B, n, D] and y [B, k, D], of this process, to the loss [B] of all."""
-    room = [pieces.room_for(one, other, pieces.wanted(one)) for one, other in ((x, y), (y, x))]
-    weights = _scaled({"x_weights": x_weights, "y_weights": y_weights}, parts)
-    own = [Side(one.detach(), of_one, found) for one, of_one, found in zip((x, y), weights, room, strict=True)]
-    *totals, x_squares, y_squares = _added_up([*(one.total() for one in own), *(one.squares() for one in own)], parts)
-    if lam and unbiased:
-        for name, total, squares in (("x_weights", totals[0], x_squares), ("y_weights", totals[1], y_squares)):
-            if name == "x_weights" or target_term:
-                checks.shared(name, total, squares)
-    between = 1 / (totals[0] * totals[1])
-    nothing = torch.zeros_like(between)
-    within = [
-        -lam / 2 / (total.square() - (squares if unbiased else 0))
-        for total, squares in zip(totals, (x_squares, y_squares), strict=True)
-    ]
-    size = len(parts.counts[0])
+def _check_same(every: list[_Described], own: int) -> None:
+    for name, first in every[0].same.items():
+        for rank, one in enumerate(every):
+            if one.same[name] != first:
+                raise ValueError(
+                    f"{OP}: {name} is {first} in rank 0 of the group and {one.same[name]} in rank {rank}, expected the "
+                    f"same in all (here it is {every[own].same[name]})"
+                )
 
-    def meetings(step: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Which set of ours meets which of the process so many ranks on; coefficients of the value and the slope."""
-        yield 0, 1, between, between
-        if room[1] is not None:
-            yield 1, 0, nothing, between
-        for of in ((0, 1) if target_term else (0,)) if lam else ():
-            once = not parts.wanted[of]  # one process of two looks at a pair, for both
+
+class _Meeting(NamedTuple):
+    """A set of this process (0: x, 1: y) meets one of another process, with the coefficients of value and slope."""
+
+    own: int
+    other: int
+    value: Tensor
+    slope: Tensor
+
+
+class _Ring(NamedTuple):
+    """The meetings of this process with each part, `step` ranks on."""
+
+    parts: Parts
+    between: Tensor  # [B]: the coefficient of the term of x with y
+    within: list[Tensor]  # [B]: the coefficients of the terms that count, of x, or of x and y
+    slopes: tuple[bool, bool]  # whether this process wants the gradient
+
+    def meetings(self, step: int) -> Iterator[_Meeting]:
+        nothing = torch.zeros_like(self.between)
+        yield _Meeting(0, 1, self.between, self.between)
+        if self.slopes[1]:
+            yield _Meeting(1, 0, nothing, self.between)
+        for of, share in enumerate(self.within):
+            once = not self.parts.wanted[of]  # one process of two computes a pair, for both
             if step == 0:
-                yield of, of, within[of], within[of]
-            elif step <= _reach(parts.rank, size, once):
-                yield of, of, (1 + once) * within[of], 2 * within[of]
+                yield _Meeting(of, of, share, share)
+            elif step <= _reach(self.parts.rank, self.parts.size, once):
+                yield _Meeting(of, of, (1 + once) * share, 2 * share)
 
-    def todo() -> Iterator[Piece]:
-        travel = [bool(lam) or parts.wanted[1], True]
-        for step, theirs in _around([Side(one.points, one.weights) for one in own], travel, parts):
-            for of, other, value, slope in meetings(step):
+    def pieces(self, own: list[Side], travel: list[bool]) -> Iterator[Piece]:
+        for step, theirs in _around(own, travel, self.parts):
+            for of, other, value, slope in self.meetings(step):
                 yield Piece(own[of], None if step == 0 and of == other else theirs[other], value, slope)
             del theirs  # before the one after the next is on its way
 
-    total = sum(
-        pieces.pairs_within(own[of].count) if step == 0 and of == other
-        else own[of].count * parts.counts[other][(parts.rank + step) % size]
-        for step in range(size) for of, other, *_ in meetings(step)
-    )  # fmt: skip
-    form = Form(kernel, parameters, unbiased, precision, impl)
-    loss = pieces.run(todo(), form, report, total, nothing)
-    return pieces.attached(x, y, _added_up([loss], parts)[0], *room)
+    def total(self) -> int:
+        """Return the number of pairs of all pieces."""
+        counts, rank, size = self.parts.counts, self.parts.rank, self.parts.size
+        total = 0
+        for step in range(size):
+            for of, other, *_ in self.meetings(step):
+                own = counts[of][rank]
+                same = step == 0 and of == other
+                total += pieces.pairs_within(own) if same else own * counts[other][(rank + step) % size]
+        return total
+
+
+def energy_mmd(a: EnergyMmd, impl: str | None, parts: Parts, report: Report | None) -> Tensor:
+    """Compute the loss [B] of all processes, from the samples of this one."""
+    x_weights, y_weights = _scaled({"x_weights": a.x_weights, "y_weights": a.y_weights}, parts)
+    x = Side(a.x.detach(), x_weights, pieces.zeros_for(a.x, a.dtype))
+    y = Side(a.y.detach(), y_weights, pieces.zeros_for(a.y, a.dtype))
+    *totals, x_squares, y_squares = _added_up([x.total(), y.total(), x.squares(), y.squares()], parts)
+    within = []
+    names = ("x_weights", "y_weights") if a.target_term else ("x_weights",)
+    for name, total, squares in zip(names, totals, (x_squares, y_squares), strict=False):
+        if a.lam and a.unbiased:
+            checks.shared(name, total, squares)
+        if a.lam:
+            within.append(-a.lam / 2 / (total.square() - (squares if a.unbiased else 0)))
+    ring = _Ring(parts, 1 / (totals[0] * totals[1]), within, (x.gradient is not None, y.gradient is not None))
+    todo = ring.pieces([x, y], [bool(a.lam) or parts.wanted[1], True])
+    loss = pieces.run(todo, a, impl, report, ring.total(), torch.zeros_like(ring.between))
+    return pieces.attached(a, _added_up([loss], parts)[0], x.gradient, y.gradient)
 
 
 def _scaled(weights: dict[str, Tensor | None], parts: Parts) -> list[Tensor | None]:
@@ -169,8 +201,9 @@ def _scaled(weights: dict[str, Tensor | None], parts: Parts) -> list[Tensor | No
 
 
 def _added_up(own: list[Tensor], parts: Parts) -> Tensor:
-    """Sums over the processes of some numbers, in the order of ranks: the same bits in all."""
-    return sum(_gathered(own, parts))
+    """Add some numbers over the processes in the order of ranks: the same bits in all."""
+    first, *rest = _gathered(own, parts)
+    return sum(rest, first)
 
 
 def _gathered(own: list[Tensor], parts: Parts) -> list[Tensor]:
@@ -180,39 +213,38 @@ def _gathered(own: list[Tensor], parts: Parts) -> list[Tensor]:
     return every
 
 
-def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[tuple[int, list[Side | None]]]:
-    """How many ranks on, and the x and y that lie there, from our own on; None of a set that does not travel. While one
-    is met the next is on its way. Parts are sent at the length of the longest."""
+Part = list[list[Tensor | None]]  # points and weights of x, and of y; None: absent, or a set that does not travel
+
+
+def _around(own: list[Side], travel: list[bool], parts: Parts) -> Iterator[tuple[int, list[Side]]]:
+    """Yield how many ranks on, and the x and y of that rank, from our own on. Points of a set that does not travel are
+    those of this process. While one part is used the next is on its way. Parts are sent at the length of the longest.
+    """
     yield 0, own
-    size = len(parts.counts[0])
-    here = [
+    here: Part = [
         [_padded(side.points, max(counts)), _padded(side.weights, max(counts))] if goes else [None, None]
         for side, goes, counts in zip(own, travel, parts.counts, strict=True)
     ]
-    coming = _handed_on(here, parts) if size > 1 else None
-    for step in range(1, size):
+    coming = _handed_on(here, parts) if parts.size > 1 else ([], [])
+    for step in range(1, parts.size):
         here, works = coming
         while works:
-            works.pop().wait()  # and forget it: it holds on to what was sent
-        coming = _handed_on(here, parts) if step < size - 1 else None
-        counts = [of[(parts.rank + step) % size] for of in parts.counts]
+            works.pop().wait()  # and forget it: it refers to what was sent
+        coming = _handed_on(here, parts) if step < parts.size - 1 else ([], [])
+        rank = (parts.rank + step) % parts.size
         yield (
             step,
-            [
-                None if points is None else Side(points, weights)[:count]
-                for (points, weights), count in zip(here, counts, strict=True)
-            ],
+            [_trimmed(one, counts[rank], side) for one, counts, side in zip(here, parts.counts, own, strict=True)],
         )
 
 
-def _handed_on(here: list[list[Tensor | None]], parts: Parts):
-    """To the rank before; what the rank after hands on will be in the first of the results when all works are done."""
-    size, group = len(parts.counts[0]), parts.group
-    coming = [[one if one is None else torch.empty_like(one) for one in side] for side in here]
+def _handed_on(here: Part, parts: Parts) -> tuple[Part, list[distributed.Work]]:
+    """Send to the rank before. The part that the rank after sends is complete when all works are done."""
+    coming: Part = [[None if one is None else torch.empty_like(one) for one in side] for side in here]
     sent, received = ([one for side in sides for one in side if one is not None] for sides in (here, coming))
-    before, after = (distributed.get_global_rank(group, (parts.rank + by) % size) for by in (-1, 1))
-    operations = [distributed.P2POp(distributed.isend, one, before, group) for one in sent]
-    operations += [distributed.P2POp(distributed.irecv, one, after, group) for one in received]
+    before, after = (distributed.get_global_rank(parts.group, (parts.rank + by) % parts.size) for by in (-1, 1))
+    operations = [distributed.P2POp(distributed.isend, one, before, parts.group) for one in sent]
+    operations += [distributed.P2POp(distributed.irecv, one, after, parts.group) for one in received]
     return coming, distributed.batch_isend_irecv(operations)
 
 
@@ -224,6 +256,11 @@ def _padded(own: Tensor | None, longest: int) -> Tensor | None:
     return own.contiguous()
 
 
+def _trimmed(part: list[Tensor | None], samples: int, own: Side) -> Side:
+    points, weights = part
+    return own if points is None else Side(points, weights).rows(0, samples)
+
+
 def _reach(rank: int, size: int, once: bool) -> int:
-    """How many of the ranks after it a rank meets: all, or so many that each two ranks meet `once`."""
+    """Return how many of the ranks after it a rank meets: all, or so many that each two ranks meet `once`."""
     return (size - 1) // 2 + (size % 2 == 0 and rank < size // 2) if once else size - 1

@@ -1,19 +1,23 @@
-"""Many dimensions: tiles of a product, or of differences, in two kernels. The first turns a tile of pairs into its
-share of the sum and, where gradients are wanted, into the weights w_ij of x_i - y_j; the second multiplies the weights
-of a block of pairs with the points, for either end. A tile that holds a close pair is taken from differences in both:
-the first decides, and leaves a mark for the second.
+"""Many dimensions: tiles of a product, or of differences, in two kernels. The first turns a tile of pairs into its part
+of the sum and, where gradients are wanted, into the weights w_ij of x_i - y_j. The second multiplies the weights of a
+block of pairs with the points, for either side. Both compute a tile that holds a close pair from differences: the first
+decides, and stores a mark for the second.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lgd_kernels.ops.energy_mmd.triton_values import share_of, value_and_slope
-from lgd_kernels.runtime.triton_old import on_device
+from lgd_kernels.ops.energy_mmd.triton_values import Meeting, Values, share_of, value_and_slope
+from lgd_kernels.runtime.triton_launch import cdiv, launch, power_of_2
 
-TILE = 32  # points; of 64, a thread would hold more numbers than there are registers on sm_80 and sm_120
+TILE = 32  # points; with 64, a thread would hold more numbers than there are registers on sm_80 and sm_120
+DEPTH = 32  # coordinates of a step of a product
 WARPS, STAGES = 8, 2
 BLOCK, VALUES_BLOCK = 4096, 32768  # points of a block of pairs with weights, 64 MiB, and without
 CLOSEST = 1e-2  # of ||x||^2 + ||y||^2: as on the CPU
@@ -21,7 +25,7 @@ CLOSEST = 1e-2  # of ||x||^2 + ||y||^2: as on the CPU
 
 @triton.jit
 def _differences(x, y, rows, columns, here, there, D, TILE: tl.constexpr):
-    """||x_i - y_j||^2 of a tile."""
+    """Compute ||x_i - y_j||^2 of a tile."""
     s = tl.zeros((TILE, TILE), tl.float32)
     for first in range(0, D, 32):  # squares that are added up before they join the rest
         part = tl.zeros((TILE, TILE), tl.float32)
@@ -47,13 +51,36 @@ def _products(x, y, rows, columns, here, there, D, PRECISION: tl.constexpr, TILE
 
 @triton.jit(do_not_specialize=["first_row", "first_column", "rows_here", "columns_here"])
 def energy_mmd_pairs_kernel(
-    parts, weights, close, x, y, x_norms, y_norms, p, q, coefficient, n, k, first_row, first_column, rows_here,
-    columns_here, D, closest, parameters, KIND: tl.constexpr, COUNT: tl.constexpr, SAME: tl.constexpr,
-    DIAGONAL: tl.constexpr, MODE: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
-    DEPTH: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """A tile of a block of pairs. parts [B, MOST] float64 is added to; weights [B, rows_here, columns_here]. MODE:
-    "direct", "product", or "auto", which goes by the tile."""
+    outputs,
+    x,
+    y,
+    norms,
+    p,
+    q,
+    coefficient,
+    n,
+    k,
+    first_row,
+    first_column,
+    rows_here,
+    columns_here,
+    D,
+    closest,
+    parameters,
+    KIND: tl.constexpr,
+    COUNT: tl.constexpr,
+    SAME: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """Compute a tile of a block of pairs. `outputs` are parts [B, MOST] float64, which is added to, and, if gradients
+    are wanted, weights [B, rows_here, columns_here] and marks of close pairs [B, tiles]. MODE: "direct", "product", or
+    "auto", which depends on the tile."""
+    parts, weights, close = outputs
     across = tl.cdiv(columns_here, TILE)
     tiles = tl.cdiv(rows_here, TILE) * across
     item, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -65,7 +92,7 @@ def energy_mmd_pairs_kernel(
     y += item * k * D
     counts = here[:, None] & there[None, :]
     depth = D
-    if SAME:  # below the diagonal a tile has nothing to do
+    if SAME:  # tiles below the diagonal compute nothing
         counts = counts & (columns[None, :] >= rows[:, None])
         depth = tl.where(first_column + (tile % across + 1) * TILE <= first_row + tile // across * TILE, 0, D)
     mark = 0
@@ -74,12 +101,12 @@ def energy_mmd_pairs_kernel(
     else:
         s = _products(x, y, rows, columns, here, there, depth, PRECISION, TILE, DEPTH)
         if KIND != "polynomial":
-            norms = tl.load(x_norms + item * n + rows, mask=here, other=0.0)[:, None]
-            norms = norms + tl.load(y_norms + item * k + columns, mask=there, other=0.0)[None, :]
-            s = norms - 2 * s
+            squares = tl.load(norms[0] + item * n + rows, mask=here, other=0.0)[:, None]
+            squares = squares + tl.load(norms[1] + item * k + columns, mask=there, other=0.0)[None, :]
+            s = squares - 2 * s
             s = tl.where(s < 0, 0.0, s)
             if MODE == "auto":
-                near = counts & (s < closest * norms)
+                near = counts & (s < closest * squares)
                 if SAME:
                     near = near & (columns[None, :] != rows[:, None])
                 mark = tl.max(tl.max(near.to(tl.int32), 1), 0)
@@ -98,7 +125,7 @@ def energy_mmd_pairs_kernel(
     scale = tl.load(coefficient + item)
     at = parts + item * MOST + tile
     tl.store(at, tl.load(at) + scale * tl.sum(tl.sum(value, 1).to(tl.float64), 0))
-    if GRADIENT:
+    if weights is not None:
         turn = tl.where(counts, (weight if KIND == "polynomial" else 2 * weight) * slope, 0.0)
         offsets = in_row[:, None].to(tl.int64) * columns_here + in_column[None, :]
         tl.store(weights + item * rows_here * columns_here + offsets, turn, mask=here[:, None] & there[None, :])
@@ -107,7 +134,7 @@ def energy_mmd_pairs_kernel(
 
 @triton.jit
 def _turn(weights, y, at, sums, columns, c, here, there, inside, D, w_column, TILE: tl.constexpr):
-    """sums_ic + sum_j w_ij (x_ic - y_jc), one j after another."""
+    """Return sums_ic + sum_j w_ij (x_ic - y_jc), one j after another."""
     for j in range(0, there):
         w = tl.load(weights + j * w_column, mask=here, other=0.0)
         b = tl.load(y + (columns + j) * D + c, mask=inside, other=0.0).to(tl.float32)
@@ -117,12 +144,33 @@ def _turn(weights, y, at, sums, columns, c, here, there, inside, D, w_column, TI
 
 @triton.jit(do_not_specialize=["first_row", "first_column", "rows_here", "columns_here"])
 def energy_mmd_turn_kernel(
-    gradient, weights, close, x, y, coefficient, n, k, first_row, first_column, rows_here, columns_here, D, w_row,
-    w_column, close_row, close_column, PRODUCT: tl.constexpr, MODE: tl.constexpr, WITHIN: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """gradient_i += coefficient sum_j w_ij (x_i - y_j) (PRODUCT: w_ij y_j), of WIDTH coordinates of a tile of points,
-    over the columns of a block. WITHIN: weights are 0 left ("right") or right ("left") of the diagonal, or nowhere."""
+    gradient,
+    weights,
+    close,
+    x,
+    y,
+    coefficient,
+    n,
+    k,
+    first_row,
+    first_column,
+    rows_here,
+    columns_here,
+    D,
+    w_row,
+    w_column,
+    close_row,
+    close_column,
+    PRODUCT: tl.constexpr,
+    WITHIN: tl.constexpr,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Add coefficient sum_j w_ij (x_i - y_j) (PRODUCT: w_ij y_j) to gradient_i, for WIDTH coordinates of a tile of
+    points, over the columns of a block. WITHIN: weights are 0 left ("right") or right ("left") of the diagonal, or
+    nowhere."""
     chunks = tl.cdiv(D, WIDTH)
     down, across = tl.cdiv(rows_here, TILE), tl.cdiv(columns_here, TILE)
     item = (tl.program_id(0) // (chunks * down)).to(tl.int64)
@@ -167,50 +215,114 @@ def energy_mmd_turn_kernel(
     tl.store(to, tl.load(to, mask=held, other=0.0) + scale * sums, mask=held)
 
 
-def meet(x, y, norms, p, q, coefficient, values, same, diagonal, mode, d_x, d_y):
-    """The sum [B] float64 of p_i q_j k(x_i, y_j), times the coefficient [B]; its gradients are added to d_x and d_y
-    where given."""
-    (batch, n, dimension), k = x.shape, y.shape[1]
-    wanted = d_x is not None or d_y is not None
+class _Block(NamedTuple):
+    """A block of pairs: the first row and column, their numbers, and the tiles down and across."""
+
+    i: int
+    j: int
+    rows: int
+    columns: int
+
+    @property
+    def down(self) -> int:
+        return cdiv(self.rows, TILE)
+
+    @property
+    def across(self) -> int:
+        return cdiv(self.columns, TILE)
+
+
+def meet(of: Meeting, values: Values, mode: str) -> Tensor:
+    """Return the sum of p_i q_j k(x_i, y_j), [B] float64, times the coefficient. Its gradients are added to those of
+    the sets."""
+    x, y = of.x, of.y
+    (batch, n, _), k = x.points.shape, y.points.shape[1]
+    wanted = x.gradient is not None or y.gradient is not None
     block = BLOCK if wanted else VALUES_BLOCK
     while wanted and block > TILE and batch * min(block, n) * min(block, k) > BLOCK * BLOCK:
         block //= 2
-    block = min(block, triton.cdiv(max(n, k), TILE) * TILE)
-    most = triton.cdiv(min(block, n), TILE) * triton.cdiv(min(block, k), TILE)
-    parts = torch.zeros((batch, most), dtype=torch.float64, device=x.device)
-    weights = torch.empty(batch * min(block, n) * min(block, k) if wanted else 0, dtype=torch.float32, device=x.device)
-    close = torch.empty(batch * most if wanted else 0, dtype=torch.int32, device=x.device)
-    precision = "ieee" if torch.version.hip else "tf32x3"
-    common = {
-        "MODE": mode,
-        "PRECISION": precision,
-        "TILE": TILE,
-        "num_warps": WARPS,
-        "num_stages": STAGES,
-        "enable_fp_fusion": True,
-    }
-    with on_device(x):
-        for i in range(0, n, block):
-            for j in range(i if same else 0, k, block):
-                here, there = min(block, n - i), min(block, k - j)
-                down, across = triton.cdiv(here, TILE), triton.cdiv(there, TILE)
-                energy_mmd_pairs_kernel[batch * down * across,](
-                    parts, weights, close, x, y, *norms, p, q, coefficient, n, k, i, j, here, there, dimension,
-                    CLOSEST, **values, SAME=same, DIAGONAL=diagonal, GRADIENT=wanted, DEPTH=32, MOST=most, **common,
-                )  # fmt: skip
-                within = same and i == j
-                for gradient, ends, firsts, strides, side in (
-                    (d_x, (x, y, n, k, here, there), (i, j), (there, 1, across, 1), "right"),
-                    (d_y, (y, x, k, n, there, here), (j, i), (1, there, 1, across), "left"),
-                ):
-                    if gradient is None:
-                        continue
-                    points, others, count, other_count, rows, columns = ends
-                    width = min(32, max(16, triton.next_power_of_2(dimension)))
-                    grid = batch * triton.cdiv(rows, TILE) * triton.cdiv(dimension, width)
-                    energy_mmd_turn_kernel[grid,](
-                        gradient, weights, close, points, others, coefficient, count, other_count, *firsts, rows,
-                        columns, dimension, *strides, PRODUCT=values["KIND"] == "polynomial",
-                        WITHIN=side if within else "no", WIDTH=width, **common,
-                    )  # fmt: skip
+    block = min(block, cdiv(max(n, k), TILE) * TILE)
+    most = cdiv(min(block, n), TILE) * cdiv(min(block, k), TILE)
+    device = x.points.device
+    parts, weights, close = torch.zeros((batch, most), dtype=torch.float64, device=device), None, None
+    if wanted:
+        weights = torch.empty(batch * min(block, n) * min(block, k), dtype=torch.float32, device=device)
+        close = torch.empty(batch * most, dtype=torch.int32, device=device)
+    for i in range(0, n, block):
+        for j in range(i if of.same else 0, k, block):
+            at = _Block(i, j, min(block, n - i), min(block, k - j))
+            _launch_pairs((parts, weights, close), of, values, mode, at)
+            for transposed in (False, True):
+                if (y if transposed else x).gradient is not None:
+                    _launch_turn((weights, close), of, values, mode, at, transposed)
     return parts.sum(1)
+
+
+def _launch_pairs(outputs: tuple, of: Meeting, values: Values, mode: str, at: _Block) -> None:
+    x, y = of.x, of.y
+    batch, n, dimension = x.points.shape
+    launch(
+        energy_mmd_pairs_kernel,
+        (batch * at.down * at.across,),
+        outputs,
+        x.points,
+        y.points,
+        (x.norms, y.norms),
+        x.weights,
+        y.weights,
+        of.coefficient,
+        n,
+        y.points.shape[1],
+        *at,
+        dimension,
+        CLOSEST,
+        *values,
+        of.same,
+        of.diagonal,
+        mode,
+        _precision(),
+        TILE,
+        DEPTH,
+        outputs[0].shape[1],
+        like=x.points,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
+def _launch_turn(pairs: tuple, of: Meeting, values: Values, mode: str, at: _Block, transposed: bool) -> None:
+    """Launch the second kernel for x, or, transposed, for y."""
+    x, y, side = (of.y, of.x, "left") if transposed else (of.x, of.y, "right")
+    strides = (1, at.columns, 1, at.across) if transposed else (at.columns, 1, at.across, 1)
+    within = side if of.same and at.i == at.j else "no"
+    if transposed:
+        at = _Block(at.j, at.i, at.columns, at.rows)
+    batch, n, dimension = x.points.shape
+    width = min(32, max(16, power_of_2(dimension)))
+    launch(
+        energy_mmd_turn_kernel,
+        (batch * at.down * cdiv(dimension, width),),
+        x.gradient,
+        *pairs,
+        x.points,
+        y.points,
+        of.coefficient,
+        n,
+        y.points.shape[1],
+        *at,
+        dimension,
+        *strides,
+        values.KIND == "polynomial",
+        within,
+        mode,
+        _precision(),
+        TILE,
+        width,
+        like=x.points,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
+def _precision() -> str:
+    return "ieee" if torch.version.hip else "tf32x3"

@@ -1,13 +1,19 @@
-"""The kernels of kernels.py as device functions: of squared distances (or products) s, the value and the derivative.
+"""The MMD kernels of kernels.py as device functions, of squared distances (or products) s: value and derivative. The
+formulas and their rounding are those of csrc/energy_mmd/kernels.h, which comments on them.
 
-As in csrc/energy_mmd/kernels.h, whose comments on rounding they share.
+Also the sets that both Triton kernels compare.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lgd_kernels.ops.energy_mmd.structs import MmdKernel
 
 COINCIDE = tl.constexpr(1.17549435e-38)  # below it points coincide: the smallest normal number
 
@@ -19,14 +25,14 @@ def _nearest(value):
 
 @triton.jit
 def _scaled_exp(value, shift):
-    """exp(value) 2^shift for |value| < 0.4."""
+    """Compute exp(value) 2^shift for |value| < 0.4."""
     shift = tl.minimum(tl.maximum(shift, -126.0), 127.0)
     return tl.exp(value) * ((shift.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _exp_minus(value):
-    """exp(-value), value >= 0; tl.exp alone loses value times as much."""
+    """Compute exp(-value), value >= 0; the error of tl.exp alone is value times as large."""
     value = tl.where(value < 88.0, value, 88.0)
     shift = _nearest(value * -1.44269504)
     return _scaled_exp(-value - shift * 0.693359375 - shift * -2.12194440e-4, shift)  # ln 2 in two parts
@@ -34,7 +40,7 @@ def _exp_minus(value):
 
 @triton.jit
 def _power(value, exponent, high):
-    """value^exponent; high: the exponent's first 12 bits."""
+    """Compute value^exponent; `high` holds the first 12 bits of the exponent."""
     bits = value.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
     m = (bits - (e << 23)).to(tl.float32, bitcast=True)
@@ -50,7 +56,7 @@ def _power(value, exponent, high):
 
 @triton.jit
 def value_and_slope(s, parameters, KIND: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT: how many rates a Gaussian has, or the degree of a polynomial."""
+    """Return k(s) and k'(s). COUNT is the number of rates of a Gaussian, or the degree of a polynomial."""
     if KIND == "distance":
         r = tl.sqrt(s)
         return r, tl.where(s < COINCIDE, 0.0, 0.5 / r)
@@ -86,8 +92,8 @@ def value_and_slope(s, parameters, KIND: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def share_of(rows, columns, SAME: tl.constexpr, DIAGONAL: tl.constexpr):
-    """How much of a pair's value counts within a set, where every pair is met ("all": half) or those to the right
-    alone ("right"); of a point and itself half, or nothing."""
+    """Return the share of a pair's value that counts within a set, of which all pairs are computed ("all": half) or
+    only those right of the diagonal ("right"); of a point and itself half, or nothing."""
     own: tl.constexpr = 0.5 if DIAGONAL else 0.0
     if SAME == "right":
         return tl.where(columns > rows, 1.0, tl.where(columns == rows, own, 0.0))
@@ -95,27 +101,54 @@ def share_of(rows, columns, SAME: tl.constexpr, DIAGONAL: tl.constexpr):
         return tl.where(columns == rows, own, 0.5)
 
 
-def value_arguments(kernel: str, parameters: list[float]) -> dict:
-    """The kernels' parameters for `kernel`, by name."""
-    count = 1
-    if kernel == "energy" and parameters[0] in (1.0, 2.0):
-        kernel, numbers = ("distance" if parameters[0] == 1 else "square"), [0.0]
-    elif kernel == "energy":
-        kernel, numbers = "power", _exponent(parameters[0] / 2)
-    elif kernel == "gaussian":
-        numbers, count = parameters, len(parameters)
-    elif kernel == "laplace":
-        numbers = [1 / parameters[0]]
-    elif kernel == "rational":
-        bandwidth, alpha = parameters
-        numbers = [0.5 / (alpha * bandwidth**2), *_exponent(-alpha)]
-    else:
-        degree, *numbers = parameters
-        count = int(degree)
-    return {"parameters": tuple(float(number) for number in numbers), "KIND": kernel, "COUNT": count}
+class Points(NamedTuple):
+    """A set of points."""
+
+    points: Tensor  # [B, n, D]
+    weights: Tensor  # [B, n] float32
+    gradient: Tensor | None  # [B, n, D] float32
+    norms: Tensor | None = None  # [B, n], squared; None: not needed
 
 
-def _exponent(value: float) -> list[float]:
-    """The number and its first 12 bits."""
+class Meeting(NamedTuple):
+    """The pairs of two sets, or within one."""
+
+    x: Points
+    y: Points
+    coefficient: Tensor  # [B] float64
+    diagonal: bool = False  # within a set: whether a point and itself count
+
+    @property
+    def same(self) -> bool:
+        return self.x is self.y
+
+
+class Values(NamedTuple):
+    """An MMD kernel as the three last arguments of `value_and_slope`."""
+
+    parameters: tuple[float, ...]
+    KIND: str
+    COUNT: int = 1
+
+    @staticmethod
+    def of(kernel: MmdKernel) -> Values:
+        name, parameters = kernel
+        if name == "energy" and parameters[0] in (1.0, 2.0):
+            return Values((0.0,), "distance" if parameters[0] == 1 else "square")
+        if name == "energy":
+            return Values(_exponent(parameters[0] / 2), "power")
+        if name == "gaussian":
+            return Values(tuple(float(rate) for rate in parameters), name, len(parameters))
+        if name == "laplace":
+            return Values((1 / parameters[0],), name)
+        if name == "rational":
+            bandwidth, alpha = parameters
+            return Values((0.5 / (alpha * bandwidth**2), *_exponent(-alpha)), name)
+        degree, scale, offset = parameters
+        return Values((float(scale), float(offset)), name, int(degree))
+
+
+def _exponent(value: float) -> tuple[float, float]:
+    """Return the number and its first 12 bits."""
     near = np.float32(value)
-    return [value, float((near.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32))]
+    return value, float((near.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32))
