@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "../csrc/common/levels.h"
@@ -112,14 +111,6 @@ inline PerSample per_sample(Tensor tensor, double value) {
   return {address(tensor), dtype(tensor), stride(tensor), 0};
 }
 
-// Absent, one seed for the batch (a number or a 0-dim tensor), or one for each sample.
-inline Seed seed(Tensor tensor, std::optional<int64_t> value, int64_t first_sample) {
-  if (tensor.is_none()) return {nullptr, 0, value.value_or(0), uint32_t(first_sample), false};
-  const auto* data = static_cast<const int64_t*>(address(tensor));
-  const bool own = integer(PyObject_CallMethod(tensor.ptr(), "dim", nullptr)) == 1;
-  return {data, own ? stride(tensor) : 0, 0, uint32_t(first_sample), own};
-}
-
 // Five tensors [B] of one dtype.
 inline Levels levels(Tensors tensors) {
   Levels levels{{}, {}, dtype(item(tensors, 0))};
@@ -128,31 +119,6 @@ inline Levels levels(Tensors tensors) {
     levels.stride[i] = stride(item(tensors, i));
   }
   return levels;
-}
-
-// `table` holds the fields of an OmegaLookup, or nothing.
-inline Omega omega(Tensor tensor, double value, Tensors table) {
-  Omega omega{per_sample(tensor, value), {}};
-  if (PySequence_Size(table.ptr()) == 0) return omega;
-  const Tensor values = item(table, 0), s_knots = item(table, 1), s = item(table, 4);
-  omega.table = {address(values),
-                 dtype(values),
-                 size(values, 0),
-                 size(values, 1),
-                 size(values, 2),
-                 address(s_knots),
-                 address(item(table, 2)),
-                 dtype(s_knots),
-                 static_cast<const int64_t*>(address(item(table, 3))),
-                 address(s),
-                 address(item(table, 5)),
-                 dtype(s)};
-  return omega;
-}
-
-inline StepScalars step_scalars(Tensor omega_, double omega_value, Tensors table, Tensors levels_, int prediction,
-                                Tensor churn, double churn_value) {
-  return {omega(omega_, omega_value, table), levels(levels_), Prediction(prediction), per_sample(churn, churn_value)};
 }
 
 // A NamedTuple of lgd_kernels/, with the fields of a struct of csrc/ in their order.
@@ -213,24 +179,31 @@ class Call {
   std::vector<pybind11::object> copies_;
 };
 
-// A Number.
+// A Number of arguments.py.
 inline PerSample per_sample(const Fields& number) { return per_sample(number[0], number.real(1)); }
 
-// A Seed of arguments.py; whether anything is drawn is `draws`.
-inline Seed seed(const Fields& from) {
-  const Tensor value = from[1];
-  return seed(from[0], value.is_none() ? std::nullopt : std::optional<int64_t>(value.cast<int64_t>()), from.integer(2));
-}
+// A Seed of arguments.py: absent, one for the batch (a number or a 0-dim tensor), or one for each sample.
 inline bool draws(const Fields& seed) { return !seed[0].is_none() || !seed[1].is_none(); }
+inline Seed seed(const Fields& from) {
+  const Tensor tensor = from[0];
+  const auto first_sample = uint32_t(from.integer(2));
+  if (tensor.is_none()) return {nullptr, 0, from[1].is_none() ? 0 : from.integer(1), first_sample, false};
+  const bool own = integer(PyObject_CallMethod(tensor.ptr(), "dim", nullptr)) == 1;
+  return {static_cast<const int64_t*>(address(tensor)), own ? stride(tensor) : 0, 0, first_sample, own};
+}
 
+// An Omega of arguments.py; its table holds the fields of an OmegaLookup, or nothing.
 inline Omega omega(const Fields& from, Call& call) {
-  const Tensors table = from[2];
-  const Py_ssize_t count = PySequence_Size(table.ptr());
-  if (count == 0) return {per_sample(from), {}};
-  pybind11::tuple contiguous(count);
-  for (Py_ssize_t i = 0; i < count; ++i)
-    contiguous[i] = pybind11::reinterpret_borrow<pybind11::object>(call.contiguous(item(table, int(i))));
-  return omega(from[0], from.real(1), contiguous);
+  Omega omega{per_sample(from), {}};
+  if (PySequence_Size(from[2].ptr()) == 0) return omega;
+  Tensor lookup[6];
+  for (int i = 0; i < 6; ++i) lookup[i] = call.contiguous(item(from[2], i));
+  const auto [values, s_knots, t_knots, c, s, t] = lookup;
+  omega.table = {address(values),  dtype(values),   size(values, 0),
+                 size(values, 1),  size(values, 2), address(s_knots),
+                 address(t_knots), dtype(s_knots),  static_cast<const int64_t*>(address(c)),
+                 address(s),       address(t),      dtype(s)};
+  return omega;
 }
 
 inline Prediction prediction(Tensor name) {

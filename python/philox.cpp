@@ -14,10 +14,9 @@ const Binding binding([](py::module_& module) {
     return std::array<uint32_t, 4>{words[0], words[1], words[2], words[3]};
   });
   // Elements [start, start + row) of each sample of out; start is a multiple of 4.
-  module.def("philox_normal", [](Tensor out, int64_t start, uint32_t stream, Tensor seed_,
-                                 std::optional<int64_t> seed_value, int64_t first_sample, int threads) {
+  module.def("philox_normal", [](Tensor out, int64_t start, uint32_t stream, Tensor drawn, int threads) {
     auto* z = static_cast<float*>(address(out));
-    const Seed from = seed(seed_, seed_value, first_sample);
+    const Seed from = seed(Fields(drawn));
     const Sizes sizes(out);
     const int64_t row = sizes.row;
     py::gil_scoped_release release;

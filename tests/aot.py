@@ -164,7 +164,7 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
     """One specialisation."""
     from triton.runtime import JITFunction, driver
 
-    from lgd_kernels.runtime import memory, triton_old
+    from lgd_kernels.runtime import memory, triton_launch
 
     built, run = [], JITFunction.run
 
@@ -175,7 +175,7 @@ def compile_triton(kernel: str, variant: str, dtype: str, target: str) -> Compil
         mock.patch.object(driver, "_active", AbsentGPU(target)),
         mock.patch.object(JITFunction, "run", compiled),
         mock.patch.object(memory, "on_current_device", lambda tensor: True),
-        mock.patch.object(triton_old, "_truncates", lambda out: False),  # as on a GPU
+        mock.patch.object(triton_launch, "_truncates", lambda out: False),  # as on a GPU
         mock.patch.object(torch.version, "hip", "7.0" if target.startswith("gfx") else None),
     ):
         one = kernel_of(kernel)

@@ -69,7 +69,7 @@ def quads_of(target, key, quad, samples, stream, count):
     """Return normals [samples, 4 count] of consecutive samples, from quad (element >> 2) on."""
     if target.impl == "cpu":
         out = torch.empty(len(samples), 4 * count)
-        extension().philox_normal(out, 4 * quad, stream, None, key, int(samples[0]), 1)
+        extension().philox_normal(out, 4 * quad, stream, (None, key, int(samples[0])), 1)
         return out
     out = torch.empty(len(samples), 4 * count, device=target.device)
     keys = torch.full((len(samples),), key, device=target.device)

@@ -112,27 +112,3 @@ def requires_grad(*tensors: Tensor | None) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
-
-
-def split_number(value, like):
-    return tuple(Number.of(value, like))
-
-
-def split_omega(omega, like):
-    return tuple(Omega.of(omega, like))
-
-
-def join_omega(omega, value, table):
-    return Omega(omega, value, table).given()
-
-
-def to_omega(grad, omega, table, impl="reference"):
-    return to_leaf(grad, Omega(omega, 0.0, table), impl)
-
-
-def split_seed(seed):
-    return tuple(Seed.of(seed, 0))[:2]
-
-
-def contiguous(tensors):
-    return [tensor.contiguous() for tensor in tensors]

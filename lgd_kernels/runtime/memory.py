@@ -26,21 +26,9 @@ def with_contiguous_rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
 
 
-def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors of a table as kernels read them."""
-    return [tensor.contiguous() for tensor in tensors]
-
-
 def particle_rows(tensor: Tensor | None) -> Tensor | None:
     """Reshape [B, m, ...] to [B m, ...]: a view, unless the particles of neighbouring items lie apart."""
     return None if tensor is None else tensor.flatten(0, 1)
-
-
-def with_particle_rows(tensor: Tensor | None) -> Tensor | None:
-    """Return [B, m, ...] whose particles a kernel can walk as rows of all items, copied only if it cannot."""
-    if tensor is None or tensor.is_contiguous():
-        return tensor
-    return with_contiguous_rows(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
 
 def launch_cuda(function: Callable[..., None], *arguments: Any, like: Tensor) -> None:
@@ -60,13 +48,6 @@ def on_current_device(tensor: Tensor) -> bool:
 def raw_stream(index: int) -> int:
     """Return the address of the current stream of a GPU."""
     return _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
-
-
-@contextlib.contextmanager
-def current_stream(tensor: Tensor):
-    """The address of the current stream of the tensor's GPU, which is the current one for as long as this lasts."""
-    with torch.cuda.device(tensor.device):
-        yield torch.cuda.current_stream().cuda_stream
 
 
 def cuda_column_blocks(like: Tensor) -> int:

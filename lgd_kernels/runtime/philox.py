@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.runtime import checks, impls
+from lgd_kernels.runtime.arguments import Seed
 
 STREAM_USER, STREAM_STEP, STREAM_TARGETS = 0, 1, 2  # uses of one seed share no noise
 STREAM_PARTICLES, STREAM_REWARD = 3, 4  # of learning omega: x_t, and the steps of a black-box reward
@@ -73,10 +74,10 @@ def philox_normal(
     if extension is None:
         return normal(shape, seed, stream, first_sample, device)
     out = torch.empty(shape, dtype=torch.float32, device=device)
-    seeds = seed.to(device).clone() if isinstance(seed, Tensor) else None  # a zero tensor of forward AD gets memory
+    if isinstance(seed, Tensor):
+        seed = seed.to(device).clone()  # a zero tensor of forward AD gets memory
     if out.numel():
-        number = None if isinstance(seed, Tensor) else seed
-        extension.philox_normal(out, 0, stream, seeds, number, first_sample, torch.get_num_threads())
+        extension.philox_normal(out, 0, stream, Seed.of(seed, first_sample), torch.get_num_threads())
     return out
 
 

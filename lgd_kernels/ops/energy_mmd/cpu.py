@@ -1,4 +1,4 @@
-"""Launches csrc/energy_mmd/energy_mmd_cpu.cpp: tile by tile from differences, or on blocks of matrix products."""
+"""Launch csrc/energy_mmd/energy_mmd_cpu.cpp: tile by tile from differences, or on blocks of matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: of points in registers (triton_points.py), or of tiles (triton_tiles.py), by dimension.
+"""Launch the Triton kernels: of points in registers (triton_points.py), or of tiles (triton_tiles.py), by dimension.
 
 With n = k = 16384 and D = 2048, value and gradients take 3.3e12 multiply-adds in products and read weights of 64 MiB
 three times. With D = 2 the kernels read and write only the points.

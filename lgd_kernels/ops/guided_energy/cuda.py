@@ -1,4 +1,4 @@
-"""Launches csrc/guided_energy/guided_energy_cuda.cu on the current stream."""
+"""Launch csrc/guided_energy/guided_energy_cuda.cu on the current stream."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor], a: EnergyCall) -> None:
     batch, elements = memory.sizes(a.forward.x)
     chunks = extension.guided_energy_chunks(batch, elements // a.forward.x.shape[1])
     parts = statistics.new_empty((batch, chunks, statistics.shape[1]), dtype=torch.float32)
-    with memory.current_stream(statistics) as stream:
-        extension.guided_energy((*outputs, parts), a, stream)
+    memory.launch_cuda(extension.guided_energy, (*outputs, parts), a, like=statistics)
 
 
 def backward(grads: tuple[Tensor | None, ...], b: GuidedEnergyBackward) -> None:
-    with memory.current_stream(b.forward.x) as stream:
-        impls.cuda_extension().guided_energy_backward(grads, b, stream)
+    memory.launch_cuda(impls.cuda_extension().guided_energy_backward, grads, b, like=b.forward.x)

@@ -1,4 +1,4 @@
-"""Launches csrc/guided_score/guided_score_cuda.cu on the current stream."""
+"""Launch csrc/guided_score/guided_score_cuda.cu on the current stream."""
 
 from __future__ import annotations
 
