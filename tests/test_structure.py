@@ -1,4 +1,4 @@
-"""The house rules of docs/design.md, read off the tree: a rule that no test holds is a wish."""
+"""Check the rules of docs/design.md against the tree."""
 
 import ast
 import doctest
@@ -15,8 +15,8 @@ from lgd_kernels.runtime import impls
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lgd_kernels"
-ROOMS = impls.rooms()
-MADE = re.compile(r"\.(?!ci$).*|.*\.egg-info|__pycache__|build|dist|runs|v?env")  # folders that nobody wrote
+OPS = impls.rooms()
+MADE = re.compile(r"\.(?!ci$).*|.*\.egg-info|__pycache__|build|dist|runs|v?env")  # generated folders
 
 
 def folders():
@@ -30,25 +30,25 @@ def files(*endings, under=ROOT):
     return [path for path in found if path.suffix in endings and path.is_relative_to(under)]
 
 
-MEANS = files(".py", under=PACKAGE)
-MEASURES = files(".py", under=ROOT / "benchmarks")
+MODULE_FILES = files(".py", under=PACKAGE)
+BENCHMARK_FILES = files(".py", under=ROOT / "benchmarks")
 STUDIES = files(".py", under=ROOT / "examples")
-COMPUTES = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "csrc")
-BINDS = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "python")
-each_room = pytest.mark.parametrize("room", ROOMS)
+KERNEL_FILES = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "csrc")
+BINDING_FILES = files(".h", ".cpp", ".cu", ".cuh", under=ROOT / "python")
+each_op = pytest.mark.parametrize("op", OPS)
 
 
 def name_of(path):
-    """The module in a file: lgd_kernels/ops/__init__.py is lgd_kernels.ops."""
+    """Return the module of a file: lgd_kernels/ops/__init__.py is lgd_kernels.ops."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {name_of(path): path for path in MEANS}
-OUTSIDE = {name_of(path): path for path in MEASURES + STUDIES}
+MODULES = {name_of(path): path for path in MODULE_FILES}
+OUTSIDE = {name_of(path): path for path in BENCHMARK_FILES + STUDIES}
 
 
 def imports(path, lazily=True):
-    """The modules that a file imports; without `lazily`, those that it imports when it is imported itself."""
+    """Return the modules that a file imports; without `lazily`, only those imported at the top level."""
     found, nodes = set(), list(ast.parse(path.read_text()).body)
     while nodes:
         node = nodes.pop()
@@ -75,7 +75,7 @@ def ours(modules):
 
 
 def code_of(path):
-    """C++ without its comments."""
+    """Return C++ without its comments."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
 
 
@@ -84,48 +84,48 @@ def included(path):
 
 
 def test_this_file_sees_the_tree():
-    """A path that moved would leave every rule below with nothing to break."""
-    assert len(ROOMS) >= 2 and len(MEANS) > 20 and len(COMPUTES) > 10 and len(BINDS) > 4
+    """Find files and imports at all: if a path moved, every rule below would hold of nothing."""
+    assert len(OPS) >= 2 and len(MODULE_FILES) > 20 and len(KERNEL_FILES) > 10 and len(BINDING_FILES) > 4
     assert "lgd_kernels.runtime.levels" in imports(PACKAGE / "ops" / "guided_score" / "op.py")
     table = PACKAGE / "omega" / "table.py"
     assert imports(table) - imports(table, lazily=False)
 
 
-@each_room
-def test_a_room_is_complete(room):
-    """One op name on every floor: whoever looks for a piece knows where it is."""
-    pieces = [PACKAGE / "ops" / room / name for name in ("__init__.py", "op.py", "reference.py")]
-    pieces += [ROOT / "csrc" / room / f"{room}.h", ROOT / "python" / f"{room}.cpp", ROOT / "tests" / f"test_{room}.py"]
-    pieces += [ROOT / "benchmarks" / f"{room}.py"]
+@each_op
+def test_an_op_is_complete(op):
+    """Every layer has the files of an op under its name."""
+    pieces = [PACKAGE / "ops" / op / file for file in ("__init__.py", "op.py", "reference.py")]
+    pieces += [ROOT / "csrc" / op / f"{op}.h", ROOT / "python" / f"{op}.cpp", ROOT / "tests" / f"test_{op}.py"]
+    pieces += [ROOT / "benchmarks" / f"{op}.py"]
     assert [in_tree(path) for path in pieces if not path.is_file()] == []
 
 
-@each_room
-def test_a_room_is_public(room):
-    """In its own api.py, or, if it takes a rule, in guidance/api.py."""
-    homes = {f"lgd_kernels.ops.{room}.api", "lgd_kernels.guidance.api"}
-    assert room in lgd.__all__ and getattr(lgd, room).__module__ in homes
+@each_op
+def test_an_op_is_public(op):
+    """Its function is in its own api.py or, if it takes a rule, in guidance/api.py."""
+    homes = {f"lgd_kernels.ops.{op}.api", "lgd_kernels.guidance.api"}
+    assert op in lgd.__all__ and getattr(lgd, op).__module__ in homes
 
 
-@each_room
-def test_an_implementation_has_a_launcher(room):
-    op = importlib.import_module(f"lgd_kernels.ops.{room}.op")
-    assert "reference" in op.IMPLEMENTATIONS and set(op.IMPLEMENTATIONS) <= set(impls.NAMES)
-    for name in op.IMPLEMENTATIONS:
-        generic = name == "cpu" and hasattr(impls.launcher(room, name), "_fields")  # its binding alone
-        assert generic or (PACKAGE / "ops" / room / f"{name}.py").is_file()
+@each_op
+def test_an_implementation_has_a_launcher(op):
+    offered = importlib.import_module(f"lgd_kernels.ops.{op}.op").IMPLEMENTATIONS
+    assert "reference" in offered and set(offered) <= set(impls.NAMES)
+    for impl in offered:
+        generic = impl == "cpu" and isinstance(impls.launcher(op, impl), impls.Bindings)
+        assert generic or (PACKAGE / "ops" / op / f"{impl}.py").is_file()
 
 
-def test_no_room_without_a_name():
-    """Nothing on the other floors that belongs to no op."""
-    assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *ROOMS}
-    cuda = {room for room in ROOMS if "cuda" in importlib.import_module(f"lgd_kernels.ops.{room}.op").IMPLEMENTATIONS}
+def test_no_files_without_an_op():
+    """csrc/ and python/ hold nothing that belongs to no op."""
+    assert {path.name for path in (ROOT / "csrc").iterdir()} == {"common", *OPS}
+    cuda = {name for name in OPS if "cuda" in importlib.import_module(f"lgd_kernels.ops.{name}.op").IMPLEMENTATIONS}
     assert {path.stem for path in (ROOT / "python").glob("*.cpp")} == {
         "bindings",
         "omega_table",
         "philox",
         "rules",
-        *ROOMS,
+        *OPS,
     }
     assert {path.stem for path in (ROOT / "python" / "cuda").glob("*.cpp")} == {"bindings", *cuda}
 
@@ -145,11 +145,11 @@ GROUPS = {  # each may import itself and these: no arrow runs upward
 
 
 def group_of(name):
-    """The group of a module: lgd_kernels.ops.moments.api is in ops; lgd_kernels itself is __init__."""
+    """Return the group of a module: ops for lgd_kernels.ops.moments.api, __init__ for lgd_kernels itself."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
-@pytest.mark.parametrize("path", [path for path in MEANS if path != PACKAGE / "__init__.py"], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in MODULE_FILES if path != PACKAGE / "__init__.py"], ids=name_of)
 def test_import_arrows(path):
     group = group_of(name_of(path))
     reached = {group_of(name) for name in ours(imports(path))} - {group}
@@ -157,13 +157,13 @@ def test_import_arrows(path):
 
 
 def test_every_group_is_listed():
-    """Nothing lies loose at the top of the package."""
+    """No other module lies at the top of the package."""
     assert {group_of(name) for name in MODULES} == {*GROUPS, "__init__"}
 
 
 @pytest.mark.parametrize("modules", [MODULES, OUTSIDE], ids=["lgd_kernels", "outside"])
 def test_no_import_circles(modules):
-    """Not even between functions that import when they are called. A package's own file counts as what it imports."""
+    """Imports inside functions count too."""
     arrows = {name: (imports(path) & modules.keys()) - {name} for name, path in modules.items()}
     while leaves := {name for name, reached in arrows.items() if not reached}:
         arrows = {name: reached - leaves for name, reached in arrows.items() if name not in leaves}
@@ -174,12 +174,43 @@ def test_no_import_circles(modules):
 
 @pytest.mark.parametrize("path", files(".py", under=PACKAGE / "ops"), ids=name_of)
 def test_an_op_knows_no_other(path):
-    """So one op can be read, changed and removed alone."""
+    """Each op can be read, changed and removed alone."""
     if path.parent.name == "ops":
         assert imports(path) == set()
         return
     own = f"lgd_kernels.ops.{path.parent.name}"
     assert [name for name in imports(path) if name.startswith("lgd_kernels.ops") and not name.startswith(own)] == []
+
+
+def functions_of_ops():
+    """Yield (file, function, whether it is a Triton kernel) for every function in ops/."""
+    for path in files(".py", under=PACKAGE / "ops"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield path, node, any("triton.jit" in ast.unparse(one) for one in node.decorator_list)
+
+
+def test_functions_of_ops_take_few_positions():
+    """At most eight; keyword-only arguments, which public functions have, do not count."""
+    long = [
+        f"{in_tree(path)}: {node.name}"
+        for path, node, compiled in functions_of_ops()
+        if not compiled and len(node.args.posonlyargs) + len(node.args.args) > 8
+    ]
+    assert long == []
+
+
+def test_kernels_take_few_parameters():
+    """At most 32: Triton's binder pays for each in every launch."""
+    kernels = [(path, node) for path, node, compiled in functions_of_ops() if compiled and node.name.endswith("kernel")]
+    assert len(kernels) > 10
+    assert [node.name for _, node in kernels if len(node.args.args) > 32] == []
+
+
+def test_the_formatter_formats_nearly_everything():
+    """Every `# fmt: skip` is a line that nobody keeps in order."""
+    written = MODULE_FILES + BENCHMARK_FILES + files(".py", under=ROOT / "examples")
+    assert sum(path.read_text().count("# fmt: " + "skip") for path in written) < 40
 
 
 INSIDE = {  # which files of an op may import which others of it; op.py imports launchers lazily, by name
@@ -214,23 +245,23 @@ def test_arrows_inside_an_op(path):
 
 @pytest.mark.parametrize("path", files(".py", under=PACKAGE / "omega"), ids=name_of)
 def test_omega_knows_no_op(path):
-    """Ops and samplers take an omega, however it was learned. Of sampling it reads schedules alone."""
+    """Of sampling, omega imports the schedules only."""
     reached = {name for name in ours(imports(path)) if group_of(name) == "sampling"}
     assert reached <= {"lgd_kernels.sampling.schedules"}
 
 
-@pytest.mark.parametrize("path", MEANS, ids=name_of)
+@pytest.mark.parametrize("path", MODULE_FILES, ids=name_of)
 def test_triton_and_the_extension_are_imported_lazily(path):
-    """`import lgd_kernels` works where they do not, and costs nothing where they do."""
+    """`import lgd_kernels` works without them, and does not wait for them."""
     if path.stem.startswith("triton"):
         return
     heavy = re.compile(r"triton(\..*)?|lgd_kernels\.(_C|runtime\.triton_common|ops\.\w+\.(triton|cpu|cuda))")
     assert [name for name in imports(path, lazily=False) if heavy.fullmatch(name)] == []
 
 
-@pytest.mark.parametrize("path", MEANS, ids=name_of)
+@pytest.mark.parametrize("path", MODULE_FILES, ids=name_of)
 def test_only_torch_and_numpy_are_imported_by_all(path):
-    """The rest is optional, or imported where it is used."""
+    """Other packages are optional, or imported where they are used."""
     allowed = {"lgd_kernels", "torch", "numpy", *sys.stdlib_module_names}
     if path.stem.startswith("triton"):
         allowed.add("triton")
@@ -240,53 +271,55 @@ def test_only_torch_and_numpy_are_imported_by_all(path):
 
 
 def test_nothing_knows_its_integrations():
-    """They are leaves: the package works without what they plug into."""
-    outside = [path for path in MEANS if path.parent != PACKAGE / "integrations"]
+    """They are leaves: the package works without the libraries that they plug into."""
+    outside = [path for path in MODULE_FILES if path.parent != PACKAGE / "integrations"]
     assert [name_of(path) for path in outside if any("integrations" in name for name in imports(path))] == []
 
 
 def test_public_names_are_only_imported():
-    """The package's own file names what there is, and does nothing."""
+    """The package's own file only imports names."""
     body = ast.parse((PACKAGE / "__init__.py").read_text()).body
     assert [node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING"] == []
     assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.If)) for node in body)
     assert sorted(lgd.__all__) == sorted(set(lgd.__all__)) and all(hasattr(lgd, name) for name in lgd.__all__)
 
 
-@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
 def test_csrc_knows_neither_python_nor_torch(path):
-    """So a file compiles in half a second, and one build serves every torch."""
+    """A file compiles in half a second, and one build serves every torch."""
     for name in included(path):
         assert not re.search(r"torch|ATen|c10|pybind11|Python\.h", name), name
         if "/" in name or name.endswith((".h", ".cuh")):
             assert (path.parent / name).resolve().is_relative_to(ROOT / "csrc"), f"{name} lies outside csrc/"
 
 
-@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
-def test_csrc_rooms_know_no_other(path):
-    others = set(ROOMS) - {path.parent.name}
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_csrc_ops_include_no_other(path):
+    others = set(OPS) - {path.parent.name}
     assert [name for name in included(path) if others & set(Path(name).parts)] == []
 
 
-@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
 def test_csrc_allocates_nothing(path):
-    """Memory is torch's business, and a kernel that cannot run out of it has no errors to report."""
+    """torch allocates all memory, so kernels have no errors to report."""
     words = r"\bnew\b|\b(m|c|re)alloc\b|\balloca\b|\bstd::(vector|string|map|function|(make_)?(unique|shared)(_ptr)?)\b"
     assert [match.group() for match in re.finditer(words, code_of(path))] == []
 
 
-@pytest.mark.parametrize("path", COMPUTES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
 def test_csrc_starts_no_threads(path):
-    """python/ owns them, and cuts the work so that their number changes no bit. Vectors are another matter."""
+    """python/ starts threads, and cuts the work so that their number changes no bit. `omp simd` is allowed."""
     pragmas = re.findall(r"#pragma\s+omp\s+([^\n]*)", code_of(path))
     assert [pragma for pragma in pragmas if not re.match(r"(declare )?simd\b", pragma)] == []
     assert not {"omp.h", "thread", "mutex", "atomic", "future"} & set(included(path))
 
 
 def test_threads_are_started_in_one_place():
-    """Where exceptions are kept inside a parallel region, and Ctrl-C is looked for."""
+    """parallel.h keeps exceptions inside a parallel region and polls for Ctrl-C."""
     starts = [
-        path.name for path in BINDS if re.search(r"#pragma\s+omp\s+parallel|std::(thread|async)\b", code_of(path))
+        path.name
+        for path in BINDING_FILES
+        if re.search(r"#pragma\s+omp\s+parallel|std::(thread|async)\b", code_of(path))
     ]
     assert starts == ["parallel.h"]
 
@@ -294,25 +327,25 @@ def test_threads_are_started_in_one_place():
 def test_every_source_is_built():
     """setup.py takes csrc/*/*_cpu.cpp and python/*.cpp, csrc/*/*_cuda.cu and python/cuda/*.cpp; a source of any other
     name would be left out without a word."""
-    sources = [path for path in COMPUTES if path.suffix in (".cpp", ".cu")]
+    sources = [path for path in KERNEL_FILES if path.suffix in (".cpp", ".cu")]
     assert [path.name for path in sources if not path.name.endswith(("_cpu.cpp", "_cuda.cu"))] == []
     assert all(path.parent.parent == ROOT / "csrc" for path in sources)
-    assert {path.parent for path in BINDS} == {ROOT / "python", ROOT / "python" / "cuda"}
+    assert {path.parent for path in BINDING_FILES} == {ROOT / "python", ROOT / "python" / "cuda"}
 
 
-@each_room
-def test_a_workload_file_only_declares(room):
-    """How it is verified and timed is the same for all."""
+@each_op
+def test_a_workload_file_only_declares(op):
+    """The runner verifies and times all of them alike."""
     beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.testing"}
-    beside |= {f"lgd_kernels.runtime.{name}" for name in ("arguments", "columns", "levels")}
-    beside |= {f"lgd_kernels.ops.{room}.{name}" for name in ("reference", "structs")}
-    imported = imports(ROOT / "benchmarks" / f"{room}.py")
+    beside |= {f"lgd_kernels.runtime.{op}" for op in ("arguments", "columns", "levels")}
+    beside |= {f"lgd_kernels.ops.{op}.{op}" for op in ("reference", "structs")}
+    imported = imports(ROOT / "benchmarks" / f"{op}.py")
     assert "benchmarks.workload" in imported
-    assert {name for name in imported if name.startswith("benchmarks") or name in MODULES} <= beside
+    assert {op for op in imported if op.startswith("benchmarks") or op in MODULES} <= beside
 
 
 def test_workloads_of_rules_only_declare():
-    """Likewise, beside rooms and other libraries."""
+    """Workloads of rules only declare, too."""
     imported = imports(ROOT / "benchmarks" / "rules.py")
     beside = {
         "benchmarks.providers",
@@ -327,33 +360,35 @@ def test_workloads_of_rules_only_declare():
 
 def test_benchmarks_and_examples_stay_outside():
     """The package imports neither; examples import benchmarks, and not the other way round."""
-    assert [path.name for path in MEASURES if len(path.read_text().splitlines()) > 200] == []
-    for paths, outside in ((MEANS, ("benchmarks", "examples")), (MEASURES, ("examples",))):
+    assert [path.name for path in BENCHMARK_FILES if len(path.read_text().splitlines()) > 200] == []
+    for paths, outside in ((MODULE_FILES, ("benchmarks", "examples")), (BENCHMARK_FILES, ("examples",))):
         assert [name_of(path) for path in paths if any(name.startswith(outside) for name in imports(path))] == []
 
 
-@each_room
-def test_python_binds_its_room(room):
-    """In a file that registers itself. A header with the op's structs is for the CPU and CUDA both."""
-    binding = ROOT / "python" / f"{room}.cpp"
+@each_op
+def test_python_binds_each_op(op):
+    """Its binding registers itself. A header of the op's structs serves the CPU and CUDA."""
+    binding = ROOT / "python" / f"{op}.cpp"
     headers = [binding, *(path for path in [binding.with_suffix(".h")] if path.is_file())]
-    assert f"../csrc/{room}/{room}.h" in {name for path in headers for name in included(path)}
+    assert f"../csrc/{op}/{op}.h" in {op for path in headers for op in included(path)}
     assert "const Binding binding(" in binding.read_text()
 
 
-@pytest.mark.parametrize("path", [path for path in MEANS + MEASURES + STUDIES if path.stat().st_size], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULE_FILES + BENCHMARK_FILES + STUDIES if path.stat().st_size], ids=name_of
+)
 def test_modules_say_what_they_are_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
 @pytest.mark.parametrize("name", lgd.__all__)
 def test_public_names_have_an_example(name):
-    """In their docstring, or in that of a method of their own."""
+    """The example is in their docstring, or in that of one of their methods."""
     tests = doctest.DocTestFinder(exclude_empty=True).find(getattr(lgd, name), name)
     assert getattr(lgd, name).__doc__ and any(test.examples for test in tests)
 
 
-@pytest.mark.parametrize("path", [path for path in MEANS if ">>> " in path.read_text()], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in MODULE_FILES if ">>> " in path.read_text()], ids=name_of)
 def test_examples_run(path):
     if path.name.startswith("diffusers"):
         pytest.importorskip("diffusers")
@@ -372,13 +407,13 @@ def test_version_is_said_once_more_in_the_metadata():
 
 
 def test_no_empty_folders():
-    """Nothing is kept for symmetry."""
+    """No folder is kept for symmetry."""
     assert [in_tree(path) for path in folders() if set(os.listdir(path)) <= {"__pycache__"}] == []
 
 
 def test_packages_are_packages():
-    """A folder without __init__.py would not be in the wheel."""
-    homes = {path.parent for path in MEANS}
+    """The wheel leaves out a folder without __init__.py."""
+    homes = {path.parent for path in MODULE_FILES}
     assert [in_tree(home) for home in homes if not (home / "__init__.py").is_file()] == []
 
 
@@ -396,7 +431,7 @@ def test_no_machine_paths():
 
 
 def test_no_banners_and_no_loose_ends():
-    """Sections are files and functions; a TODO names where it is followed up."""
+    """Sections are files and functions; a TODO names its follow-up."""
     banner, loose = re.compile(r"^\s*(#|//)\s*[-=*#]{4,}", re.MULTILINE), re.compile(r"\b(TODO|FIXME|XXX)\b(?! ?\()")
     written = [path for path in TEXT if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and path != Path(__file__)]
     assert [path.name for path in written if banner.search(path.read_text()) or loose.search(path.read_text())] == []
