@@ -149,7 +149,8 @@ class _Ring(NamedTuple):
                 yield _Meeting(of, of, (1 + once) * share, 2 * share)
 
     def pieces(self, own: list[Side], travel: list[bool]) -> Iterator[Piece]:
-        for step, theirs in _around(own, travel, self.parts):
+        sent = [Side(side.points, side.weights) for side in own]  # a part that is met gets no gradient
+        for step, theirs in _around(sent, travel, self.parts):
             for of, other, value, slope in self.meetings(step):
                 yield Piece(own[of], None if step == 0 and of == other else theirs[other], value, slope)
             del theirs  # before the one after the next is on its way
