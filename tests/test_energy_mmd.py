@@ -209,7 +209,7 @@ LIMIT = {torch.float64: 64 * 2.0**-53}
 @each_kernel
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_agrees_with_float64(kernel, options, impl, generator):
-    for n, k, shape in ((2, 3, (1,)), (5, 6, (3,)), (64, 65, (2,)), (131, 70, (2, 3)), (150, 67, (65,))):
+    for n, k, shape in ((2, 3, (1,)), (5, 6, (3,)), (64, 65, (2,)), (131, 70, (2, 3)), (70, 67, (65,))):
         for dtype in testing.DTYPES:
             x, y = testing.sample((n, *shape), dtype, generator), testing.sample((k, *shape), dtype, generator)
             limit = LIMIT.get(dtype, 8 * 2.0**-24)
