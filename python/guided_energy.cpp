@@ -12,7 +12,7 @@ namespace {
 
 template <class S>
 S* scratch(const GuidedEnergy& op) {
-  static thread_local std::vector<S> kept;  // the next block, and the next call, want the same
+  static thread_local std::vector<S> kept;  // for the next block and the next call
   kept.resize(std::max<size_t>(kept.size(), guided_energy_scratch(op)));
   return kept.data();
 }

@@ -18,8 +18,8 @@ struct Terms {
   }
 };
 
-// Adds the shares of some pairs at each shift, the pairs of a lane in their order. Pairs that coincide have none, but
-// for beta = 2, where the square has every derivative.
+// Adds the shares of some pairs at each shift, the pairs of a lane in their order. Pairs that coincide add nothing,
+// except for beta = 2, where the square has every derivative.
 template <int Order>
 LGD_CLONES void add_terms(const Terms& of, const double* shifts, int64_t count, double beta, double (*sums)[kLanes]) {
   const Exponent<double> exponent(Order == 0 ? beta / 2 : beta / 2 - 1);
@@ -48,7 +48,7 @@ LGD_CLONES void add_terms(const Terms& of, const double* shifts, int64_t count, 
   }
 }
 
-// add(terms), for all pairs of an item, filled up with pairs that have no share.
+// Calls add(terms) for all pairs of an item, padded with pairs of share 0.
 template <class Add>
 void for_terms(const EnergyDerivative& of, const double* statistics, const Add& add) {
   const int64_t m = of.m, k = of.k, pairs = m * (m - 1) / 2, others = of.options.lam == 0 ? 0 : pairs;

@@ -1,11 +1,11 @@
-// What the CUDA kernels make of an item's data in registers: its scalars, its guided particles and its targets.
+// Device functions of the CUDA kernels: an item's scalars, its guided particles and its targets, in registers.
 #pragma once
 #include "../common/vec.cuh"
 #include "guided_energy.h"
 
 namespace lgd {
 
-// What a block's elements are computed with.
+// The scalars of a block's item.
 struct Scalars {
   double x, guided, omega, signal;  // around signal x0 in double: particles near it keep their distance
   float noise, target_noise;
@@ -28,7 +28,7 @@ struct Scalars {
   }
 };
 
-// The next 16 bytes of a row; of any type, four elements, 0 from `count` on.
+// Reads 16 bytes of a row; of mixed types, four elements, 0 from `count` on.
 template <class T>
 struct Read {
   typedef Pack<T> type;
@@ -61,7 +61,7 @@ struct Particle {
   }
 };
 
-// Elements 4 quad to 4 quad + 3 of what was read: a particle before its noise, and its slope.
+// Computes elements 4 quad to 4 quad + 3 of a particle before its noise, and of its slope.
 template <class T>
 __device__ __forceinline__ void guide(const GuidedEnergy& op, const Scalars& k, const Particle<T>& from,
                                       const typename Read<T>::type& x0, int quad, float (&x_s)[4], float (&slope)[4]) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void guide(const GuidedEnergy& op, const Scalars& k, 
   }
 }
 
-// Their noise. (Read here, not with the rest: that would take the registers that hold the sums.)
+// Adds the noise to these elements. (It is not read with the other tensors: that would take registers of the sums.)
 template <class T>
 __device__ __forceinline__ void disturb(const GuidedEnergy& op, const Scalars& k, int64_t row, int j, int64_t at,
                                         int quad, int count, float (&x_s)[4]) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void disturb(const GuidedEnergy& op, const Scalars& k
   for (int i = 0; i < 4; ++i) x_s[i] += k.noise * z[i];
 }
 
-// Likewise of target t.
+// Computes the same elements of target t.
 template <class T>
 __device__ __forceinline__ void aim(const GuidedEnergy& op, const Scalars& k, const typename Read<T>::type& from, int t,
                                     int64_t at, int quad, float (&y)[4]) {

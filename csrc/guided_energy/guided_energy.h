@@ -11,7 +11,7 @@
 
 namespace lgd {
 
-// As in lgd_kernels/ops/guided_energy/targets.py: given, made from x0 and noise, or integrated out.
+// Targets are given, made from x0 and noise, or integrated out (lgd_kernels/ops/guided_energy/targets.py).
 enum class Targets : int { tensor, renoise, expected };
 
 struct Target {
@@ -43,15 +43,15 @@ struct EnergyOptions {
 
 constexpr int64_t kEnergySpan = 256;  // elements of a row processed together on the CPU; their sums are added in double
 
-// Adds to sums what elements [first, last) of the item give. S: float, or double where any tensor is. `scratch` holds
-// guided_energy_scratch elements.
+// Adds the terms of elements [first, last) of the item to sums. S: float, or double where any tensor is. `scratch`
+// holds guided_energy_scratch elements.
 template <class S>
 void guided_energy(const GuidedEnergy& op, int64_t item, int64_t first, int64_t last, double* sums, S* scratch);
 int64_t guided_energy_scratch(const GuidedEnergy& op);
 
 // Gradients to the data from the weights of the pairs, w_jk = 2 d loss / d P0_jk and v_jl = 2 d loss / d Q0_jl:
 //   d_x_s^j = sum_k w_jk (x_s^j - y_k) + sum_l v_jl (x_s^j - x_s^l)        d_y_k = sum_j w_jk (y_k - x_s^j)
-// d_target is d_y or, where targets are made from x0, signal_s sum_k d_y_k.
+// d_target is d_y or, if targets are made from x0, signal_s sum_k d_y_k.
 struct GuidedEnergyBackward {
   Rows d_x, d_cond, d_uncond, d_noise, d_target;  // out, each may be absent
   GuidedEnergy forward;
@@ -64,13 +64,13 @@ struct Energy {
   double loss, slope;
 };
 
-// Pairs that have a term of their own: those with targets, then, where they repel each other, those of particles.
+// Counts the terms of the loss: pairs with targets, then, if lam is not 0, pairs of particles.
 LGD_INLINE int64_t guided_energy_terms(const GuidedEnergy& op, const EnergyOptions& options) {
   return op.m * op.target.k + (options.lam != 0 ? op.pairs() : 0);
 }
 
-// Such a pair, from the statistics of the item: a share of square^(beta/2) in the loss, and of its slope
-// beta square^(beta/2 - 1) along.
+// The pair of a term, from the statistics of the item. The loss has share square^(beta/2), and the slope
+// share beta square^(beta/2 - 1) along.
 struct EnergyPair {
   double square, along, share;
 };
@@ -83,14 +83,14 @@ LGD_INLINE EnergyPair guided_energy_pair(const GuidedEnergy& op, const double* s
   return {*square, square[repels ? pairs : meetings], repels ? -repulsion / double(pairs) : 1 / double(meetings)};
 }
 
-// What targets that are integrated out add to the loss.
+// The variance that targets add to the loss if they are integrated out.
 LGD_INLINE double guided_energy_variance(const GuidedEnergy& op, int64_t item, int64_t row) {
   if (op.target.kind != Targets::expected) return 0;
   const double noise = op.scalars.levels.at<double>(3, item);
   return noise * noise * double(row);
 }
 
-// From the statistics of an item with rows of `row` elements.
+// Computes loss and slope from the statistics of an item with rows of `row` elements.
 Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, const double* statistics,
                             const EnergyOptions& options);
 

@@ -1,6 +1,6 @@
-// The gradient to the data. A thread has the same 16 bytes of all rows of an item; it makes four particles at a time,
-// lets them meet every target and every particle, and weighs the differences; then, where more than four particles pull
-// at them, four targets at a time. What it reads again lies in the nearest cache.
+// The gradient to the data. A thread has the same 16 bytes of all rows of an item. It computes four particles at a time
+// and weighs their differences from every target and every particle; then, if there are more than four particles, it
+// does the same for four targets at a time. Data read again is in the first-level cache.
 #include "guided_energy.cuh"
 #include "guided_energy_cuda.h"
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ void target(const GuidedEnergy& op, const Scalars& k,
   for (int quad = 0; quad < kWidth<T> / 4; ++quad) aim<T>(op, k, from, t, at.first, quad, y[quad]);
 }
 
-// to += weight (from - other), and the opposite to `back`.
+// Adds weight (from - other) to `to`, and its opposite to `back`.
 template <class T>
 __device__ __forceinline__ void pull(Quads<T>& to, Quads<T>& back, float weight, const Quads<T>& from,
                                      const Quads<T>& other) {

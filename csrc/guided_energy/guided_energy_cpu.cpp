@@ -8,10 +8,10 @@
 namespace lgd {
 namespace {
 
-constexpr int kTile = 4;  // targets, or other particles, compared with one at a time: their sums fill the registers
+constexpr int kTile = 4;  // targets, or other particles, of a particle at a time: their sums fill the registers
 constexpr int64_t kSpan = kEnergySpan;
 
-// totals[i] = the sum of all lanes of sums[i].
+// Sets totals[i] to the sum of all lanes of sums[i].
 template <class V, int N>
 LGD_INLINE void add_lanes(const V (&sums)[N], V& totals) {
   for (int i = 0; i < N; ++i) {
@@ -24,7 +24,7 @@ LGD_INLINE void add_lanes(const V (&sums)[N], V& totals) {
 typedef Vector<float>::type Floats;
 typedef Vector<double>::type Doubles;
 
-// The same by folding pairs of vectors into one: 21 instructions for eight sums.
+// Does the same by folding pairs of vectors into one: 21 instructions for eight sums.
 LGD_INLINE void add_lanes(const Floats (&sums)[8], Floats& totals) {
   Floats halves[4], quarters[2];
   for (int i = 0; i < 4; ++i)
@@ -46,7 +46,7 @@ LGD_INLINE void add_lanes(const Doubles (&sums)[4], Doubles& totals) {
 }
 #endif
 
-// to[i] += the lanes of sums[i]
+// Adds the lanes of sums[i] to to[i].
 template <class V, int N>
 LGD_INLINE void add_totals(double* to, const V (&sums)[N]) {
   constexpr int kLanes = sizeof(V) / sizeof(sums[0][0]);
@@ -58,8 +58,7 @@ LGD_INLINE void add_totals(double* to, const V (&sums)[N]) {
   }
 }
 
-// Where the next span's elements of some rows lie: asked for while this one is worked on, since the processor sees no
-// stream in so many short runs.
+// Rows to prefetch for the next span: the hardware prefetcher sees no stream in so many short runs.
 struct Ahead {
   const char* at[4];
   int64_t size;
@@ -69,7 +68,7 @@ struct Ahead {
   }
 };
 
-// P0 and P1 of one particle against K targets. Elements come in whole vectors.
+// Adds P0 and P1 of one particle and K targets. Elements come in whole vectors.
 template <class S, int K>
 LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, double* p0, double* p1, int64_t count,
                              const Ahead& ahead) {
@@ -92,7 +91,7 @@ LGD_CLONES void meet_targets(const S* x, const S* slope, const S* const* y, doub
   }
 }
 
-// Q0, Q1 and Q2 of one particle against K others, which follow one another.
+// Adds Q0, Q1 and Q2 of one particle and K others, which follow one another.
 template <class S, int K>
 LGD_CLONES void meet_particles(const S* x, const S* slope, const S* others, const S* slopes, double* q0, double* q1,
                                double* q2, int64_t count) {
@@ -117,7 +116,7 @@ LGD_CLONES void meet_particles(const S* x, const S* slope, const S* others, cons
   }
 }
 
-// P2 of K particles, which follow one another.
+// Adds P2 of K particles, which follow one another.
 template <class S, int K>
 LGD_CLONES void add_squares(const S* slopes, double* p2, int64_t count) {
   typename Vector<S>::type sums[K] = {};
@@ -129,7 +128,7 @@ LGD_CLONES void add_squares(const S* slopes, double* p2, int64_t count) {
   add_totals(p2, sums);
 }
 
-// run(std::integral_constant<int, count>{}), or with Most where that is less.
+// Calls run(std::integral_constant<int, count>{}), with Most if that is less.
 template <int Most, class Run>
 LGD_INLINE void with_size(int64_t count, const Run& run) {
   if constexpr (Most > 1)
@@ -147,7 +146,7 @@ LGD_CLONES void guide(S* x_s, S* slope, const E* x, const E* cond, const E* unco
   }
 }
 
-// Seen from the centre signal x0, in double: particles near it keep their distance whatever their norm.
+// Subtracts the centre signal x0 in double: particles near it keep their distance whatever their norm.
 template <class E, class S>
 LGD_CLONES void guide_centred(S* x_s, S* slope, const E* x, const E* cond, const E* uncond, const E* x0, double a,
                               double b, double omega, double signal, int64_t count) {
@@ -171,7 +170,7 @@ LGD_CLONES void scaled(S* to, const E* from, S factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = factor * S(to_float(from[i]));
 }
 
-// What a thread works in: particles and slopes [m, kSpan], targets [k, kSpan], buffers, noise of either and, in the
+// A thread's memory: particles and slopes [m, kSpan], targets [k, kSpan], buffers, noise of either and, in the
 // backward, the targets' gradients [k, kSpan].
 template <class S>
 struct Scratch {
@@ -232,7 +231,7 @@ void fill_particles(const GuidedEnergy& op, const Scratch<S>& to, const Item& it
   }
 }
 
-// The k targets of an item, as pointers; in place where they are stored as S and fill whole vectors.
+// Sets pointers to the k targets of an item: in place if they are stored as S and fill whole vectors.
 template <class S>
 void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, const Item& item, int64_t at, int64_t count,
                   int64_t whole) {
@@ -257,7 +256,7 @@ void fill_targets(const GuidedEnergy& op, const Scratch<S>& to, const Item& item
   }
 }
 
-// The next span of particle j's rows, and of target j's.
+// Returns the next span of particle j's rows, and of target j's.
 inline Ahead ahead_of(const GuidedEnergy& op, const Item& item, int64_t j, int64_t next) {
   const int64_t size = op.x.dtype == DType::f64 ? 8 : op.x.dtype == DType::f32 ? 4 : 2;
   const auto in = [&](const Rows& rows, int64_t row) {
@@ -270,7 +269,7 @@ inline Ahead ahead_of(const GuidedEnergy& op, const Item& item, int64_t j, int64
           size};
 }
 
-// All pairs of a span: every particle meets a tile of targets, or of particles, then the next tile.
+// Adds all pairs of a span: of every particle with a tile of targets, or of particles, then with the next tile.
 template <class S>
 void meet(const GuidedEnergy& op, const Scratch<S>& in, const Item& item, int64_t at, int64_t whole, double* sums) {
   const int64_t m = op.m, k = op.target.k, pairs = op.pairs();
@@ -294,7 +293,7 @@ void meet(const GuidedEnergy& op, const Scratch<S>& in, const Item& item, int64_
     }
 }
 
-// to += weight (from - other), and the opposite to `back`.
+// Adds weight (from - other) to `to`, and its opposite to `back`.
 template <class S>
 LGD_CLONES void pull(S* to, S* back, const S* from, const S* other, S weight, int64_t count) {
 #pragma omp simd

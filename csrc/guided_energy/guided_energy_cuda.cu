@@ -1,19 +1,19 @@
-// First every chunk of an item, a block each, adds up its part of the statistics in float, a few thousand terms to a
-// sum; then a block for each item adds the chunks, in order and in double. Up to four particles and four targets meet
-// in registers, more in shared memory.
+// First a block for each chunk of an item adds up its part of the statistics in float, a few thousand terms to a sum.
+// Then a block for each item adds the chunks, in order and in double. Up to four particles and four targets are kept in
+// registers, more in shared memory.
 //
 // m = k = 4, B = 256, D = 12288: 101 MB are read in half precision, 201 MB in float (82 and 164 MB with targets made
 // here), each byte once; 516 Mflop, for each element of an item 80 for particles and targets, 56 for particles and
-// particles, 28 to guide: bound by memory, by counting, until noise is made here, which is about 40 instructions each.
+// particles, 28 to guide. By these counts it is bound by memory, unless it draws noise: about 40 instructions each.
 #include "guided_energy.cuh"
 #include "guided_energy_cuda.h"
 
 namespace lgd {
 namespace {
 
-constexpr int kFew = 128;        // threads of a block where sums stay in registers
-constexpr int kMany = 192;       // where rows are staged: with 256, sums spill
-constexpr int kTile = 4;         // rows that meet as many others in a warp's registers
+constexpr int kFew = 128;        // threads of a block if sums stay in registers
+constexpr int kMany = 192;       // if rows are staged: with 256, sums spill
+constexpr int kTile = 4;         // rows in a warp's registers, and as many others
 constexpr int64_t kPart = 1024;  // elements: chunks are multiples
 
 struct Chunks {
@@ -28,7 +28,7 @@ struct Chunks {
   }
 };
 
-// Where a sum goes among an item's statistics, or -1: of a particle and a target (P0, P1, P2), or of particles j < l.
+// The place of a sum among an item's statistics, or -1: of a particle and a target (P0, P1, P2), or of particles j < l.
 LGD_INLINE int64_t target_slot(const GuidedEnergy& op, int which, int j, int k) {
   if (j >= op.m || k >= op.target.k) return -1;
   if (which < 2) return which * op.m * op.target.k + j * op.target.k + k;
@@ -39,7 +39,7 @@ LGD_INLINE int64_t particle_slot(const GuidedEnergy& op, int which, int j, int l
   return 2 * op.m * op.target.k + op.m + which * op.pairs() + j * op.m - int64_t(j) * (j + 1) / 2 + l - j - 1;
 }
 
-// The sum of values[i] over the warp, in lane i: halves change places, so that a step adds half as many as the last.
+// Returns the sum of values[i] over the warp, in lane i. Lanes swap halves, so each step adds half as many as the last.
 template <int kHalf = 16>
 __device__ __forceinline__ float spread_sum(float (&values)[32]) {
   const bool upper = threadIdx.x & kHalf;
@@ -52,12 +52,12 @@ __device__ __forceinline__ float spread_sum(float (&values)[32]) {
   return values[0];
 }
 
-// Blocks on a multiprocessor, so that what is read in one go and every sum have a register: a few warps, with 16 bytes
-// of up to 16 rows under way for each thread, keep memory busy.
+// Blocks on a multiprocessor, so that every load of an iteration and every sum has a register. A few warps, with 16
+// bytes of up to 16 rows in flight for each thread, saturate memory.
 template <int M>
 constexpr int kResident = M == 4 ? 2 : 3;
 
-// At most M particles and K targets: where there are fewer, the last takes the places left, and its sums go nowhere.
+// At most M particles and K targets. If there are fewer, the last takes the places left, and its sums are not stored.
 template <class T, int M, int K>
 __global__ void __launch_bounds__(kFew, kResident<M>) few(GuidedEnergy op, Chunks chunks, int64_t row, float* parts) {
   constexpr int kMeetings = M * K, kPairs = M * (M - 1) / 2, kParticles = 2 * kMeetings + M;
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kFew, kResident<M>) few(GuidedEnergy op, Chunk
   if (slot >= 0) parts[blockIdx.x * op.statistics() + slot] = total;
 }
 
-// Any number: a span of all rows is staged, [particles, targets, slopes], and each warp lets tiles of four particles
-// meet four rows, its lanes along the span. The sums of a tile go on in `parts`, where they have one owner.
+// Any number: a span of all rows is staged, [particles, targets, slopes]. A warp takes the pairs of four particles with
+// four rows, its lanes along the span. It alone adds to the sums of these pairs, in `parts`.
 template <bool kTargets>
 __device__ __forceinline__ void meet(const GuidedEnergy& op, const float* staged, int span, int j, int other,
                                      bool begins, float* parts) {
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kFew)
   Energy energy{0, 0};
   for (int64_t i = threadIdx.x; i < guided_energy_terms(op, options); i += kFew) {
     const EnergyPair pair = guided_energy_pair(op, statistics, i, options);
-    if (pair.square == 0) continue;  // they coincide, and add nothing
+    if (pair.square == 0) continue;  // a pair that coincides adds nothing
     const double power = pair.share * pow(pair.square, options.beta / 2);
     energy.loss += power;
     energy.slope += options.beta * power / pair.square * pair.along;

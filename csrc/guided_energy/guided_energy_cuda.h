@@ -1,14 +1,14 @@
-// Launchers: kernels on the stream, nothing allocated, nothing waited for. They return a cudaError_t.
+// Launchers: they start kernels on the stream, allocate nothing and do not synchronise. They return a cudaError_t.
 #pragma once
 #include "guided_energy.h"
 
 namespace lgd {
 
-// Staged in shared memory, for at least a warp's width of elements: more rows than this are not taken.
+// Elements in shared memory. A row takes at least a warp's width: the kernels take no more than kMostRows.
 constexpr int64_t kStaged = 11264, kMostRows = kStaged / 32;
 inline int64_t guided_energy_rows(int64_t m, int64_t k) { return 2 * m + k; }
 
-// Into how many parts the data of an item is cut. Nothing else decides it, so neither does it the bits of a sum.
+// How many parts the data of an item is cut into. It depends on nothing else, so the bits of a sum do not either.
 int64_t guided_energy_chunks(int64_t batch, int64_t row);
 
 struct EnergyOutputs {
@@ -20,7 +20,7 @@ struct EnergyOutputs {
 int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, float* parts,
                        const EnergyOutputs& out, void* stream);
 
-// Any number of particles and targets. One kernel, one read of each byte where there are four particles at most.
+// Takes any number of particles and targets. One kernel; with at most four particles it reads each byte once.
 int guided_energy_backward_cuda(const GuidedEnergyBackward& op, int64_t batch, int64_t row, void* stream);
 
 }  // namespace lgd

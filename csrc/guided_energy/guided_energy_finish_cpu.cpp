@@ -6,7 +6,7 @@
 namespace lgd {
 namespace {
 
-// Pairs whose powers are taken side by side: more than one vector, since a power is a chain.
+// Pairs whose powers are computed side by side: more than one vector, because a power is a dependency chain.
 constexpr int64_t kTerms = 24;
 constexpr int kLanes = 4;
 
@@ -27,7 +27,7 @@ LGD_CLONES void add_terms(const Terms& of, double beta, Energy& energy) {
     loss[i] = coincide ? 0.0 : of.share[i] * found;
     slope[i] = coincide ? 0.0 : of.share[i] * beta * found / at * of.along[i];
   }
-  double losses[kLanes] = {}, slopes[kLanes] = {};  // side by side: an addition waits four cycles for the one before
+  double losses[kLanes] = {}, slopes[kLanes] = {};  // side by side: an addition takes four cycles
   for (int i = 0; i < kTerms; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) losses[lane] += loss[i + lane], slopes[lane] += slope[i + lane];
   for (int lane = 0; lane < kLanes; ++lane) energy.loss += losses[lane], energy.slope += slopes[lane];
@@ -40,7 +40,7 @@ Energy guided_energy_finish(const GuidedEnergy& op, int64_t item, int64_t row, c
   Energy energy{guided_energy_variance(op, item, row), 0};
   const int64_t meetings = op.m * op.target.k, all = guided_energy_terms(op, options);
   Terms terms;
-  // Pairs of one kind: their squares follow one another, then what goes along, and their shares are the same.
+  // Pairs of one kind: `count` squares, then as many `along`, and one share.
   const auto add = [&](const double* square, int64_t count, double share) {
     for (int64_t first = 0, some; first < count; first += some) {
       some = std::min(count - first, kTerms - terms.count);

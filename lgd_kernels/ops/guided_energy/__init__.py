@@ -1,1 +1,1 @@
-"""The energy loss of guided particles against noised data, its gradient and its whole curve over omega, in one pass."""
+"""The energy loss of guided particles against noised data, its gradient, and its curve over omega, in one pass."""

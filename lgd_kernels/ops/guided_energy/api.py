@@ -1,4 +1,4 @@
-"""What users call."""
+"""The functions `guided_energy` and `guided_energy_curve`: checks of their arguments, then the op."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def guided_energy(
     No x_s is stored, and the same pass gives dL/domega exactly. In expectation L is half the squared energy distance
     between the laws of x_s and y (lam = 1), but for the target-target term, which does not depend on omega: L may be
     negative, and only differences mean something. **Targets and particles must come from independent noise**: with one
-    shared noise a target knows its particle and the loss degenerates.
+    shared noise a target depends on its particle and the loss degenerates.
 
     Args:
         x: particles at t, `[B, m, ...]`. Warns if axis 1 may not be the particles: m > 352, or x looks like images of
@@ -51,9 +51,9 @@ def guided_energy(
             bfloat16, float16 or float64, mixed as you like.
         omega: a float; a tensor `[B]`; or `OmegaTable.at(c, s, t)`: one for each item. 0 is conditional only.
         levels: `schedule.levels(t, s)`, `[B]` each.
-        target: what x_s should be distributed as: a tensor `[B, k, ...]`; `Renoise(x0, k, seed)`, which makes
-            `signal_s x0 + noise_s z` in the kernel; or, for beta = 2 and lam = 0, `Expected(x0)`, which integrates
-            that out.
+        target: samples of the law that x_s should have: a tensor `[B, k, ...]`; `Renoise(x0, k, seed)`, for
+            `signal_s x0 + noise_s z` made in the kernel; or, for beta = 2 and lam = 0, `Expected(x0)`, for the mean
+            over z in closed form.
         prediction, churn, noise, seed: of the step, as in `guided_step`; noise is shaped like x. With a seed,
             `philox_normal((B * m, ...), seed, stream=1)` is the noise; with a seed for each item (`[B]`) it is
             `philox_normal((m, ...), seed[b], stream=1)`, whatever the item's place.
@@ -67,8 +67,9 @@ def guided_energy(
     are float64: the error is about 1e-7 of the sum of the terms as long as neighbours are not closer than rounding.
 
     Differentiable in omega, at no further pass, and in x, cond, uncond, noise and the target's tensor (x0) with one
-    more; any number of times. Not in levels and churn. Two points that coincide have slope 0. Same inputs, same bits,
-    on any thread count. Raises TypeError or ValueError, naming the argument, before anything is written.
+    more; any number of times. Not differentiable in levels and churn. Two points that coincide have slope 0. The same
+    inputs give the same bits, on any thread count. Raises TypeError or ValueError, naming the argument, before anything
+    is written.
 
     Source: arXiv 2510.00815, Eq. 9 and 17-22; beta = 1.75, lam = 1, m = 4 and churn = 1 in training are the paper's.
 
@@ -114,11 +115,11 @@ def guided_energy_curve(
     first_sample: int = 0,
     impl: Impl | None = None,
 ) -> EnergyCurve:
-    """`guided_energy` as a function of omega, for every omega, beta and lam, from one pass over the data.
+    """Compute `guided_energy` as a function of omega, for every omega, beta and lam, from one pass over the data.
 
     A particle moves on a line as omega changes, `x_s^j = base_j + omega G_j`, so each squared distance is a quadratic
-    in omega. The pass leaves its coefficients, `B (2 m k + m + 3 m (m - 1) / 2)` numbers; everything else follows from
-    them without the data: see `EnergyCurve.loss`, `.grad`, `.hessian` and `.minimize`.
+    in omega. The pass leaves their coefficients, `B (2 m k + m + 3 m (m - 1) / 2)` numbers; losses, slopes and minima
+    follow from these without the data: see `EnergyCurve.loss`, `.grad`, `.hessian` and `.minimize`.
 
     Args: those of `guided_energy`, but for omega, beta, lam and unbiased, which come later.
 

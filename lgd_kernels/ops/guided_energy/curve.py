@@ -1,4 +1,4 @@
-"""The loss as a function of omega, from what one pass over the data has left."""
+"""The loss as a function of omega, from the statistics of one pass over the data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lgd_kernels.ops.guided_energy.statistics import Statistics, energy
 from lgd_kernels.ops.guided_energy.structs import EnergyDerivative, EnergyOptions
 from lgd_kernels.runtime import checks, impls
 
-POINTS = 257  # where a minimum is looked for first
-ROUNDS = 5  # of zooming in around the best, by 16 each time
-MEMORY = 2**22  # terms of a sum that are formed at a time
+POINTS = 257  # of the first grid that a minimum is searched on
+ROUNDS = 5  # of refining the grid around the best point, by 16 each time
+MEMORY = 2**22  # terms of a sum in memory at a time
 
 
 class EnergyCurve:
@@ -32,15 +32,15 @@ class EnergyCurve:
         return f"EnergyCurve({batch} items, {m} particles, {k} targets)"
 
     def loss(self, omega: float | Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True) -> Tensor:
-        """L(omega)."""
+        """Compute L(omega)."""
         return self._evaluate(omega, beta, lam, unbiased, 0)
 
     def grad(self, omega: float | Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True) -> Tensor:
-        """dL/domega, in closed form."""
+        """Compute dL/domega, in closed form."""
         return self._evaluate(omega, beta, lam, unbiased, 1)
 
     def hessian(self, omega: float | Tensor, beta: float = 1.75, lam: float = 1.0, unbiased: bool = True) -> Tensor:
-        """d^2 L / domega^2, in closed form."""
+        """Compute d^2 L / domega^2, in closed form."""
         return self._evaluate(omega, beta, lam, unbiased, 2)
 
     def minimize(
@@ -51,11 +51,11 @@ class EnergyCurve:
         group: Tensor | None = None,
         unbiased: bool = True,
     ) -> Tensor:
-        """The omega with the least loss in the bracket: `[B]`, or `[G]` for items summed over G groups.
+        """Find the omega with the least loss in the bracket: `[B]`, or `[G]` for items summed over G groups.
 
         group is `[B]` int64, the group of each item. A single item's loss may have several minima, and with lam > 0
-        none at all (it falls without bound as omega grows): hence the bracket, in which the least of a grid of 257
-        points, and of the points where one particle is nearest to one target, is refined to 1e-6 of its width. With
+        none at all (it may fall without bound as omega grows): hence the bracket. The best of a grid of 257 points,
+        and of the points where one particle is nearest to one target, is refined to 1e-6 of the bracket's width. With
         beta = 2 and lam = 0 the minimum has a closed form.
 
         >>> import torch, lgd_kernels as lgd
@@ -115,7 +115,7 @@ class EnergyCurve:
             candidates = (best + width * torch.linspace(-1, 1, 33, dtype=grid.dtype, device=grid.device)).clamp(
                 low, high
             )
-            candidates = torch.cat((best, candidates), 1)  # ties go to what was found first
+            candidates = torch.cat((best, candidates), 1)  # ties go to the earlier point
             width /= 16
         least, where = loss(candidates).min(1, keepdim=True)
         return torch.where(least.isnan(), least, candidates.gather(1, where))[:, 0]
@@ -152,7 +152,7 @@ class EnergyCurve:
         return self.statistics.pack().contiguous()
 
     def _native(self, points: Tensor) -> bool:
-        """Whether the C++ loop may run: it is no part of a graph."""
+        """Return whether the C++ loop may run, which no tracer, transform or autograd sees."""
         if points.device.type != "cpu" or impls.extension_error() or impls.transforms_active():
             return False
         return impls.direct(points, *self.statistics) and not (torch.is_grad_enabled() and points.requires_grad)

@@ -1,4 +1,4 @@
-"""What one pass over the data leaves of it: enough for the loss at any omega, and for every derivative.
+"""Sums from one pass over the data: enough for the loss at any omega, and for every derivative.
 
 With `x_s^j(omega + d) = x_s^j + d G_j` a squared distance is a quadratic in d, whose coefficients are these:
 
@@ -25,12 +25,12 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def count(m: int, k: int) -> int:
-        """Numbers for an item."""
+        """Return how many numbers an item has."""
         return 2 * m * k + m + 3 * (m * (m - 1) // 2)
 
     @staticmethod
     def unpack(flat: Tensor, m: int, k: int) -> Statistics:
-        """From `[B, count]`, as the kernels write them: one field after the other."""
+        """Make views of `[B, count]`, as the kernels write it: one field after the other."""
         pairs = m * (m - 1) // 2
         parts = flat.split((m * k, m * k, m, pairs, pairs, pairs), 1)
         return Statistics(parts[0].unflatten(1, (m, k)), parts[1].unflatten(1, (m, k)), *parts[2:])
@@ -40,8 +40,8 @@ class Statistics(NamedTuple):
 
 
 def energy(at: Statistics, shift: Tensor, beta: float, lam: float, unbiased: bool, order: int = 0) -> Tensor:
-    """The loss `[B, K]` at omega + shift, shift `[B, K]`; or its first or second derivative. Float64, differentiable
-    in the shift. A pair that coincides has loss and slope 0."""
+    """Compute the loss `[B, K]` at omega + shift, shift `[B, K]`, or its first or second derivative: float64,
+    differentiable in the shift. A pair that coincides has loss and slope 0."""
     attraction = _mean(at.P0.flatten(1), at.P1.flatten(1), _each(at.P2, at.P0.shape[2]), shift, beta, order)
     if lam == 0 or not at.Q0.shape[1]:
         return attraction
@@ -51,8 +51,8 @@ def energy(at: Statistics, shift: Tensor, beta: float, lam: float, unbiased: boo
 
 
 def pair_weights(at: Statistics, upstream: Tensor, beta: float, lam: float, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """2 d loss / d P0 `[B, m, k]` and 2 d loss / d Q0 `[B, pairs]`, times upstream: the pull on x_s^j along x_s^j - y_k
-    and along x_s^j - x_s^l. Float64; 0 for a pair that coincides."""
+    """Compute 2 d loss / d P0 `[B, m, k]` and 2 d loss / d Q0 `[B, pairs]`, times upstream: the pull on x_s^j along
+    x_s^j - y_k and along x_s^j - x_s^l. Float64; 0 for a pair that coincides."""
     m = at.P2.shape[1]
     share = -lam / 2 * (1.0 if unbiased else (m - 1) / m)
     found = []
@@ -65,20 +65,20 @@ def pair_weights(at: Statistics, upstream: Tensor, beta: float, lam: float, unbi
 
 
 def _each(per_particle: Tensor, k: int) -> Tensor:
-    """[B, m] to [B, m k]"""
+    """Repeat [B, m] for each target: [B, m k]."""
     return per_particle[:, :, None].expand(-1, -1, k).flatten(1)
 
 
 def _mean(a: Tensor, b: Tensor, c: Tensor, shift: Tensor, beta: float, order: int) -> Tensor:
-    """The mean over pairs of a power of a + 2 d b + d^2 c, or of a derivative in d. A power is exp(p log .): torch.pow
-    takes more than twice as long."""
+    """Compute the mean over pairs of a power of a + 2 d b + d^2 c, or of a derivative in d. A power is exp(p log .):
+    torch.pow takes more than twice as long."""
     d = shift[:, :, None]
     a, b, c = a[:, None], b[:, None], c[:, None]
     if order == 0 and beta < 2 and not shift.requires_grad:
         square = torch.addcmul(2 * b, c, d).mul_(d).add_(a).clamp_(min=0)  # [B, K, pairs]
         return square.log_().mul_(beta / 2).exp_().mean(-1)
     square, half = a + d * (2 * b + d * c), b + d * c  # the square, and half its slope
-    if beta == 2:  # has every derivative, also where points coincide
+    if beta == 2:  # every derivative exists, also where points coincide
         return (square, 2 * half, 2 * c + 0 * half)[order].mean(-1)
     square = torch.clamp(square, min=0)
     apart = square > 0

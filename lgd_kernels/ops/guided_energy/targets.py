@@ -1,4 +1,4 @@
-"""What guided particles are compared with, where that is not a tensor but follows from the data."""
+"""Targets that are no tensor but follow from the data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Renoise(NamedTuple):
     """Targets `signal_s x0 + noise_s z`, k of them for each item, made in the kernel and never stored.
 
     x0 is `[B, ...]`. The noise is `philox_normal((B * particles, ...), seed, stream=2)`, and for a seed `[B]` of each
-    item's own `philox_normal((particles, ...), seed[b], stream=2)`; stream 2 is apart from the step's noise, so one
-    seed serves both.
+    item's own `philox_normal((particles, ...), seed[b], stream=2)`. The step's noise is another stream, so one seed
+    serves both.
 
     >>> import torch, lgd_kernels as lgd
     >>> lgd.Renoise(torch.zeros(2, 3), particles=4, seed=7).particles

@@ -1,9 +1,9 @@
 """The Triton kernels and their launchers.
 
-The first walks an item's rows once, in chunks, and keeps the products of every pair in registers; the second, in
-triton_finish.py, adds up the chunks. With m = k = 4, B = 256, D = 12288 and given targets a call reads 201 MB of
-float32 (101 MB of bfloat16) and does 164 operations for an element of an item, 0.52 GFLOP: memory decides. Noise that
-is drawn replaces what need not be read by about 60 instructions for each normal.
+The first kernel reads an item's rows once, in chunks, and keeps the products of every pair in registers. The second
+kernel, in triton_finish.py, adds up the chunks. With m = k = 4, B = 256, D = 12288 and given targets a call reads
+201 MB of float32 (101 MB of bfloat16) and does 164 operations for an element of an item, 0.52 GFLOP: it is bound by
+memory. Drawn noise is not read; a normal takes about 60 instructions.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lgd_kernels.ops.guided_energy.triton_particles import (
 from lgd_kernels.runtime.triton_common import column_blocks, lane_totals
 from lgd_kernels.runtime.triton_launch import cdiv, launch
 
-PROGRAMS = 1056  # that keep a large GPU busy: 8 for each of 132 multiprocessors
-STEPS = 64  # blocks that a program adds up in float32, as long as no item has more chunks than
+PROGRAMS = 1056  # enough for a large GPU: 8 for each of 132 multiprocessors
+STEPS = 64  # blocks that a program adds up in float32, unless an item then had more than CHUNKS
 CHUNKS = 64
 
 
 @triton.jit
 def _meet_targets(x_s, slopes, y, M: tl.constexpr, K: tl.constexpr):
-    """P0, P1 [M, K] and P2 [M], one after the other: each [LANES]."""
+    """Return P0, P1 [M, K] and P2 [M], one after the other: each [LANES]."""
     squares, along, own = (), (), ()
     for j in tl.static_range(M):
         for k in tl.static_range(K):
@@ -53,7 +53,7 @@ def _meet_targets(x_s, slopes, y, M: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _meet_particles(x_s, slopes, others, other_slopes, M: tl.constexpr, N: tl.constexpr, SAME: tl.constexpr):
-    """Q0, Q1, Q2, one after the other: of the pairs j < l where both are the SAME, else [M, N]."""
+    """Return Q0, Q1, Q2, one after the other: of the pairs j < l if both groups are the SAME, else [M, N]."""
     squares, along, turns = (), (), ()
     for j in tl.static_range(M):
         for other in tl.static_range(j + 1 if SAME else 0, N):
@@ -95,8 +95,8 @@ def guided_energy_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """parts is [B, chunks, statistics]. A program meets a group of particles with a group of targets, with another of
-    particles, or, where there is one group of each, all with all: see `Meeting`."""
+    """Compute parts [B, chunks, statistics]. A program takes the pairs of a group of particles with a group of targets,
+    with another group of particles, or, if there is one group of each, all pairs: see `Meeting`."""
     GROUP_M: tl.constexpr = MEETING[0]
     GROUP_K: tl.constexpr = MEETING[1]
     TO_TARGETS: tl.constexpr = MEETING[2]
@@ -125,7 +125,7 @@ def guided_energy_kernel(
     begin = chunk * steps.to(tl.int64)
     end = tl.minimum(begin + steps, column_blocks(row, LANES * WIDTH))
     if not TO_TARGETS:
-        end = tl.where((other + 1) * GROUP_K <= first + 1, begin, end)  # those pairs are met the other way round
+        end = tl.where((other + 1) * GROUP_K <= first + 1, begin, end)  # another program takes those pairs
     elements = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     quad = tl.arange(0, LANES)[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
     sums = ()
@@ -150,7 +150,7 @@ def guided_energy_kernel(
         if ALL:
             products += _meet_particles(x_s, slopes, x_s, slopes, GROUP_M, GROUP_M, True)
         elif TO_PARTICLES:
-            for i in tl.static_range(GROUP_K):  # one met before the next is made: fewer registers
+            for i in tl.static_range(GROUP_K):  # one at a time: fewer registers
                 one, turned = guide(sources, made, centre, place, other * GROUP_K + i, M, 1, M % GROUP_K == 0)
                 products += _meet_particles(x_s, slopes, one, turned, GROUP_M, 1, False)
         added = ()
@@ -177,17 +177,17 @@ def guided_energy_kernel(
 
 
 class Meeting(NamedTuple):
-    """A launch: against targets, against particles, or both at once."""
+    """A launch: of the pairs with targets, of those between particles, or of all."""
 
     group_m: int  # particles that a program holds
-    group_k: int  # and what they meet
+    group_k: int  # targets, or other particles
     to_targets: bool
     to_particles: bool
     count: int  # of sums
-    levels: int  # the number of sums is at most 2^levels
+    levels: int  # of `lane_totals`: count <= 2^levels
 
     def programs(self, m: int, k: int) -> int:
-        """Return the programs for a chunk."""
+        """Return how many programs a chunk takes."""
         return cdiv(m, self.group_m) * cdiv(k if self.to_targets else m, self.group_k)
 
 
@@ -218,14 +218,14 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor], a: EnergyCall) -> None:
 
 
 def _chunks(batch: int, steps: int) -> tuple[int, int]:
-    """Return (chunks of an item, steps of a chunk): enough for the GPU, and few steps to add up in float32."""
+    """Return (chunks of an item, steps of a chunk): enough programs, and few steps to add up in float32."""
     wanted = max(cdiv(PROGRAMS, batch), cdiv(steps, STEPS))
     each = cdiv(steps, min(wanted, CHUNKS, steps))
     return cdiv(steps, each), each
 
 
 def _meetings(m: int, k: int, drawn: bool) -> list[Meeting]:
-    """Return the launches: one for all, or one against targets and one against particles."""
+    """Return the launches: one for all pairs, or one with targets and one between particles."""
     group_m, group_k = min(m, GROUP), min(k, GROUP)
     if m == group_m and k == group_k:
         return [_meeting(m, k, True, True, 2 * m * k + m + 3 * (m * (m - 1) // 2))]

@@ -1,9 +1,9 @@
-"""The pass that takes the gradient to the data: it makes particles and targets again, and weighs their differences.
+"""The gradient to the data: the kernel computes particles and targets again, and weighs their differences.
 
-Of two points in a term of the loss each is pulled along their difference, by a weight that is there already. A program
-holds a group of particles at a time, walks over all that they meet, and goes on with the next group; a second launch
-holds targets, where more than one group of particles pulls at them. Up to four particles every byte is read once, and
-as many are written as gradients are wanted.
+Each of two points in a term of the loss is pulled along their difference, by a weight that the launcher is given. A
+program holds a group of particles at a time, takes all their pairs, and goes on with the next group. A second launch
+holds targets, if more than one group of particles pulls at them. With up to four particles every byte is read once, and
+only the wanted gradients are written.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lgd_kernels.runtime.triton_launch import cdiv, launch
 
 @triton.jit
 def _weight(weights, at, there):
-    """Of a pair, float32; 0 where there is no such pair."""
+    """Load the weight of a pair, float32; 0 if there is no such pair."""
     return tl.load(weights + at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _pair(j, other, M: tl.constexpr):
-    """Where the weight of two particles is, in the order of triu_indices."""
+    """Return the place of the weight of two particles, in the order of triu_indices."""
     low, high = tl.minimum(j, other), tl.maximum(j, other)
     return low * M - low * (low + 1) // 2 + high - low - 1
 
@@ -80,7 +80,8 @@ def guided_energy_backward_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """to_targets is [B, M, K], to_particles [B, M (M - 1) / 2], float64; gradients are contiguous."""
+    """Compute the gradients that are not None, contiguous, from the weights `to_targets` [B, M, K] and `to_particles`
+    [B, M (M - 1) / 2], float64."""
     d_x, d_cond, d_uncond, d_noise, d_target = grads
     CENTRED: tl.constexpr = KIND != "tensor"
     blocks = column_blocks(row, LANES * WIDTH)
@@ -138,9 +139,9 @@ def guided_energy_backward_kernel(
                     pulled += (pulls[i] + pull,)
                     back -= pull
                 pulls = pulled
-                if d_target is not None and not CENTRED:  # this group is all that pulls at them
+                if d_target is not None and not CENTRED:  # no other group pulls at them
                     _put(d_target, (item * K + k) * row, offsets, mask, back)
-            if GROUP_M == M:  # all are at hand
+            if GROUP_M == M:  # all particles are in registers
                 pulled = ()
                 for i in tl.static_range(M):
                     pull = pulls[i]
@@ -170,12 +171,12 @@ def guided_energy_backward_kernel(
                 if d_noise is not None:
                     _put(d_noise, at, offsets, there, v * pulls[i])
                 all_pulls += tl.where(there, pulls[i], 0.0)
-        if d_target is not None and CENTRED:  # what pulls particles at each other adds up to nothing
+        if d_target is not None and CENTRED:  # pulls between particles add up to 0
             _put(d_target, item * row, offsets, mask, -signal.to(tl.float32) * all_pulls)
 
 
 def backward(grads: tuple[Tensor | None, ...], b: GuidedEnergyBackward) -> None:
-    """Compute the gradients that are not None."""
+    """Compute the gradients that are not None, in one launch or two."""
     a, (*to_data, d_target) = b.forward, grads
     batch, m, k = *a.x.shape[:2], a.target.k
     lanes, width, warps = block_of(a, 8 if max(m, k) <= GROUP else 4)

@@ -1,5 +1,4 @@
-"""Device functions of both kernels: an item's scalars, its guided particles and its targets in registers. And the
-arguments that both take."""
+"""Device functions of both kernels, for an item's scalars, guided particles and targets; and the kernels' arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from lgd_kernels.runtime.triton_launch import (
 GROUP = 4  # particles, or targets, that a program holds in registers
 LANES = 128  # threads of a program
 STEP, TARGETS = tl.constexpr(STREAM_STEP), tl.constexpr(STREAM_TARGETS)
-WORDS = ["seed_low", "seed_high", "first_sample", "target_low", "target_high", "target_first"]  # never specialised
+WORDS = ["seed_low", "seed_high", "first_sample", "target_low", "target_high", "target_first"]  # for do_not_specialize
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def guide(sources, made, centre, place, first, M: tl.constexpr, COUNT: tl.conste
 
 @triton.jit
 def aim(target, spread, keys, place, k, KIND: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
-    """Return target k of an item, [LANES, WIDTH] float32: from a tensor; noise around x0; or x0 itself, the centre."""
+    """Return target k of an item, [LANES, WIDTH] float32: loaded; noise around x0; or 0, x0 itself, the centre."""
     item, row, offsets, quads, mask = place
     if KIND == "tensor":
         there = mask if WHOLE else offsets < tl.where(k < K, row, 0)
