@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -106,7 +107,9 @@ def measure(op: str, implementations: tuple[str, ...], rounds: int) -> list[Row]
         calls["the same, coefficients given"] = peers.coefficients_given(lambda function: function, arguments)
     calls[SMALLEST] = smallest()
     with torch.no_grad():
-        samples = timing.alternate({name: timing.busy(call) for name, call in calls.items()}, rounds)
+        samples = timing.alternate(
+            {name: timing.wall(call, False, time.thread_time_ns) for name, call in calls.items()}, rounds
+        )
     return [
         Row(
             op,

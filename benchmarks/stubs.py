@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from lgd_kernels.runtime import impls, memory
+from lgd_kernels.runtime import checks, impls, memory
 
 ROOT = Path(__file__).parents[1]
 LIBCUDA = Path(__file__).with_name("libcuda_stub.c")
@@ -60,11 +60,13 @@ def triton_launches() -> Iterator[None]:
                 get_current_stream=lambda device: 0,
                 allocate_default_profile_scratch=lambda *_: None,
             )
-            with mock.patch.object(driver, "_active", gpu), _tensors_on_a_gpu("triton"):
-                yield
-        for kernel in gc.get_objects():
-            if type(kernel) is CompiledKernel:
-                kernel.module = None  # or it would unload it where there is no driver any more
+            try:
+                with mock.patch.object(driver, "_active", gpu), _tensors_on_a_gpu("triton"):
+                    yield
+            finally:
+                for kernel in gc.get_objects():
+                    if type(kernel) is CompiledKernel:
+                        kernel.module = None  # or it would unload it where there is no driver any more
         if not ctypes.c_int.in_dll(cuda, "launches").value:
             raise RuntimeError("nothing was launched on the stub of libcuda")
 
@@ -89,6 +91,7 @@ def _tensors_on_a_gpu(impl: str) -> Iterator[None]:
 
     with (
         mock.patch.object(memory, "on_current_device", on_current_device),
+        mock.patch.object(checks, "readable", lambda tensor: not tensor.is_cpu),  # a GPU's values are not looked at
         mock.patch.dict(impls._unfit, {impl: lambda device: ()}),
         mock.patch.object(impls, "_choose", functools.cache(impls._choose.__wrapped__)),
     ):

@@ -27,17 +27,8 @@ def timers(device: str) -> dict[str, Callable[[Call, bool], Sampler]]:
     return {"direct": events, "graph": graph, "host": host} if device == "cuda" else {"direct": wall}
 
 
-def wall(call: Call, cold: bool) -> Sampler:
+def wall(call: Call, cold: bool, clock: Callable[[], int] = time.perf_counter_ns) -> Sampler:
     """Take the clock around repeated calls. On the CPU nothing is flushed: a large working set evicts itself."""
-    return _clocked(call, time.perf_counter_ns)
-
-
-def busy(call: Call) -> Sampler:
-    """Take this thread's CPU time around repeated calls, in which nobody else's work counts."""
-    return _clocked(call, time.thread_time_ns)
-
-
-def _clocked(call: Call, clock: Callable[[], int]) -> Sampler:
     repeats = _repeats(call, MANY)
 
     def sample():

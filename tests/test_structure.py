@@ -337,8 +337,8 @@ def test_every_source_is_built():
 def test_a_workload_file_only_declares(op):
     """The runner verifies and times all of them alike."""
     beside = {"benchmarks.workload", "lgd_kernels", "lgd_kernels.testing"}
-    beside |= {f"lgd_kernels.runtime.{op}" for op in ("arguments", "columns", "levels")}
-    beside |= {f"lgd_kernels.ops.{op}.{op}" for op in ("reference", "structs")}
+    beside |= {f"lgd_kernels.runtime.{name}" for name in ("arguments", "columns", "levels")}
+    beside |= {f"lgd_kernels.ops.{op}{part}" for part in ("", ".reference", ".structs")}  # a reference takes a struct
     imported = imports(ROOT / "benchmarks" / f"{op}.py")
     assert "benchmarks.workload" in imported
     assert {op for op in imported if op.startswith("benchmarks") or op in MODULES} <= beside

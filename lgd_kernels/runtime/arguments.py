@@ -88,7 +88,7 @@ class StepScalars(NamedTuple):
 
 def to_leaf(grad: Tensor, omega: Omega, impl: str = "reference") -> Tensor:
     """A gradient `[B]` to omega as that of `omega.leaf`."""
-    if not omega.table:
+    if omega.tensor is not None:
         return grad if grad.dtype == omega.tensor.dtype else grad.to(omega.tensor.dtype)
     if impl != "cpu":
         return table_gradient(OmegaLookup(*omega.table), grad)

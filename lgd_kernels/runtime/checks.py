@@ -6,6 +6,8 @@ tensors outside compilation, so no check waits for a device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ MOST_REPEATS = 10**6  # permutations or subsets: more would take days
 
 def samples(op: str, **tensors: Tensor | None) -> None:
     """Check data `[B, ...]`: floating point, with the shape and device of the first tensor."""
-    first_name, first = next(iter(tensors.items()))
+    first_name = next(iter(tensors))
+    first: Any = tensors[first_name]
     for name, tensor in tensors.items():
         if tensor is None and name == "noise":
             continue

@@ -81,7 +81,7 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
         return named(op, impl)
 
 
-def named(op: str, impl: str) -> str:
+def named(op: str, impl: str | None) -> str:
     """Return `impl` if it is one of the four names; raise otherwise."""
     if not isinstance(impl, str):
         raise TypeError(f"{op}: `impl` is a {type(impl).__name__}, expected None or one of {', '.join(NAMES)}")
@@ -111,7 +111,7 @@ class Bindings(NamedTuple):
     backward: Callable[[Any, tuple], None]
 
 
-def _with_threads(binding: Callable) -> Callable[[Any, tuple], None]:
+def _with_threads(binding: Any) -> Callable[[Any, tuple], None]:
     return lambda outputs, arguments: binding(outputs, arguments, torch.get_num_threads())
 
 
@@ -298,7 +298,7 @@ def _load(name: str):
     try:  # after torch, so both share one OpenMP runtime
         if own:
             return importlib.import_module(full), ""
-        spec = importlib.util.spec_from_file_location(full, path)
+        spec: Any = importlib.util.spec_from_file_location(full, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:

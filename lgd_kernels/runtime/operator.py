@@ -149,7 +149,7 @@ class Operator(NamedTuple):
     reference: Callable[[Any], Any]  # struct -> outputs; plain PyTorch, for transforms and impl="reference"
     leaves: Callable[[Any], tuple]  # struct -> the tensors that may get a gradient
     saved: Shape  # of the struct that backward reads
-    save: Callable[[Any, Any, tuple], Any]  # (struct, outputs, which leaves want a gradient) -> that struct
+    save: Callable[[Any, Any, Any], Any]  # (struct, outputs, which leaves want a gradient) -> that struct
     backward: Callable[[Any, str | None, bool], Sequence]  # (that, impl, direct) -> a gradient for each leaf
     reference_backward: Callable[[Any], Sequence]  # the same as a formula that autograd and vmap can go through
     outputs: int = 1  # differentiable ones, the first

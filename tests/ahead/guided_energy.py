@@ -37,7 +37,7 @@ def arguments(a: Inputs) -> GuidedEnergy:
 
 def forward(a: Inputs) -> None:
     given, m = arguments(a), a.variant.particles
-    statistics = torch.zeros((a.batch, Statistics.count(m, given.target.k)), dtype=torch.float64)
+    statistics = torch.zeros((a.batch, Statistics.numbers(m, given.target.k)), dtype=torch.float64)
     triton.forward((a.numbers, a.numbers, statistics), EnergyCall(given, EnergyOptions(1.75, 1.0, True)))
 
 

@@ -144,8 +144,8 @@ class EnergyCurve:
             impls.extension().energy_curve(found, self._packed, points.contiguous(), of, threads)
             return found.view(omega.shape)
         step = max(1, MEMORY // max(1, batch * m * (k + m)))
-        found = [energy(at, part, beta, lam, unbiased, order) for part in points.split(step, 1)]
-        return torch.cat(found, 1).view(omega.shape)
+        parts = [energy(at, part, beta, lam, unbiased, order) for part in points.split(step, 1)]
+        return torch.cat(parts, 1).view(omega.shape)
 
     @functools.cached_property
     def _packed(self) -> Tensor:

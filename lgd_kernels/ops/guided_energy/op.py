@@ -67,7 +67,7 @@ def forward(a: EnergyCall, impl: str | None) -> tuple[Tensor, Tensor, Tensor]:
             loss = loss + Levels(*a.forward.scalars.levels).noise_s.double() ** 2 * target.data[:1].numel()
         return loss.to(dtype), slope.to(dtype), at.pack()
     loss, slope = (torch.empty(batch, dtype=dtype, device=x.device) for _ in range(2))
-    found = torch.empty((batch, Statistics.count(m, target.k)), dtype=torch.float64, device=x.device)
+    found = torch.empty((batch, Statistics.numbers(m, target.k)), dtype=torch.float64, device=x.device)
     impls.launcher("guided_energy", impl).forward((loss, slope, found), a)
     return loss, slope, found
 
@@ -76,7 +76,7 @@ def fake(a: EnergyCall) -> tuple[Tensor, Tensor, Tensor]:
     x, dtype = a.forward.x, arithmetic_dtype(*a.forward.data)
     batch, m = x.shape[:2]
     loss, slope = x.new_empty(batch, dtype=dtype), x.new_empty(batch, dtype=dtype)
-    return loss, slope, x.new_empty((batch, Statistics.count(m, a.forward.target.k)), dtype=torch.float64)
+    return loss, slope, x.new_empty((batch, Statistics.numbers(m, a.forward.target.k)), dtype=torch.float64)
 
 
 def statistics(a: GuidedEnergy, impl: str | None) -> Statistics:

@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
     Q2: Tensor  # [B, pairs] ||G_j - G_l||^2
 
     @staticmethod
-    def count(m: int, k: int) -> int:
+    def numbers(m: int, k: int) -> int:
         """Return how many numbers an item has."""
         return 2 * m * k + m + 3 * (m * (m - 1) // 2)
 
@@ -61,7 +61,7 @@ def pair_weights(at: Statistics, upstream: Tensor, beta: float, lam: float, unbi
         count = max(square[:1].numel(), 1)
         scale = upstream.double().view(-1, *(1,) * (square.ndim - 1)) * (factor * beta / count)
         found.append(torch.where(square == square, power * scale, square))
-    return tuple(found)
+    return found[0], found[1]
 
 
 def _each(per_particle: Tensor, k: int) -> Tensor:

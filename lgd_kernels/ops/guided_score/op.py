@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,22 +41,20 @@ def backward(b: GuidedScoreBackward, impl: str | None) -> list[Tensor | None]:
         torch.empty_like(b.upstream, dtype=dtype, memory_format=torch.contiguous_format) if want else None
         for dtype, want in zip(b.dtypes[1:], b.wanted, strict=False)
     ]
-    grads.append(empty_sums(b.upstream, b.omega, widest(*b.dtypes)) if b.wanted[2] else None)
-    impls.launcher("guided_score", impl).backward(tuple(grads), b)
-    if b.wanted[2]:
-        grads[2] = to_leaf(grads[2], b.omega, impl)
-    return grads
+    d_omega = empty_sums(b.upstream, b.omega, widest(*b.dtypes)) if b.wanted[2] else None
+    impls.launcher("guided_score", impl).backward((*grads, d_omega), b)
+    return [*grads, None if d_omega is None else to_leaf(d_omega, b.omega, impl)]
 
 
 def backward_reference(b: GuidedScoreBackward) -> tuple[Tensor | None, ...]:
     d = b.upstream.to(widest(*b.dtypes))
     d_cond, d_uncond, d_omega = reference.guided_score_backward(b._replace(upstream=d))
-    d_omega = to_leaf(d_omega, b.omega) if b.wanted[2] else None
-    return d_cond.to(b.cond_dtype).contiguous(), d_uncond.to(b.uncond_dtype).contiguous(), d_omega
+    to_data = d_cond.to(b.cond_dtype).contiguous(), d_uncond.to(b.uncond_dtype).contiguous()
+    return *to_data, to_leaf(d_omega, b.omega) if b.wanted[2] and d_omega is not None else None
 
 
 def fake_backward(b: GuidedScoreBackward) -> list[Tensor | None]:
-    likes = [(b.upstream.shape, dtype) for dtype in b.dtypes[1:]]
+    likes: list[tuple[Any, torch.dtype | None]] = [(b.upstream.shape, dtype) for dtype in b.dtypes[1:]]
     leaf = b.omega.leaf
     likes.append((0, None) if leaf is None else (leaf.shape, leaf.dtype))
     return [
@@ -63,9 +63,9 @@ def fake_backward(b: GuidedScoreBackward) -> list[Tensor | None]:
     ]
 
 
-def save(a: GuidedScore, guided: Tensor, wanted: tuple[bool, ...]) -> GuidedScoreBackward:
-    data = (a.cond, a.uncond) if wanted[2] else (None, None)
-    return GuidedScoreBackward(guided, *data, a.omega, a.cond.dtype, a.uncond.dtype, wanted)
+def save(a: GuidedScore, guided: Tensor, wanted: list[bool]) -> GuidedScoreBackward:
+    cond, uncond = (a.cond, a.uncond) if wanted[2] else (None, None)
+    return GuidedScoreBackward(guided, cond, uncond, a.omega, a.cond.dtype, a.uncond.dtype, wanted)
 
 
 raw = define(GuidedScore, "guided_score", "Tensor", forward, lambda a: a.cond.new_empty(a.cond.shape))

@@ -22,6 +22,6 @@ def guided_score_backward(b: GuidedScoreBackward) -> tuple[Tensor, Tensor, Tenso
     d = b.upstream.to(dtype)
     w = per_sample(omega_at(b.omega.given(), d), d)
     d_omega = None
-    if b.cond is not None:
+    if b.cond is not None and b.uncond is not None:
         d_omega = sum_samples(d * (b.cond.to(dtype) - b.uncond.to(dtype)))
     return (1 + w) * d, -w * d, d_omega

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,22 +42,20 @@ def backward(b: GuidedStepBackward, impl: str | None) -> list[Tensor | None]:
         torch.empty_like(b.upstream, dtype=dtype, memory_format=torch.contiguous_format) if want else None
         for dtype, want in zip(b.dtypes, b.wanted, strict=False)
     ]
-    grads.append(empty_sums(b.upstream, b.scalars.omega, widest(*b.dtypes)) if b.wanted[4] else None)
-    impls.launcher("guided_step", impl).backward(tuple(grads), b)
-    if b.wanted[4]:
-        grads[4] = to_leaf(grads[4], b.scalars.omega, impl)
-    return grads
+    d_omega = empty_sums(b.upstream, b.scalars.omega, widest(*b.dtypes)) if b.wanted[4] else None
+    impls.launcher("guided_step", impl).backward((*grads, d_omega), b)
+    return [*grads, None if d_omega is None else to_leaf(d_omega, b.scalars.omega, impl)]
 
 
 def backward_reference(b: GuidedStepBackward) -> tuple[Tensor | None, ...]:
     d = b.upstream.to(widest(*b.dtypes))
     *to_data, d_omega = reference.guided_step_backward(b._replace(upstream=d))
-    to_data = (grad.to(dtype).contiguous() for grad, dtype in zip(to_data, b.dtypes, strict=True))
-    return *to_data, to_leaf(d_omega, b.scalars.omega) if b.wanted[4] else None
+    rounded = (grad.to(dtype).contiguous() for grad, dtype in zip(to_data, b.dtypes, strict=True))
+    return *rounded, to_leaf(d_omega, b.scalars.omega) if b.wanted[4] and d_omega is not None else None
 
 
 def fake_backward(b: GuidedStepBackward) -> list[Tensor | None]:
-    likes = [(b.upstream.shape, dtype) for dtype in b.dtypes]
+    likes: list[tuple[Any, torch.dtype | None]] = [(b.upstream.shape, dtype) for dtype in b.dtypes]
     leaf = b.scalars.omega.leaf
     likes.append((0, None) if leaf is None else (leaf.shape, leaf.dtype))
     return [
@@ -64,10 +64,10 @@ def fake_backward(b: GuidedStepBackward) -> list[Tensor | None]:
     ]
 
 
-def save(a: GuidedStep, x_s: Tensor, wanted: tuple[bool, ...]) -> GuidedStepBackward:
-    data = (a.cond, a.uncond) if wanted[4] else (None, None)
+def save(a: GuidedStep, x_s: Tensor, wanted: list[bool]) -> GuidedStepBackward:
+    cond, uncond = (a.cond, a.uncond) if wanted[4] else (None, None)
     noise_dtype = a.x.dtype if a.noise is None else a.noise.dtype
-    return GuidedStepBackward(x_s, *data, a.scalars, a.cond.dtype, a.uncond.dtype, noise_dtype, wanted)
+    return GuidedStepBackward(x_s, cond, uncond, a.scalars, a.cond.dtype, a.uncond.dtype, noise_dtype, wanted)
 
 
 raw = define(GuidedStep, "guided_step", "Tensor", forward, lambda a: a.x.new_empty(a.x.shape))

@@ -41,7 +41,7 @@ def guided_step_backward(b: GuidedStepBackward) -> tuple[Tensor, Tensor, Tensor,
     w = per_sample(omega_at(b.scalars.omega.given(), d), d)
     to_x, to_guided, to_noise = (per_sample(k.to(dtype), d) for k in _coefficients(b.scalars, dtype))
     d_omega = None
-    if b.cond is not None:
+    if b.cond is not None and b.uncond is not None:
         d_omega = sum_samples(to_guided * d * (b.cond.to(dtype) - b.uncond.to(dtype)))
     return to_x * d, to_guided * (1 + w) * d, -to_guided * w * d, to_noise * d, d_omega
 
