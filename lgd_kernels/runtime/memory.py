@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ def sizes(tensor: Tensor) -> tuple[int, int]:
     return batch, tensor.numel() // batch if batch else 0
 
 
+@overload
+def with_contiguous_rows(tensor: Tensor) -> Tensor: ...
+@overload
+def with_contiguous_rows(tensor: None) -> None: ...
 def with_contiguous_rows(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor, copied only if the elements of a sample are not contiguous. Samples may lie anywhere."""
     if tensor is None or tensor.is_contiguous():

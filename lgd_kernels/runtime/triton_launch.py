@@ -62,8 +62,8 @@ def omega_arguments(omega: Omega) -> tuple[tuple, tuple[int, int] | None]:
     if not table:
         return ((None, value) if tensor is None else (tensor, tensor.stride(0))), None
     conditions, knots_s, knots_t = table[0].shape
-    table = (one.contiguous() for one in table)
-    return (*table, conditions, knots_s, knots_t), (power_of_2(knots_s), power_of_2(knots_t))
+    tensors = (one.contiguous() for one in table)
+    return (*tensors, conditions, knots_s, knots_t), (power_of_2(knots_s), power_of_2(knots_t))
 
 
 def level_argument(levels: list[Tensor]) -> tuple:
