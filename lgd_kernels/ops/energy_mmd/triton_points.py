@@ -118,9 +118,8 @@ def meet(of: Meeting, values: Values, value: bool, gradient: bool) -> tuple[Tens
         splits //= 2
     columns = cdiv(cdiv(k, splits), SPAN) * SPAN
     splits = cdiv(k, columns)
-    empty = functools.partial(torch.empty, device=x.device)
-    parts = empty((batch, blocks * splits), dtype=torch.float64) if value else None
-    turns = empty((batch, splits, n, dimension), dtype=torch.float32) if gradient else None
+    parts = x.new_empty((batch, blocks * splits), dtype=torch.float64) if value else None
+    turns = x.new_empty((batch, splits, n, dimension), dtype=torch.float32) if gradient else None
     launch(
         energy_mmd_points_kernel,
         (batch * blocks, splits),
