@@ -97,7 +97,7 @@ def test_runs_that_are_refused():
     trailing = {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     ours = FusedScheduler(diffusers.DDIMScheduler(**trailing))
     with pytest.raises(
-        ValueError, match="FusedScheduler: the run of DDIMScheduler .* an eps prediction holds no information on the data"
+        ValueError, match="FusedScheduler: the run of DDIMScheduler .* an eps prediction holds no information"
     ):
         ours.set_timesteps(4)
     with pytest.raises(ValueError, match="no run is set up"):

@@ -5,8 +5,6 @@ after another."""
 # (device functions grow tuples)
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
