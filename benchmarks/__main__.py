@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import environment, markdown, report
 from benchmarks.measure import FAILURES, measure
-from benchmarks.workload import COMPARED, find, kinds, rooms
+from benchmarks.workload import COMPARED, find, kinds, ops
 from lgd_kernels.runtime import impls
 
 PEERS_SECONDS = 3.0  # of a row's rounds, so that the whole table beside all others takes less than ten minutes
@@ -23,7 +23,7 @@ PEERS_SECONDS = 3.0  # of a row's rounds, so that the whole table beside all oth
 def parser() -> argparse.ArgumentParser:
     parsed = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parsed.add_argument
-    names = f"{', '.join(rooms())}, which are all if none is named; or beside other libraries {', '.join(COMPARED)}"
+    names = f"{', '.join(ops())}, which are all if none is named; or beside other libraries {', '.join(COMPARED)}"
     about = f"files of workloads: {names}; or `host [op ...]`: what the host pays for a GPU call, without a GPU"
     add("ops", nargs="*", metavar="workload", help=about)
     add("--peers", action="store_true", help="beside other libraries: diffusers, geomloss, KeOps")
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks import host
 
         return host.main(options.ops[1:], options.rounds or 15)
-    there = [*rooms(), *COMPARED]
+    there = [*ops(), *COMPARED]
     if unknown := set(options.ops) - set(there):
         parser().error(f"unknown workload: {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import peers, stubs, timing
 from benchmarks.verify import with_leaves
-from benchmarks.workload import Workload, complete, public, reference, rooms
+from benchmarks.workload import Workload, complete, public, reference
 from lgd_kernels.runtime import impls
 
 SMALLEST, EAGER = "kernel of 4 parameters", "eager formula"
@@ -126,7 +126,7 @@ def main(ops: list[str], rounds: int) -> int:
     """Print the table, op by op. Compiling the stubs takes about a minute."""
     print(f"{'op':18} {'call':28} {'us':>20} {'of 4 parameters':>20} {'of the eager formula':>20}")
     with stubs.triton_launches(), stubs.cuda_launches():
-        for op in ops or rooms():
+        for op in ops or ops():
             has = importlib.import_module(f"lgd_kernels.ops.{op}.op").IMPLEMENTATIONS
             for row in measure(op, tuple(impl for impl in ("triton", "cuda") if impl in has), rounds):
                 print(f"{op:18} {row.call:28} {' '.join(map(shown, row[2:]))}", flush=True)

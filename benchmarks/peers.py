@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
 
 def ours(workload: Workload, device: str, names: list[str]) -> list[Variant]:
-    """The implementations asked for, or all that the room has for this device."""
+    """The implementations asked for, or all that the op has for this device."""
     has = importlib.import_module(f"lgd_kernels.ops.{workload.op}.op").IMPLEMENTATIONS
     meant = [name for name in impls.ORDER[device] if name != "reference" and name in has]
     like = torch.empty(0, dtype=workload.dtype, device=device)

@@ -108,7 +108,7 @@ def workload(case, shape, dtype=torch.float32, step=False, **options):
     call, plain = (stepped, step_formula) if step else (guided, guided_formula)
     theirs = Provider("diffusers", providers.diffusers_rule(guider, config), max(close, CLOSE[dtype]))
     return Workload(
-        op="combine",  # the room whose implementations they end in
+        op="combine",  # the op whose implementations they end in
         case=f"{'step' if step else 'guidance'} by {case}",
         shape=shape,
         dtype=dtype,

@@ -17,7 +17,7 @@ from torch import Tensor
 import lgd_kernels
 from lgd_kernels.runtime import impls
 
-COMPARED = ("steps", "energies", "rules")  # files with workloads that other libraries have too, beside the rooms' own
+COMPARED = ("steps", "energies", "rules")  # files with workloads that other libraries have too, beside those of the ops
 SMALL = 2**20  # bytes moved: below it the call is the cost, not its memory
 
 
@@ -40,7 +40,7 @@ class Provider(NamedTuple):
 class Workload:
     """One call, and what it costs at least. Nothing about how it is timed or judged."""
 
-    op: str  # the room; the public function and the reference have its name
+    op: str  # the public function and the reference have its name
     case: str  # what it is called in the table
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -89,19 +89,19 @@ def kinds(workload: Workload) -> list[Kind]:
     ]
 
 
-def rooms() -> list[str]:
+def ops() -> list[str]:
     """The ops that have workloads: `benchmarks/<op>.py` with a list `WORKLOADS`."""
-    return [room for room in impls.rooms() if importlib.util.find_spec(f"benchmarks.{room}")]
+    return [op for op in impls.ops() if importlib.util.find_spec(f"benchmarks.{op}")]
 
 
 def find(names: list[str], device: str, dtypes: list[str], quick: bool, peers: bool = False) -> list[Workload]:
-    """The workloads of some files that belong on a device. If none is named, those of all rooms; beside peers, those
+    """The workloads of some files that belong on a device. If none is named, those of all ops; beside peers, those
     that other libraries have too, and the short ones of the ops that are not among them."""
-    found = [workload for name in names or (COMPARED if peers else rooms()) for workload in _declared(name)]
+    found = [workload for name in names or (COMPARED if peers else ops()) for workload in _declared(name)]
     if peers and not names:
         found = [one for one in found if one.providers]
         known = {one.op for one in found}
-        found += [one for room in rooms() for one in _declared(room) if one.quick and one.op not in known]
+        found += [one for op in ops() for one in _declared(op) if one.quick and one.op not in known]
     return [
         workload
         for workload in found

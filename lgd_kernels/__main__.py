@@ -39,7 +39,7 @@ def info() -> int:
     if len(devices) == 1:
         print("  no CUDA or ROCm device")
 
-    for op in impls.rooms():
+    for op in impls.ops():
         print(f"\n{op}")
         for device in devices:
             chosen = impls.available_impls(op, device)[0]

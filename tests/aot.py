@@ -132,7 +132,7 @@ def triton_kernels() -> dict[str, str]:
     """Return the op of every kernel: the functions of its triton.py whose names end in _kernel."""
     from lgd_kernels.runtime import impls
 
-    ops = (op for op in impls.rooms() if "triton" in impls._implementations(op))
+    ops = (op for op in impls.ops() if "triton" in impls._implementations(op))
     modules = {op: importlib.import_module(f"lgd_kernels.ops.{op}.triton") for op in ops}
     return {name: op for op, module in modules.items() for name in vars(module) if name.endswith("_kernel")}
 

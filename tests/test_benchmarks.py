@@ -97,7 +97,7 @@ def test_what_cannot_run_says_why(tiny, capsys):
     )
     with pytest.raises(SystemExit):
         run("guided_scores")
-    known = ", ".join(impls.rooms())
+    known = ", ".join(impls.ops())
     assert f"unknown workload: guided_scores; there are {known}" in capsys.readouterr().err
 
 
@@ -143,8 +143,8 @@ def test_noise_of_its_own_is_looked_at():
 
 
 def test_every_op_has_workloads():
-    assert workload.rooms() == impls.rooms()
-    for op in impls.rooms():
+    assert workload.ops() == impls.ops()
+    for op in impls.ops():
         module = importlib.import_module(f"benchmarks.{op}")
         names = [(one.case, one.shape, one.dtype) for one in module.WORKLOADS]
         assert len(names) == len(set(names)) and {one.op for one in module.WORKLOADS} == {op}

@@ -78,7 +78,7 @@ def test_gradients_agree_with_float64(target, kind, row, generator):
 
 
 def test_gradients_are_those_of_the_definition(generator):
-    """The reference, which is the truth above, against other rooms' references."""
+    """The reference, which is the truth above, against other ops' references."""
     for kind, prediction in itertools.product(("tensor", "renoise"), ("x0", "flow")):
         args, options = some(kind, generator, prediction=prediction, lam=0.5, unbiased=False)
         leaves = wanting(leaves_of(args, options))

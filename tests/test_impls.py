@@ -70,12 +70,12 @@ def test_extension_is_built_where_it_must_be():
     assert impls.extension().__name__ == "lgd_kernels._C"
 
 
-@pytest.mark.parametrize("name", impls.rooms())
+@pytest.mark.parametrize("name", impls.ops())
 def test_available_on_the_cpu(name, with_extension):
     assert lgd.available_impls(name) == lgd.available_impls(name, torch.device("cpu")) == ("cpu", "reference")
 
 
-@pytest.mark.parametrize("name", impls.rooms())
+@pytest.mark.parametrize("name", impls.ops())
 def test_available_elsewhere(name):
     """The automatic choice comes first; a device without kernels has the reference."""
     pytest.importorskip("triton")
@@ -188,7 +188,7 @@ def test_why_the_extension_is_missing(monkeypatch, tmp_path, missing, reason):
 
 @pytest.mark.parametrize("call", [lgd.available_impls, lambda name: lgd.why_not(name, "cpu")])
 def test_refuses_unknown_ops(call):
-    with pytest.raises(ValueError, match=f"`op` is 'guided_soup', expected one of {', '.join(impls.rooms())}"):
+    with pytest.raises(ValueError, match=f"`op` is 'guided_soup', expected one of {', '.join(impls.ops())}"):
         call("guided_soup")
 
 

@@ -87,7 +87,7 @@ def test_every_set_draws_the_same_noise(results):
     assert len(noise) == 3 and all(digests[0][name] == digests[1][name] for name in noise)
 
 
-OPS = (*impls.rooms(), "philox", "omega_table", "rules")
+OPS = (*impls.ops(), "philox", "omega_table", "rules")
 
 
 @pytest.mark.slow

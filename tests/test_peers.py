@@ -111,7 +111,7 @@ def test_slow_rounds_are_fewer():
 
 def test_peers_bring_their_workloads():
     named = workload.find([], "cpu", [], False, peers=True)
-    assert {one.op for one in named} == set(workload.rooms())
+    assert {one.op for one in named} == set(workload.ops())
     assert all(one.providers or one.quick for one in named)
     assert workload.find(["steps"], "cpu", [], True) == [one for one in steps.WORKLOADS if one.quick]
 

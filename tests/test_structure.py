@@ -15,7 +15,7 @@ from lgd_kernels.runtime import impls
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lgd_kernels"
-OPS = impls.rooms()
+OPS = impls.ops()
 MADE = re.compile(r"\.(?!ci$).*|.*\.egg-info|__pycache__|build|dist|runs|v?env")  # generated folders
 
 

@@ -1,1 +1,1 @@
-"""One folder, one op. A room knows no other room; what they share lies beside this folder."""
+"""Hold one op in each folder. No op imports another; what ops share is in `runtime`."""

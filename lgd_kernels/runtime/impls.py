@@ -152,7 +152,7 @@ def is_lazy(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
-def rooms() -> list[str]:
+def ops() -> list[str]:
     """Return the names of all ops: the packages in `lgd_kernels.ops`."""
     return sorted(module.name for module in pkgutil.iter_modules([str(builds.PACKAGE / "ops")]) if module.ispkg)
 
@@ -244,8 +244,8 @@ def _implementations(op: str) -> dict[str, frozenset[torch.dtype]]:
 
 
 def _op_module(op: str):
-    if op not in rooms():
-        raise ValueError(f"`op` is {op!r}, expected one of {', '.join(rooms())}")
+    if op not in ops():
+        raise ValueError(f"`op` is {op!r}, expected one of {', '.join(ops())}")
     return importlib.import_module(f"lgd_kernels.ops.{op}.op")
 
 

@@ -1,1 +1,1 @@
-"""guided = cond + omega (cond - uncond), one omega for each sample. The pattern room: start reading here."""
+"""guided = cond + omega (cond - uncond), one omega for each sample. The shortest op: start reading here."""
