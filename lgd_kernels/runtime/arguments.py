@@ -44,6 +44,8 @@ class Omega(NamedTuple):
 
     @staticmethod
     def of(omega: float | Tensor | OmegaLookup, like: Tensor) -> Omega:
+        if isinstance(omega, Tensor):
+            return Omega(omega, 0.0, [])
         if isinstance(omega, OmegaLookup):
             return Omega(None, 0.0, list(omega))
         return Omega(*Number.of(omega, like), [])
