@@ -13,7 +13,7 @@ from lgd_kernels.guidance import rules
 diffusers = pytest.importorskip("diffusers")
 guiders = pytest.importorskip("diffusers.guiders")
 
-from tiny import BATCH, assert_close, call_transformer, call_unet, denoise, noise, pair, prompts  # noqa: E402
+from tiny import BATCH, assert_close, call_transformer, call_unet, denoise, noise, pair, prompts, sdxl_unet  # noqa: E402
 
 from lgd_kernels.integrations.diffusers import LearnedGuidance  # noqa: E402
 from lgd_kernels.integrations.diffusers_plans import times_of  # noqa: E402
@@ -199,23 +199,7 @@ def test_a_modular_pipeline():
     from diffusers.modular_pipelines.modular_pipeline import PipelineState, SequentialPipelineBlocks
     from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 
-    torch.manual_seed(0)
-    sdxl = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 8,
-    ).eval()
+    sdxl = sdxl_unet()
     blocks = SequentialPipelineBlocks.from_blocks_dict({"denoise": StableDiffusionXLDenoiseStep()})
     pipe = blocks.init_pipeline()
 

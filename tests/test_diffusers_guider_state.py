@@ -10,7 +10,7 @@ import lgd_kernels as lgd
 diffusers = pytest.importorskip("diffusers")
 guiders = pytest.importorskip("diffusers.guiders")
 
-from tiny import BATCH, STABLE, assert_close, call_unet, denoise, noise, pair, prompts  # noqa: E402
+from tiny import BATCH, STABLE, assert_close, call_unet, denoise, noise, pair, prompts, sdxl_unet  # noqa: E402
 
 from lgd_kernels.integrations import diffusers as module  # noqa: E402
 from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance  # noqa: E402
@@ -279,23 +279,7 @@ def test_a_consistency_model_reads_its_scale():
     from diffusers.modular_pipelines.modular_pipeline import PipelineState, SequentialPipelineBlocks
     from diffusers.modular_pipelines.stable_diffusion_xl import before_denoise
 
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 8,
-        time_cond_proj_dim=8,
-    )
+    unet = sdxl_unet(time_cond_proj_dim=8)
     step = before_denoise.StableDiffusionXLPrepareAdditionalConditioningStep()
     pipe = SequentialPipelineBlocks.from_blocks_dict({"condition": step}).init_pipeline()
     state = {"latents": noise(0, (6, 4, 8, 8)), "pooled_prompt_embeds": noise(1, (6, 8)), "batch_size": 3}

@@ -61,13 +61,34 @@ def assert_close(found, expected, limit=1e-5):
 
 
 @functools.cache
-def unet():
+def unet(**options):
+    """Make a U-Net of a few thousand weights, the same in every call."""
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
-        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **options,
+    ).eval()
+
+
+def sdxl_unet(**options):
+    """Make one with the additional conditions of SDXL."""
+    dimension = 6 * 8 + 8
+    return unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=dimension,
+        **options,
+    )
 
 
 @functools.cache

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from inspect import CO_VARARGS, CO_VARKEYWORDS
 from typing import Any
 
 import torch
 
+_CHECKED: weakref.WeakSet[Callable] = weakref.WeakSet()
+
 
 def rule(op: str, value: object) -> None:
     """Raise TypeError unless `value` can be called as `value(moments, omega)`.
 
-    This reads the code of a function, because `inspect.signature` takes longer than a kernel takes for a small sample.
-    Another kind of callable raises when it is called."""
+    A function, or a partial of one, is checked once. The check reads the function's code, because `inspect.signature`
+    takes longer than a kernel takes for a small sample. Another kind of callable raises when it is called.
+    """
     if not callable(value):
         raise TypeError(f"{op}: `rule` is a {type(value).__name__}, expected a function of (moments, omega), see rules")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(value) not in (types.FunctionType, functools.partial):
         return
+    if value not in _CHECKED:
+        _signature(op, value)
+        _CHECKED.add(value)
+
+
+def _signature(op: str, value: Callable) -> None:
     function: Callable = value
     given, named = 2, dict[str, Any]()
     if type(value) is functools.partial:
