@@ -24,12 +24,10 @@ def test_triton(kernel, variant, dtype, gpu):
     assert row.wide_loads >= aot.kernel_of(kernel).loads(variant, dtype, gpu), row
 
 
-def test_every_kernel_is_small_and_has_a_call():
-    """A binder pays for each parameter: a tensor and its stride, levels, omega are one each."""
+def test_every_kernel_has_a_call():
+    """Each op declares in tests/ahead how its kernels are called."""
     for name, op in aot.triton_kernels().items():
-        kernel = getattr(importlib.import_module(f"lgd_kernels.ops.{op}.triton"), name)
         assert name in aot.declared(op).CALLS
-        assert len(kernel.arg_names) <= 32, name
 
 
 def test_waits_where_no_process_can_be_started():

@@ -8,7 +8,7 @@ namespace lgd {
 
 constexpr int kVector = 8;     // 16 bytes of half, twice 16 bytes of float
 constexpr int kThreads = 256;  // of a block
-constexpr int kBlocks = 3;     // at least, on a multiprocessor: said aloud, else ptxas aims higher and spills
+constexpr int kBlocks = 3;     // at least, on a multiprocessor: set explicitly, else ptxas aims higher and spills
 
 // Tensors of one storage type, read 16 bytes at a time; or of any, told by the tensor, element by element.
 struct Mixed {};
