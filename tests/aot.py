@@ -220,7 +220,7 @@ def cuda_kernels() -> list[Compiled]:
         target = resources.split()[0]
         found_in = {part.split(maxsplit=1)[0]: accesses(part) for part in instructions.split("Function : ")[1:]}
         for name, registers in re.findall(r"Function (\S+):\s*REG:(\d+)", resources):
-            op, length, rest = re.search(r"\d_(\w+?)_cuda_cu_[0-9a-f]{8}(\d+)(\w+)", name).groups()
+            op, length, rest = re.search(r"\d_([a-z]\w+?)_cuda_cu_[0-9a-f]{8}(\d+)(\w+)", name).groups()
             way, rest = rest[: int(length)], rest[int(length) :]
             dtype, sizes = re.match(r"(?:I(f|NS_\w+?)E?((?:Li\d+E)*)E)?", rest).groups()
             dtype = {"f": "fp32", "NS_4bf16": "bf16", "NS_3f16": "fp16"}.get(dtype, "mixed")
