@@ -113,7 +113,7 @@ def test_make_docs_fails_on_a_broken_link(tmp_path, link):
 
 
 def test_paths_in_the_docs_exist():
-    """Check `lgd_kernels/...`, `csrc/...` and the like; `<op>` stands for `moments`, which docs/design.md takes for its model."""
+    """Check `lgd_kernels/...`, `csrc/...` and the like; `<op>` stands for `moments`, the model of docs/design.md."""
     for page in PAGES:
         for path in re.findall(r"`((?:lgd_kernels|csrc|python|tests|docs|benchmarks)/[\w./<>]*)`", page.read_text()):
             assert (ROOT / path.replace("<op>", "moments")).exists(), f"{page.name}: {path}"
