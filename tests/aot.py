@@ -31,6 +31,7 @@ from lgd_kernels.runtime.arguments import Number, Omega, Seed, StepScalars
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1] / "lgd_kernels"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+BLACKWELL = ("sm_100", "sm_120")  # ptxas takes longest for them: test_aot.py compiles for them under `make slow`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -1,4 +1,5 @@
-"""Choose where tests run. A `target` is an implementation on a device; Triton has two, its interpreter and a GPU."""
+"""Choose where tests run. A `target` is an implementation on a device: Triton runs in its interpreter or on a GPU, CUDA
+in a simulator or on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +13,11 @@ from lgd_kernels import testing
 from lgd_kernels.runtime import impls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIMULATED = os.environ.get("SIMULATED_CUDA")  # the order of threads, or unset
+if SIMULATED:
+    import simulated
+
+    simulated.use_order(simulated.install().__file__, SIMULATED)
 
 
 class Target(NamedTuple):
@@ -23,8 +29,15 @@ TARGETS = [
     pytest.param(Target("cpu", "cpu"), id="cpu"),
     pytest.param(Target("triton", "cpu"), id="triton-interpreted", marks=pytest.mark.triton),
     pytest.param(Target("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+    pytest.param(Target("cuda", "cpu"), id="cuda-simulated", marks=pytest.mark.simulated),
     pytest.param(Target("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
 ]
+# The files that test ops with CUDA kernels.
+WITH_CUDA = [
+    f"test_{name}"
+    for name in ("guided_energy", "guided_energy_autograd", "guided_energy_safety", "guided_score", "guided_step",
+                 "guided_step_autograd", "large", "omega_table")
+]  # fmt: skip
 
 
 def dtypes_of(target: Target) -> list[torch.dtype]:
@@ -34,19 +47,18 @@ def dtypes_of(target: Target) -> list[torch.dtype]:
 
 def pytest_generate_tests(metafunc):
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", TARGETS)
+        with_cuda = metafunc.module.__name__ in WITH_CUDA
+        targets = [target for target in TARGETS if with_cuda or target.values[0].impl != "cuda"]
+        metafunc.parametrize("target", targets)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect slow tests and those marked `triton`, which test_interpreter.py runs in another process; mark skips."""
-    interpreted = [item for item in items if item.get_closest_marker("triton")]
-    if interpreted and not INTERPRETED:
-        config.hook.pytest_deselected(items=interpreted)
-        items[:] = [item for item in items if item not in set(interpreted)]
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow and "slow" not in config.option.markexpr:  # -m slow
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+    """Deselect slow tests, and those that test_interpreter.py and test_cuda.py run in other processes; mark skips."""
+    runs = {"triton": INTERPRETED, "simulated": SIMULATED, "slow": "slow" in config.option.markexpr}  # -m slow
+    left_out = [item for item in items if any(item.get_closest_marker(name) and not runs[name] for name in runs)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     unbuilt = impls.extension_error() if os.environ.get("LGD_REQUIRE_EXT") != "1" else ""
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params.values()

@@ -14,7 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 
-@pytest.mark.parametrize("gpu", aot.TARGETS)
+@pytest.mark.parametrize(
+    "gpu", [pytest.param(gpu, marks=[pytest.mark.slow] if gpu in aot.BLACKWELL else []) for gpu in aot.TARGETS]
+)
 @pytest.mark.parametrize(
     ("kernel", "variant", "dtype"), [(kernel, *case) for kernel in aot.triton_kernels() for case in aot.cases(kernel)]
 )

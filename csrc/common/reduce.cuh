@@ -9,7 +9,7 @@ __device__ __forceinline__ float group_sum(float value, int log_columns) {
   const int within = log_columns < 5 ? log_columns : 5;
   for (int step = (1 << within) >> 1; step > 0; step >>= 1) value += __shfl_down_sync(0xffffffffu, value, step);
   if (log_columns <= 5) return value;
-  __shared__ float warps[kThreads / 32];
+  LGD_SHARED(warps, float[kThreads / 32]);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   const int group_warps = 1 << (log_columns - 5);

@@ -1,7 +1,6 @@
 // How a CUDA kernel walks its data: eight elements to a thread, 256 threads to a tile of one or more samples.
 #pragma once
-#include <cuda_runtime.h>
-
+#include "launch.cuh"
 #include "rows.h"
 
 namespace lgd {

@@ -76,7 +76,7 @@ __device__ __forceinline__ void put(const Rows& rows, const Spot& at, int64_t ro
 
 template <class T>
 __global__ void __launch_bounds__(kPulling, 2) backward(GuidedEnergyBackward op, int64_t row, int blocks) {
-  __shared__ Scalars k;
+  LGD_SHARED(k, Scalars);
   const GuidedEnergy& data = op.forward;
   const int m = int(data.m), targets = int(data.target.k);
   Spot at{blockIdx.x / blocks, (int64_t(blockIdx.x % blocks) * kPulling + threadIdx.x) * kWidth<T>, 0};
@@ -154,7 +154,7 @@ int guided_energy_backward_cuda(const GuidedEnergyBackward& op, int64_t batch, i
   const auto launch = [&](auto type) {
     using T = decltype(type);
     const int64_t elements = int64_t(kPulling) * kWidth<T>, blocks = (row + elements - 1) / elements;
-    backward<T><<<batch * blocks, kPulling, 0, static_cast<cudaStream_t>(stream)>>>(op, row, int(blocks));
+    LGD_LAUNCH(backward<T>, batch * blocks, kPulling, stream, op, row, int(blocks));
   };
   const GuidedEnergy& data = op.forward;
   dispatch(row, launch, data.x, data.cond, data.uncond, data.noise, data.target.data, op.d_x, op.d_cond, op.d_uncond,

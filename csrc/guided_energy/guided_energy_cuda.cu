@@ -62,8 +62,8 @@ template <class T, int M, int K>
 __global__ void __launch_bounds__(kFew, kResident<M>) few(GuidedEnergy op, Chunks chunks, int64_t row, float* parts) {
   constexpr int kMeetings = M * K, kPairs = M * (M - 1) / 2, kParticles = 2 * kMeetings + M;
   constexpr int kSums = kParticles + 3 * kPairs, kGroups = (kSums + 31) / 32;
-  __shared__ Scalars k;
-  __shared__ float warps[kFew / 32][32 * kGroups];
+  LGD_SHARED(k, Scalars);
+  LGD_SHARED(warps, float[kFew / 32][32 * kGroups]);
   const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
   const int64_t last = first + chunks.length < row ? first + chunks.length : row;
   if (threadIdx.x == 0) k.of(op, item);
@@ -185,8 +185,8 @@ __device__ __forceinline__ void meet(const GuidedEnergy& op, const float* staged
 
 template <class T>
 __global__ void __launch_bounds__(kMany, 2) many(GuidedEnergy op, Chunks chunks, int64_t row, int span, float* parts) {
-  __shared__ Scalars k;
-  alignas(16) __shared__ float staged[kStaged];
+  LGD_SHARED(k, Scalars);
+  alignas(16) LGD_SHARED(staged, float[kStaged]);
   const int64_t item = blockIdx.x / chunks.count, first = blockIdx.x % chunks.count * chunks.length;
   const int64_t last = first + chunks.length < row ? first + chunks.length : row;
   const int m = int(op.m), rows = int(op.m + op.target.k);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kFew)
     energy.loss += power;
     energy.slope += options.beta * power / pair.square * pair.along;
   }
-  __shared__ Energy energies[kFew];
+  LGD_SHARED(energies, Energy[kFew]);
   energies[threadIdx.x] = energy;
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -273,23 +273,22 @@ __global__ void __launch_bounds__(kFew)
 int64_t guided_energy_chunks(int64_t batch, int64_t row) { return Chunks::of(batch, row).count; }
 
 int guided_energy_cuda(const GuidedEnergy& op, const EnergyOptions& options, int64_t batch, int64_t row, float* parts,
-                       const EnergyOutputs& out, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+                       const EnergyOutputs& out, void* stream) {
   const Chunks chunks = Chunks::of(batch, row);
   const int64_t blocks = batch * chunks.count;
   const int64_t room = kStaged / guided_energy_rows(op.m, op.target.k) / 32 * 32;
   const int span = int(room < 512 ? room : 512);
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    if (op.m > 4 || op.target.k > 4) return many<T><<<blocks, kMany, 0, stream>>>(op, chunks, row, span, parts);
+    if (op.m > 4 || op.target.k > 4) return LGD_LAUNCH(many<T>, blocks, kMany, stream, op, chunks, row, span, parts);
     const auto kernel = op.m <= 1 && op.target.k <= 1   ? few<T, 1, 1>
                         : op.m <= 2 && op.target.k <= 2 ? few<T, 2, 2>
                         : op.target.k <= 1              ? few<T, 4, 1>
                                                         : few<T, 4, 4>;
-    kernel<<<blocks, kFew, 0, stream>>>(op, chunks, row, parts);
+    LGD_LAUNCH(kernel, blocks, kFew, stream, op, chunks, row, parts);
   };
   dispatch(row, launch, op.x, op.cond, op.uncond, op.noise, op.target.data);
-  finish<<<batch, kFew, 0, stream>>>(op, options, row, chunks.count, parts, out);
+  LGD_LAUNCH(finish, batch, kFew, stream, op, options, row, chunks.count, parts, out);
   return cudaGetLastError();
 }
 

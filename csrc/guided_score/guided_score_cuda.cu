@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward(GuidedScoreBackwar
 int guided_score_cuda(const GuidedScore& op, int64_t batch, int64_t row, void* stream) {
   const Tiling tiling = Tiling::of(batch, row);
   const auto launch = [&](auto type) {
-    forward<decltype(type)><<<tiling.blocks(), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, tiling);
+    LGD_LAUNCH(forward<decltype(type)>, tiling.blocks(), kThreads, stream, op, tiling);
   };
   dispatch(row, launch, op.guided, op.cond, op.uncond);
   return cudaGetLastError();
@@ -55,7 +55,7 @@ int guided_score_cuda(const GuidedScore& op, int64_t batch, int64_t row, void* s
 int guided_score_backward_cuda(const GuidedScoreBackward& op, int64_t batch, int64_t row, float* parts, void* stream) {
   const Tiling tiling = Tiling::of(batch, row);
   const auto launch = [&](auto type) {
-    backward<decltype(type)><<<tiling.blocks(), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, tiling, parts);
+    LGD_LAUNCH(backward<decltype(type)>, tiling.blocks(), kThreads, stream, op, tiling, parts);
   };
   dispatch(row, launch, op.d_guided, op.cond, op.uncond, op.d_cond, op.d_uncond);
   return cudaGetLastError();

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward(GuidedStepBackward
 int guided_step_cuda(const GuidedStep& op, int64_t batch, int64_t row, void* stream) {
   const Tiling tiling = Tiling::of(batch, row);
   const auto launch = [&](auto type) {
-    forward<decltype(type)><<<tiling.blocks(), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, tiling);
+    LGD_LAUNCH(forward<decltype(type)>, tiling.blocks(), kThreads, stream, op, tiling);
   };
   dispatch(row, launch, op.x_s, op.x, op.cond, op.uncond, op.noise);
   return cudaGetLastError();
@@ -89,7 +89,7 @@ int guided_step_cuda(const GuidedStep& op, int64_t batch, int64_t row, void* str
 int guided_step_backward_cuda(const GuidedStepBackward& op, int64_t batch, int64_t row, float* parts, void* stream) {
   const Tiling tiling = Tiling::of(batch, row);
   const auto launch = [&](auto type) {
-    backward<decltype(type)><<<tiling.blocks(), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, tiling, parts);
+    LGD_LAUNCH(backward<decltype(type)>, tiling.blocks(), kThreads, stream, op, tiling, parts);
   };
   dispatch(row, launch, op.d_x_s, op.cond, op.uncond, op.d_x, op.d_cond, op.d_uncond, op.d_noise);
   return cudaGetLastError();
