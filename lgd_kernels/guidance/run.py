@@ -24,7 +24,7 @@ from lgd_kernels.ops.guided_score.structs import GuidedScore
 from lgd_kernels.ops.guided_step.structs import GuidedStep
 from lgd_kernels.ops.moments.api import moments
 from lgd_kernels.runtime import impls
-from lgd_kernels.runtime.arguments import Seed, requires_grad
+from lgd_kernels.runtime.arguments import ABSENT, Seed, requires_grad
 from lgd_kernels.runtime.columns import Column, Columns, flat
 from lgd_kernels.runtime.impls import Impl
 from lgd_kernels.runtime.levels import (
@@ -79,7 +79,7 @@ def guided_score(a: GuidedScore, rule: Rule, impl: Impl | None) -> Tensor:
             raise ValueError("guided_score: `rule` reads x, which guided_score does not have; guided_step takes it")
         return [to_cond, to_delta]
 
-    total = Sum(list(read.tensors), [0, read.delta], 0, Seed(None, None, 0))
+    total = Sum(list(read.tensors), [0, read.delta], 0, ABSENT)
     return _run(Guided(factors, read, total, a.omega.given(), (), _known(rule), None), impl)
 
 

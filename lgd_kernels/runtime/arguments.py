@@ -48,7 +48,9 @@ class Omega(NamedTuple):
             return Omega(omega, 0.0, [])
         if isinstance(omega, OmegaLookup):
             return Omega(None, 0.0, list(omega))
-        return Omega(*Number.of(omega, like), [])
+        if torch.compiler.is_compiling():
+            return Omega(*Number.of(omega, like), [])
+        return Omega(None, float(omega), [])
 
     def given(self) -> float | Tensor | OmegaLookup:
         if self.table:
@@ -70,10 +72,15 @@ class Seed(NamedTuple):
 
     @staticmethod
     def of(seed: int | Tensor | None, first_sample: int) -> Seed:
+        if seed is None:
+            return ABSENT
         return Seed(seed, None, first_sample) if isinstance(seed, Tensor) else Seed(None, seed, first_sample)
 
     def given(self) -> int | Tensor | None:
         return self.value if self.tensor is None else self.tensor
+
+
+ABSENT = Seed(None, None, 0)
 
 
 class StepScalars(NamedTuple):

@@ -34,6 +34,11 @@ FLOATS = HALF | {torch.float32}
 ALL_FLOATS = FLOATS | {torch.float64}
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+try:
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+    _tracer, _profiled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
+except AttributeError:  # a torch that renamed these private functions: every call is dispatched
+    _dispatch_modes = lambda: 1  # noqa: E731
 
 
 def available_impls(op: str, device: torch.device | str = "cpu") -> tuple[Impl, ...]:
@@ -130,14 +135,9 @@ def direct(*tensors: Tensor | None) -> bool:
     """Return whether a call may skip the dispatcher, which costs more than a small step.
 
     It may if no compilation, tracer, profiler, dispatch mode or subclass is active, and the memory of each tensor holds
-    its values. The function reads private names of torch; if one is missing, every call is dispatched.
+    its values.
     """
-    try:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return False
-        if torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled():
-            return False
-    except AttributeError:
+    if torch.compiler.is_compiling() or _dispatch_modes() or _tracer() is not None or _profiled():
         return False
     if not _PLAIN.issuperset(map(type, tensors)):
         return False

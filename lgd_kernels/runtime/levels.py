@@ -201,7 +201,7 @@ def table_gradient(lookup: OmegaLookup, grad_omega: Tensor) -> Tensor:
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return float32, or float64 if a tensor is."""
-    return widest(*(tensor.dtype for tensor in tensors if tensor is not None))
+    return widest(*[tensor.dtype for tensor in tensors if tensor is not None])
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ operator takes the leaves of that tree, one after the other, and then `impl`; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
@@ -52,46 +52,66 @@ class Shape(NamedTuple):
     flatten: Callable[[tuple], tuple]
     build: Callable[[Sequence], tuple]
     tensors: Callable[[tuple], tuple]  # all tensors, and then those in its lists
-    tensor_places: list[int]  # among the leaves
-    list_places: list[int]
-
-    @property
-    def first(self) -> int:
-        """Where saved tensors begin: behind the upstream gradient, which is not saved."""
-        return int(0 in self.tensor_places)
+    # Between forward and backward the tensors are where autograd watches them. The first leaf is the upstream gradient.
+    saved_tensors: Callable[[tuple], tuple]
+    saved_rest: Callable[[tuple], tuple]  # all other leaves; of a list of tensors its length
+    restore: Callable[[Any, tuple, tuple], tuple]  # (upstream, tensors, rest) -> the struct
 
 
 @cache
 def shape_of(struct: type) -> Shape:
     """The functions are compiled from source, as those of a NamedTuple are: every call of an op pays for them."""
-    leaves, names, made = [], {}, 0
+    leaves: list[Leaf] = []
+    types = {"new": tuple.__new__}  # which takes half the time of NamedTuple's own constructor
 
-    def expression(kind: type, path: str, name: str) -> str:
-        nonlocal made
-        names[kind.__name__] = kind
+    def template(kind: type, path: str, name: str) -> str:
+        """Return source that makes the struct, with a replacement field for each leaf."""
+        types[kind.__name__] = kind
         fields = []
         for place, (field, hint) in enumerate(get_type_hints(kind).items()):
             full = "_".join(part for part in (name, field) if part and part not in UNNAMED)
             if hasattr(hint, "_fields"):
-                fields.append(expression(hint, f"{path}[{place}]", full))
+                fields.append(template(hint, f"{path}[{place}]", full))
             else:
+                fields.append(f"{{{len(leaves)}}}")
                 leaves.append(Leaf(full, hint, f"{path}[{place}]"))
-                fields.append(f"f[{made}]")
-                made += 1
-        return f"{kind.__name__}({', '.join(fields)})"
+        return f"new({kind.__name__}, ({', '.join(fields)},))"
 
-    built = expression(struct, "a", "")
-    kinds = [leaf.kind for leaf in leaves]
-    tensors = [place for place, kind in enumerate(kinds) if kind in (Tensor, Tensor | None)]
-    lists = [place for place, kind in enumerate(kinds) if kind == list[Tensor]]
-    reads = [leaves[place].read for place in tensors] + [f"*{leaves[place].read}" for place in lists]
+    source = template(struct, "a", "")
+
+    def compiled(arguments: str, body: str) -> Callable[..., Any]:
+        return eval(f"lambda {arguments}: {body}", types)
+
+    def in_tuple(reads: Iterable[str]) -> str:
+        return "(" + "".join(f"{read}, " for read in reads) + ")"
+
+    def tensors(leaves: list[Leaf]) -> list[str]:
+        single = [leaf.read for leaf in leaves if leaf.kind in (Tensor, Tensor | None)]
+        return single + [f"*{leaf.read}" for leaf in leaves if leaf.kind == list[Tensor]]
+
+    others = leaves[1:]
+    saved, restored = tensors(others), ["u"]
+    rest: list[str] = []
+    first = str(sum(not read.startswith("*") for read in saved))  # of the tensors of the next list
+    for leaf in others:
+        if leaf.read in saved:
+            restored.append(f"t[{saved.index(leaf.read)}]")
+        elif leaf.kind == list[Tensor]:
+            end = f"{first} + r[{len(rest)}]"
+            restored.append(f"list(t[{first}:{end}])")
+            rest.append(f"len({leaf.read})")
+            first = end
+        else:
+            restored.append(f"r[{len(rest)}]")
+            rest.append(leaf.read)
     return Shape(
         leaves,
-        eval(f"lambda a: ({', '.join(leaf.read for leaf in leaves)},)"),
-        eval(f"lambda f: {built}", names),
-        eval(f"lambda a: ({', '.join(reads)},)"),
-        tensors,
-        lists,
+        compiled("a", in_tuple(leaf.read for leaf in leaves)),
+        compiled("f", source.format(*(f"f[{place}]" for place in range(len(leaves))))),
+        compiled("a", in_tuple(tensors(leaves))),
+        compiled("a", in_tuple(saved)),
+        compiled("a", in_tuple(rest)),
+        compiled("u, t, r", source.format(*restored)),
     )
 
 
@@ -104,7 +124,7 @@ class Raw(NamedTuple):
     tensors: Callable[[tuple], tuple]
 
     def __call__(self, a: tuple, impl: str | None) -> Any:
-        return self.run(a, impl, impls.direct(*self.tensors(a)))
+        return self.forward(a, impl) if impls.direct(*self.tensors(a)) else self.dispatched(*self.flatten(a), impl)
 
     def run(self, a: tuple, impl: str | None, direct: bool) -> Any:
         """`direct` leaves out the dispatch, and with it whatever may be watching (`impls.direct`)."""
@@ -158,9 +178,12 @@ class Operator(NamedTuple):
     def __call__(self, a: tuple, impl: str | None) -> Any:
         if impls.through_reference(self.name, impl):
             return self.reference(a)
-        if torch.is_grad_enabled() and requires_grad(*self.leaves(a)):
-            return _Recorded.apply(self, a, impl, *self.leaves(a))
-        found = self.raw(a, impl)
+        if torch.is_grad_enabled():
+            leaves = self.leaves(a)
+            if requires_grad(*leaves):
+                return _Recorded.apply(self, a, impl, *leaves)
+        raw = self.raw
+        found = raw.forward(a, impl) if impls.direct(*raw.tensors(a)) else raw.run(a, impl, False)
         return found if isinstance(found, Tensor) else found[0] if self.outputs == 1 else found[: self.outputs]
 
 
@@ -172,38 +195,16 @@ class _Recorded(torch.autograd.Function):
         ctx.plain = impls.direct(*op.raw.tensors(a))
         found = op.raw.run(a, impl, ctx.plain)
         saved = op.save(a, found, ctx.wanted)
-        ctx.save_for_backward(*op.saved.tensors(saved)[op.saved.first :])
-        ctx.rest = _without_tensors(op.saved, saved)
+        ctx.save_for_backward(*op.saved.saved_tensors(saved))
+        ctx.rest = op.saved.saved_rest(saved)
         return found if isinstance(found, Tensor) else found[0] if op.outputs == 1 else found[: op.outputs]
 
     @staticmethod
     def backward(ctx, *upstream):
         op = ctx.op
-        saved = _with_tensors(op.saved, ctx.rest, ctx.saved_tensors, upstream)
+        saved = op.saved.restore(upstream[0] if len(upstream) == 1 else upstream, ctx.saved_tensors, ctx.rest)
         if torch.is_grad_enabled() or impls.transforms_active() or any(map(impls.batched, upstream)):
             grads = op.reference_backward(saved)
         else:
             grads = op.backward(saved, ctx.impl, ctx.plain and impls.direct(*upstream))
         return None, None, None, *(grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
-
-
-def _without_tensors(shape: Shape, saved: tuple) -> list:
-    """The leaves; of a list its length: its tensors, like all others, are where autograd watches them."""
-    rest = list(shape.flatten(saved))
-    rest[0] = None
-    for place in shape.tensor_places:
-        rest[place] = None
-    for place in shape.list_places:
-        rest[place] = len(rest[place])
-    return rest
-
-
-def _with_tensors(shape: Shape, rest: list, tensors: tuple, upstream: tuple) -> tuple:
-    found = list(rest)
-    for place, tensor in zip(shape.tensor_places[shape.first :], tensors, strict=False):
-        found[place] = tensor
-    at = len(shape.tensor_places) - shape.first
-    for place in shape.list_places:
-        found[place], at = list(tensors[at : at + found[place]]), at + found[place]
-    found[0] = upstream[0] if len(upstream) == 1 else upstream
-    return shape.build(found)

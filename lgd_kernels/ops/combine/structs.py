@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels.runtime.arguments import Seed
+from lgd_kernels.runtime.arguments import ABSENT, Seed
 from lgd_kernels.runtime.columns import Columns
 
 
@@ -25,7 +25,7 @@ class Combine(NamedTuple):
     def plain(tensors: list[Tensor], columns: list[int], coefficients: Tensor, dtype: torch.dtype) -> Combine:
         """Make the struct of a combine without source, constant, noise and clamp."""
         read = Columns(tensors, columns, None, 0)
-        return Combine(read, coefficients, None, None, Seed(None, None, 0), -torch.inf, torch.inf, dtype)
+        return Combine(read, coefficients, None, None, ABSENT, -torch.inf, torch.inf, dtype)
 
     def without_clamp(self, dtype: torch.dtype) -> Combine:
         return self._replace(low=-torch.inf, high=torch.inf, dtype=dtype)

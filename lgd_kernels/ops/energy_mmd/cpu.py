@@ -23,10 +23,7 @@ CLOSEST = 1e-2
 
 
 def forward(outputs: tuple[Tensor, Tensor | None, Tensor | None], a: EnergyMmd) -> None:
-    dtype, precision = a.dtype, a.precision
-    x, y = a.x.to(dtype), a.y.to(dtype)
-    p, q = (None if one is None else one.to(dtype) for one in (a.x_weights, a.y_weights))
-    a = a._replace(x=x, y=y, x_weights=p, y_weights=q)
+    a, precision = a.converted(), a.precision
     if precision is None:
         pairs = a.x.shape[1] * (a.y if a.between else a.x).shape[1]
         precision = "direct" if a.x.shape[2] <= SMALL or pairs <= 64 * 64 else "auto"
@@ -34,6 +31,7 @@ def forward(outputs: tuple[Tensor, Tensor | None, Tensor | None], a: EnergyMmd) 
         impls.extension().energy_mmd(outputs, a, torch.get_num_threads())
         return
     closest = CLOSEST if precision == "auto" else 0.0
+    x, y, p, q = a[:4]
     for item, loss in enumerate(outputs[0]):
         problem = a._replace(
             x=x[item].contiguous(),

@@ -29,7 +29,7 @@ def unrounded(a: EnergyMmd, impl: str | None) -> tuple[Tensor, Tensor | None, Te
     if impl == "reference" or not a.x.numel():
         d_x, d_y = (None if grad is None else grad.contiguous() for grad in reference.energy_mmd_gradients(a))
         return reference.energy_mmd(a).double(), d_x, d_y
-    a = a._replace(x_weights=reference.scaled(a.x_weights), y_weights=reference.scaled(a.y_weights))
+    a = a.weighted(reference.scaled(a.x_weights), reference.scaled(a.y_weights))
     loss = a.x.new_empty(a.x.shape[0], dtype=torch.float64)
     d_x, d_y = gradients = allocated(a)
     impls.launcher("energy_mmd", impl).forward((loss, *gradients), a)
@@ -69,5 +69,5 @@ energy_mmd = Operator(
     save=lambda a, outputs, wanted: EnergyMmdBackward(outputs[0], outputs[1], outputs[2], a),
     backward=lambda b, impl, direct: backward(b),
     reference_backward=backward,
-    recorded=lambda a, wanted: a._replace(wanted=list(wanted)),
+    recorded=lambda a, wanted: EnergyMmd._make((*a[:-1], list(wanted))),
 )

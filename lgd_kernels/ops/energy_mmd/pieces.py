@@ -100,7 +100,7 @@ def run(
 
 def energy_mmd(a: EnergyMmd, impl: str | None, report: Report | None) -> Tensor:
     """Compute `op.energy_mmd`, differentiable once, in pieces whose progress is reported."""
-    a = a._replace(x_weights=scaled(a.x_weights), y_weights=scaled(a.y_weights))
+    a = a.weighted(scaled(a.x_weights), scaled(a.y_weights))
     x = Side(a.x, a.x_weights, zeros_for(a.x, a.dtype))
     y = Side(a.y, a.y_weights, zeros_for(a.y, a.dtype))
     share = 1 / (x.total() * y.total())

@@ -45,6 +45,20 @@ class EnergyMmd(NamedTuple):
         """The arithmetic dtype, and that of loss and gradients."""
         return widest(self.x.dtype, self.y.dtype)
 
+    def weighted(self, x_weights: Tensor | None, y_weights: Tensor | None) -> EnergyMmd:
+        """Return the struct with these weights in place of its own."""
+        if x_weights is self.x_weights and y_weights is self.y_weights:
+            return self
+        return self._replace(x_weights=x_weights, y_weights=y_weights)
+
+    def converted(self) -> EnergyMmd:
+        """Return the struct with points and weights in the arithmetic dtype."""
+        dtype, given = self.dtype, self[:4]
+        if all(one is None or one.dtype == dtype for one in given):
+            return self
+        x, y, *weights = (None if one is None else one.to(dtype) for one in given)
+        return self._replace(x=x, y=y, x_weights=weights[0], y_weights=weights[1])
+
 
 class EnergyMmdBackward(NamedTuple):
     upstream: Tensor  # [B]

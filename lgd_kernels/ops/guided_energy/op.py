@@ -47,7 +47,7 @@ def too_many(impl: str, m: int, k: int) -> list[str]:
 
 def choose(impl: str | None, a: GuidedEnergy) -> str:
     """Return what `impls.choose` does, unless there are too many particles for that."""
-    found = impls.choose("guided_energy", impl, a.x.device, *(one.dtype for one in a.data if one is not None))
+    found = impls.choose("guided_energy", impl, a.x.device, *[one.dtype for one in a.data if one is not None])
     reasons = too_many(found, a.x.shape[1], a.target.k)
     if reasons and impl is not None:
         raise ValueError(f"guided_energy: impl={impl!r} cannot run here: {reasons[0]}; impl=None chooses")
@@ -66,7 +66,7 @@ def forward(a: EnergyCall, impl: str | None) -> tuple[Tensor, Tensor, Tensor]:
         if target.kind == "expected":
             loss = loss + Levels(*a.forward.scalars.levels).noise_s.double() ** 2 * target.data[:1].numel()
         return loss.to(dtype), slope.to(dtype), at.pack()
-    loss, slope = (torch.empty(batch, dtype=dtype, device=x.device) for _ in range(2))
+    loss, slope = torch.empty(batch, dtype=dtype, device=x.device), torch.empty(batch, dtype=dtype, device=x.device)
     found = torch.empty((batch, Statistics.numbers(m, target.k)), dtype=torch.float64, device=x.device)
     impls.launcher("guided_energy", impl).forward((loss, slope, found), a)
     return loss, slope, found
@@ -120,17 +120,16 @@ def leaves(a: GuidedEnergy) -> tuple[Tensor | None, ...]:
 
 def save(a: EnergyCall, outputs: tuple[Tensor, Tensor, Tensor], wanted: list[bool]) -> SavedEnergy:
     _, slope, found = outputs
-    saved = SavedEnergy(slope, slope, found, a.forward.x.shape[1], a.forward, a.options, wanted)
-    return saved if any(saved.wanted_data) else saved._replace(forward=a.forward.without_data())
+    forward = a.forward if any(wanted[:4]) or wanted[5] else a.forward.without_data()
+    return SavedEnergy(slope, slope, found, a.forward.x.shape[1], forward, a.options, wanted)
 
 
 def backward(b: SavedEnergy, impl: str | None, direct: bool) -> Gradients:
     """Compute the gradients to `leaves`: to omega without the data, to the data in one more pass."""
-    to_data: Gradients = [None] * 5
+    *wanted, to_omega, to_target = b.wanted
+    to_data: Gradients = raw_backward.run(weighed(b), impl, direct) if any(wanted) or to_target else [None] * 5
     d_omega, omega = None, b.forward.scalars.omega
-    if any(b.wanted_data):
-        to_data = raw_backward.run(weighed(b), impl, direct)
-    if b.wanted[4]:
+    if to_omega:
         chosen = impls.choose("guided_energy", impl, b.slope.device) if direct and omega.table else "reference"
         d_omega = to_leaf(b.upstream * b.slope, omega, chosen)
     return *to_data[:4], d_omega, to_data[4]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lgd_kernels.ops.guided_energy.targets import Expected, Renoise
-from lgd_kernels.runtime.arguments import Number, Omega, Seed, StepScalars
+from lgd_kernels.runtime.arguments import ABSENT, Number, Omega, Seed, StepScalars
 from lgd_kernels.runtime.levels import Levels, OmegaLookup
 
 
@@ -22,8 +22,8 @@ class Target(NamedTuple):
         if isinstance(target, Renoise):
             return Target(target.x0, "renoise", target.particles, Seed.of(target.seed, first_sample))
         if isinstance(target, Expected):
-            return Target(target.x0, "expected", 1, Seed(None, None, first_sample))
-        return Target(target, "tensor", target.shape[1], Seed(None, None, first_sample))
+            return Target(target.x0, "expected", 1, ABSENT)
+        return Target(target, "tensor", target.shape[1], ABSENT)
 
 
 class GuidedEnergy(NamedTuple):
@@ -66,8 +66,8 @@ class GuidedEnergy(NamedTuple):
         """Return the struct with omega alone: its gradient needs no more."""
         absent: Any = None  # no code path reads these fields
         scalars = StepScalars(self.scalars.omega, [], self.scalars.prediction, Number(None, 0.0))
-        target = Target(absent, self.target.kind, self.target.k, Seed(None, None, 0))
-        return GuidedEnergy(absent, absent, absent, None, scalars, Seed(None, None, 0), target)
+        target = Target(absent, self.target.kind, self.target.k, ABSENT)
+        return GuidedEnergy(absent, absent, absent, None, scalars, ABSENT, target)
 
 
 class EnergyOptions(NamedTuple):
