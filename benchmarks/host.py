@@ -122,11 +122,11 @@ def measure(op: str, implementations: tuple[str, ...], rounds: int) -> list[Row]
     ]
 
 
-def main(ops: list[str], rounds: int) -> int:
+def main(chosen: list[str], rounds: int) -> int:
     """Print the table, op by op. Compiling the stubs takes about a minute."""
     print(f"{'op':18} {'call':28} {'us':>20} {'of 4 parameters':>20} {'of the eager formula':>20}")
     with stubs.triton_launches(), stubs.cuda_launches():
-        for op in ops or ops():
+        for op in chosen or impls.ops():
             has = importlib.import_module(f"lgd_kernels.ops.{op}.op").IMPLEMENTATIONS
             for row in measure(op, tuple(impl for impl in ("triton", "cuda") if impl in has), rounds):
                 print(f"{op:18} {row.call:28} {' '.join(map(shown, row[2:]))}", flush=True)

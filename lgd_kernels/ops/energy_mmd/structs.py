@@ -53,11 +53,11 @@ class EnergyMmd(NamedTuple):
 
     def converted(self) -> EnergyMmd:
         """Return the struct with points and weights in the arithmetic dtype."""
-        dtype, given = self.dtype, self[:4]
-        if all(one is None or one.dtype == dtype for one in given):
+        dtype = self.dtype
+        if all(one is None or one.dtype == dtype for one in self[:4]):
             return self
-        x, y, *weights = (None if one is None else one.to(dtype) for one in given)
-        return self._replace(x=x, y=y, x_weights=weights[0], y_weights=weights[1])
+        p, q = (None if one is None else one.to(dtype) for one in (self.x_weights, self.y_weights))
+        return self._replace(x=self.x.to(dtype), y=self.y.to(dtype), x_weights=p, y_weights=q)
 
 
 class EnergyMmdBackward(NamedTuple):
