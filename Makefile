@@ -4,6 +4,7 @@ VENV ?= .venv
 GPU_PYTHON ?= python3
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*/* python/*.h python/*.cpp python/cuda/*)
+FORMATTED = $(SOURCES) $(wildcard tests/cuda/*.* tests/cuda/include/* tests/new_op/csrc/*/* tests/new_op/python/*)
 
 # Python itself is not built with the sanitizers, so their libraries have to be preloaded.
 SANITIZED = env LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)" \
@@ -77,12 +78,12 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
 format: install
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 install: $(VENV)/installed
 

@@ -1,0 +1,1 @@
+"""A multiple of each sample."""
