@@ -20,7 +20,7 @@ QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui compiled_loop 
 	instruction_sets interpreter interrupt k_diffusion% large learn% mixture notebook peers readme studies trainer%,\
 	tests/test_$(part).py),$(wildcard tests/test_*.py))
 
-.PHONY: demo quick test slow fuzz sanitize bench peers gpu aot aot-matrix docs wheel lint format install
+.PHONY: demo quick test slow fuzz sanitize cuda-check bench peers gpu aot aot-matrix docs wheel lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m examples.digits $(ARGS)
@@ -43,6 +43,9 @@ sanitize: install        # tests of C++ and the fuzzer with AddressSanitizer and
 	cd build/sanitize && LGD_SANITIZE=1 LGD_REQUIRE_EXT=1 NVCC=none $(abspath $(RUN)) setup.py -q build_ext --inplace
 	cd build/sanitize && $(SANITIZED) $(abspath $(RUN)) -m pytest -p no:cacheprovider $(or $(ARGS),$(SANITIZED_TESTS))
 	cd build/sanitize && $(SANITIZED) PYTHONPATH=.:tests $(abspath $(RUN)) -m fuzz.run --calls $(SANITIZED_CALLS) --timeout 3600
+
+cuda-check: install      # CUDA kernels on the CPU under ASan, UBSan and TSan, and faults that must be found (ARGS="--faults barrier")
+	$(RUN) tests/cuda_check.py $(ARGS)
 
 bench: install           # verify, then time, against eager and compiled PyTorch (ARGS="guided_step --quick"; --help lists all)
 	$(RUN) -m benchmarks $(ARGS)

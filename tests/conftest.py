@@ -17,7 +17,7 @@ SIMULATED = os.environ.get("SIMULATED_CUDA")  # the order of threads, or unset
 if SIMULATED:
     import simulated
 
-    simulated.use_order(simulated.install().__file__, SIMULATED)
+    simulated.use_order(simulated.install(os.environ.get("SIMULATED_CUDA_MODULE")).__file__, SIMULATED)
 
 
 class Target(NamedTuple):

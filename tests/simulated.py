@@ -66,7 +66,9 @@ def library(name: str, units: list[Path], headers: list[Path], flags: Sequence[s
         def compiled(unit: Path) -> None:
             if not made[unit].is_file():
                 unfinished = made[unit].with_suffix(".unfinished")
-                run([*compile, str(unit), "-o", str(unfinished)])
+                races = "-fsanitize=thread" in flags and unit.name == "simulator.cpp"
+                own = ["-fno-sanitize=thread", "-DFIND_RACES"] if races else []
+                run([*compile, *own, str(unit), "-o", str(unfinished)])
                 unfinished.rename(made[unit])
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -93,7 +95,7 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{subprocess.list2cmdline(command)}\n{ended.stdout}")
 
 
-def install(path: Path | None = None) -> ModuleType:
+def install(path: Path | str | None = None) -> ModuleType:
     """Make `impl="cuda"` run the simulated kernels, on CPU tensors, and return the module."""
     spec = importlib.util.spec_from_file_location("lgd_kernels._C_cuda", path or extension())
     assert spec is not None and spec.loader is not None

@@ -23,8 +23,9 @@
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 #endif
 
-// ThreadSanitizer sees each fiber as a thread: an access that no barrier orders is a data race. Without it, nothing.
-#if defined(__SANITIZE_THREAD__)
+// ThreadSanitizer sees each fiber as a thread: an access that no barrier orders is a data race. This file is compiled
+// without it, because all threads share the scheduler.
+#if defined(FIND_RACES)
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
