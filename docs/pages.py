@@ -41,6 +41,7 @@ INTERNALS = {
     "The mathematics": "math.md",
     "Rounding and noise": "numerics.md",
     "Design": "design.md",
+    "CUDA kernels without a GPU": "cuda.md",
     "Benchmarks": "benchmarks.md",
     "Contributing": "contributing.md",
     "Changelog": "changelog.md",
