@@ -42,6 +42,8 @@ FAULTS = [
     Fault("a sum of another column block", "guided_step/guided_step_cuda.cu", "+ at.column_block] = sum", "] = sum"),
     Fault("a row too many", "common/vec.cuh", "sample < tiling.batch ?", "sample <= tiling.batch ?"),
     Fault("a vector beyond the row", "common/vec.cuh", "left < kVector ? left : kVector", "kVector"),
+    Fault("no barrier before a sample's scalars", "common/vec.cuh", "  __syncthreads();\n", ""),
+    Fault("the scalars of another sample", "common/vec.cuh", "return found[place];", "return found[0];"),
     Fault("no check of alignment", "common/vec.cuh", " && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0", ""),
     Fault("no barrier before the scalars", ENERGY, "k.of(op, item);\n  __syncthreads();", "k.of(op, item);"),
     Fault("no barrier before the sums of warps", ENERGY, "  __syncthreads();\n  const int i =", "  const int i ="),

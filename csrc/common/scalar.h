@@ -37,7 +37,15 @@ LGD_INLINE To bits_as(From from) {
   return __builtin_bit_cast(To, from);
 }
 
-LGD_INLINE float to_float(bf16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
+LGD_INLINE float to_float(bf16 value) {
+#if defined(__CUDA_ARCH__)  // opaque to the compiler, which would move a shift up to the load and wait there
+  float wide;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(wide) : "h"(uint16_t(0)), "h"(value.bits));
+  return wide;
+#else
+  return bits_as<float>(uint32_t(value.bits) << 16);
+#endif
+}
 
 LGD_INLINE float to_float(f16 value) {
 #if defined(__CUDA_ARCH__)  // one instruction where there is one
@@ -68,11 +76,22 @@ LGD_INLINE uint32_t round_to_bf16(float value) {
 
 template <>
 LGD_INLINE bf16 from_float<bf16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bf16 narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+  return narrow;
+#else
   return {uint16_t(round_to_bf16(value) >> 16)};
+#endif
 }
 
 template <>
 LGD_INLINE f16 from_float<f16>(float value) {
+#if defined(__CUDA_ARCH__)
+  f16 narrow;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+  return narrow;
+#else
   const uint32_t bits = bits_as<uint32_t>(value), magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   // Adding 1/2 leaves the subnormal's bits, rounded, at the low end of the sum.
@@ -81,6 +100,7 @@ LGD_INLINE f16 from_float<f16>(float value) {
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x47800000u ? special : half;
   return {uint16_t(half | ((bits >> 16) & 0x8000u))};
+#endif
 }
 
 template <>

@@ -17,53 +17,6 @@ struct alignas(16) Pack {
   T value[16 / sizeof(T)];
 };
 
-template <class T>
-struct Access {
-  static __device__ __forceinline__ void load(const Rows& rows, int64_t sample, int64_t first, int,
-                                              float (&to)[kVector]) {
-    constexpr int kWidth = 16 / sizeof(T);
-    const auto* from = reinterpret_cast<const Pack<T>*>(rows.at<T>(sample, first));
-#pragma unroll
-    for (int pack = 0; pack < kVector / kWidth; ++pack) {
-      const Pack<T> read = from[pack];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) to[pack * kWidth + i] = to_float(read.value[i]);
-    }
-  }
-  static __device__ __forceinline__ void store(const Rows& rows, int64_t sample, int64_t first, int,
-                                               const float (&from)[kVector]) {
-    constexpr int kWidth = 16 / sizeof(T);
-    auto* to = reinterpret_cast<Pack<T>*>(rows.at<T>(sample, first));
-#pragma unroll
-    for (int pack = 0; pack < kVector / kWidth; ++pack) {
-      Pack<T> written;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) written.value[i] = from_float<T>(from[pack * kWidth + i]);
-      to[pack] = written;
-    }
-  }
-};
-
-template <>
-struct Access<Mixed> {
-  static __device__ __forceinline__ void load(const Rows& rows, int64_t sample, int64_t first, int count,
-                                              float (&to)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      to[i] = i < count ? load_scalar<float>(rows.data, rows.dtype, sample * rows.stride + first + i) : 0.0f;
-  }
-  static __device__ __forceinline__ void store(const Rows& rows, int64_t sample, int64_t first, int count,
-                                               const float (&from)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i >= count) return;
-      if (rows.dtype == DType::f32) *rows.at<float>(sample, first + i) = from[i];
-      if (rows.dtype == DType::bf16) *rows.at<bf16>(sample, first + i) = from_float<bf16>(from[i]);
-      if (rows.dtype == DType::f16) *rows.at<f16>(sample, first + i) = from_float<f16>(from[i]);
-    }
-  }
-};
-
 // A block's tile: 2^(8 - log_columns) samples by 2^log_columns vectors. Many samples where they are short.
 struct Tiling {
   int64_t batch, row;
@@ -98,15 +51,75 @@ struct Place {
   }
 };
 
-// An output that may be absent: factor * from.
+// A thread's elements of a tensor as they are stored: they are converted where they are used, so that nothing waits for
+// a load before.
 template <class T>
-__device__ __forceinline__ void store_scaled(const Rows& rows, const Place& at, float factor,
-                                             const float (&from)[kVector]) {
+struct Elements {
+  static constexpr int kWidth = 16 / sizeof(T);
+  Pack<T> packs[kVector / kWidth];
+
+  __device__ __forceinline__ void load(const Rows& rows, const Place& at) {
+    const auto* from = reinterpret_cast<const Pack<T>*>(rows.at<T>(at.sample, at.first));
+#pragma unroll
+    for (int pack = 0; pack < kVector / kWidth; ++pack) packs[pack] = from[pack];
+  }
+  __device__ __forceinline__ float operator[](int i) const { return to_float(packs[i / kWidth].value[i % kWidth]); }
+};
+template <>
+struct Elements<Mixed> {
+  float values[kVector];
+
+  __device__ __forceinline__ void load(const Rows& rows, const Place& at) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      values[i] = i < at.count ? load_scalar<float>(rows.data, rows.dtype, at.sample * rows.stride + at.first + i) : 0;
+  }
+  __device__ __forceinline__ float operator[](int i) const { return values[i]; }
+};
+
+template <class T>
+__device__ __forceinline__ void store(const Rows& rows, const Place& at, const float (&from)[kVector]) {
+  if constexpr (std::is_same<T, Mixed>::value) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i >= at.count) return;
+      if (rows.dtype == DType::f32) *rows.at<float>(at.sample, at.first + i) = from[i];
+      if (rows.dtype == DType::bf16) *rows.at<bf16>(at.sample, at.first + i) = from_float<bf16>(from[i]);
+      if (rows.dtype == DType::f16) *rows.at<f16>(at.sample, at.first + i) = from_float<f16>(from[i]);
+    }
+  } else {
+    constexpr int kWidth = 16 / sizeof(T);
+    auto* to = reinterpret_cast<Pack<T>*>(rows.at<T>(at.sample, at.first));
+#pragma unroll
+    for (int pack = 0; pack < kVector / kWidth; ++pack) {
+      Pack<T> written;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) written.value[i] = from_float<T>(from[pack * kWidth + i]);
+      to[pack] = written;
+    }
+  }
+}
+
+// Stores factor * from in an output that may be absent.
+template <class T>
+__device__ __forceinline__ void store_scaled(const Rows& rows, const Place& at, float factor, const Elements<T>& from) {
   if (!rows.data) return;
   float to[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) to[i] = factor * from[i];
-  Access<T>::store(rows, at.sample, at.first, at.count, to);
+  store<T>(rows, at, to);
+}
+
+// Returns of(sample) for the thread's sample. One thread computes it for each sample of the block, since a lookup in a
+// table takes hundreds of instructions. Data that was loaded before the call arrives meanwhile. All threads call it.
+template <class Of>
+__device__ __forceinline__ auto once_per_sample(const Tiling& tiling, const Place& at, const Of& of) {
+  LGD_SHARED(found, decltype(of(int64_t(0)))[kThreads]);
+  const int place = threadIdx.x >> tiling.log_columns, samples = kThreads >> tiling.log_columns;
+  const int64_t sample = at.sample - place + threadIdx.x;
+  if (int(threadIdx.x) < samples && sample < tiling.batch) found[threadIdx.x] = of(sample);
+  __syncthreads();
+  return found[place];
 }
 
 // Every present tensor is stored as `dtype` and its rows can be read 16 bytes at a time.

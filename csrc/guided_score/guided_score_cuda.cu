@@ -8,34 +8,41 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) forward(GuidedScore op, Tiling tiling) {
   const Place at(tiling);
+  Elements<T> cond, uncond;
+  if (at.count) {
+    cond.load(op.cond, at);
+    uncond.load(op.uncond, at);
+  }
+  const float omega = once_per_sample(tiling, at, [&](int64_t sample) { return op.omega.at<float>(sample); });
   if (!at.count) return;
-  const float omega = op.omega.at<float>(at.sample);
-  float cond[kVector], uncond[kVector];
-  Access<T>::load(op.cond, at.sample, at.first, at.count, cond);
-  Access<T>::load(op.uncond, at.sample, at.first, at.count, uncond);
+  float guided[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) cond[i] += omega * (cond[i] - uncond[i]);
-  Access<T>::store(op.guided, at.sample, at.first, at.count, cond);
+  for (int i = 0; i < kVector; ++i) guided[i] = cond[i] + omega * (cond[i] - uncond[i]);
+  store<T>(op.guided, at, guided);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) backward(GuidedScoreBackward op, Tiling tiling, float* parts) {
   const Place at(tiling);
-  float sum = 0;
+  Elements<T> upstream, cond, uncond;
   if (at.count) {
-    const float omega = op.omega.at<float>(at.sample);
-    float upstream[kVector], cond[kVector], uncond[kVector];
-    Access<T>::load(op.d_guided, at.sample, at.first, at.count, upstream);
+    upstream.load(op.d_guided, at);
     if (parts) {
-      Access<T>::load(op.cond, at.sample, at.first, at.count, cond);
-      Access<T>::load(op.uncond, at.sample, at.first, at.count, uncond);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) sum += upstream[i] * (cond[i] - uncond[i]);
+      cond.load(op.cond, at);
+      uncond.load(op.uncond, at);
     }
+  }
+  const float omega = once_per_sample(tiling, at, [&](int64_t sample) { return op.omega.at<float>(sample); });
+  if (at.count) {
     store_scaled<T>(op.d_cond, at, 1 + omega, upstream);
     store_scaled<T>(op.d_uncond, at, -omega, upstream);
   }
   if (!parts) return;
+  float sum = 0;
+  if (at.count) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum += upstream[i] * (cond[i] - uncond[i]);
+  }
   sum = group_sum(sum, tiling.log_columns);
   const bool leads = (threadIdx.x & ((1 << tiling.log_columns) - 1)) == 0;
   if (leads && at.count) parts[at.sample * tiling.column_blocks + at.column_block] = sum;

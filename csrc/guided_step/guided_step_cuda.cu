@@ -5,72 +5,80 @@
 namespace lgd {
 namespace {
 
-// In the precision of the levels, then float. Every thread computes them for its sample: the loads are shared by the
-// cache, and a second kernel or a barrier would cost more.
-__device__ __forceinline__ StepCoefficients<float> coefficients(const StepScalars& scalars, int64_t sample) {
+struct Coefficients {
+  float x, guided, noise, omega;
+};
+
+// In the precision of the levels, then float.
+__device__ __forceinline__ Coefficients coefficients(const StepScalars& scalars, int64_t sample) {
+  const float omega = scalars.omega.at<float>(sample);
   if (scalars.levels.dtype == DType::f64) {
     const double churn = scalars.churn.at<double>(sample);
-    const auto wide = step_coefficients<double>(scalars.levels, sample, scalars.prediction, churn);
-    return {float(wide.x), float(wide.guided), float(wide.noise)};
+    const auto step = step_coefficients<double>(scalars.levels, sample, scalars.prediction, churn);
+    return {float(step.x), float(step.guided), float(step.noise), omega};
   }
-  return step_coefficients<float>(scalars.levels, sample, scalars.prediction, scalars.churn.at<float>(sample));
+  const float churn = scalars.churn.at<float>(sample);
+  const auto step = step_coefficients<float>(scalars.levels, sample, scalars.prediction, churn);
+  return {step.x, step.guided, step.noise, omega};
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) forward(GuidedStep op, Tiling tiling) {
   const Place at(tiling);
+  Elements<T> x, cond, uncond, noise;
+  if (at.count) {
+    x.load(op.x, at);
+    cond.load(op.cond, at);
+    uncond.load(op.uncond, at);
+    if (op.noise.data) noise.load(op.noise, at);
+  }
+  const auto k = once_per_sample(tiling, at, [&](int64_t sample) { return coefficients(op.scalars, sample); });
   if (!at.count) return;
-  const auto k = coefficients(op.scalars, at.sample);
-  const float omega = op.scalars.omega.at<float>(at.sample);
-  float x[kVector], cond[kVector], uncond[kVector], z[kVector];
-  Access<T>::load(op.x, at.sample, at.first, at.count, x);
-  Access<T>::load(op.cond, at.sample, at.first, at.count, cond);
-  Access<T>::load(op.uncond, at.sample, at.first, at.count, uncond);
-  if (op.noise.data) Access<T>::load(op.noise, at.sample, at.first, at.count, z);
+  float x_s[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) x_s[i] = k.x * x[i] + k.guided * (cond[i] + k.omega * (cond[i] - uncond[i]));
   if (op.draws) {
     const uint64_t key = op.seed.key(at.sample), quad = uint64_t(at.first) >> 2;
     const uint32_t index = op.seed.index(at.sample);
-    float low[4], high[4];
-    philox_normal4(key, quad, index, kStreamStep, low);
-    philox_normal4(key, quad + 1, index, kStreamStep, high);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      z[i] = low[i];
-      z[i + 4] = high[i];
+    for (int half = 0; half < 2; ++half) {
+      float z[4];
+      philox_normal4(key, quad + half, index, kStreamStep, z);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x_s[4 * half + i] += k.noise * z[i];
     }
-  }
-  const bool noisy = op.draws || op.noise.data;
+  } else if (op.noise.data) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    x[i] = k.x * x[i] + k.guided * (cond[i] + omega * (cond[i] - uncond[i]));
-    if (noisy) x[i] += k.noise * z[i];
+    for (int i = 0; i < kVector; ++i) x_s[i] += k.noise * noise[i];
   }
-  Access<T>::store(op.x_s, at.sample, at.first, at.count, x);
+  store<T>(op.x_s, at, x_s);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) backward(GuidedStepBackward op, Tiling tiling, float* parts) {
   const Place at(tiling);
-  float sum = 0;
+  Elements<T> upstream, cond, uncond;
   if (at.count) {
-    const auto k = coefficients(op.scalars, at.sample);
-    const float omega = op.scalars.omega.at<float>(at.sample);
-    float upstream[kVector], cond[kVector], uncond[kVector];
-    Access<T>::load(op.d_x_s, at.sample, at.first, at.count, upstream);
+    upstream.load(op.d_x_s, at);
     if (parts) {
-      Access<T>::load(op.cond, at.sample, at.first, at.count, cond);
-      Access<T>::load(op.uncond, at.sample, at.first, at.count, uncond);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) sum += upstream[i] * (cond[i] - uncond[i]);
-      sum *= k.guided;
+      cond.load(op.cond, at);
+      uncond.load(op.uncond, at);
     }
+  }
+  const auto k = once_per_sample(tiling, at, [&](int64_t sample) { return coefficients(op.scalars, sample); });
+  if (at.count) {
     store_scaled<T>(op.d_x, at, k.x, upstream);
-    store_scaled<T>(op.d_cond, at, k.guided * (1 + omega), upstream);
-    store_scaled<T>(op.d_uncond, at, -k.guided * omega, upstream);
+    store_scaled<T>(op.d_cond, at, k.guided * (1 + k.omega), upstream);
+    store_scaled<T>(op.d_uncond, at, -k.guided * k.omega, upstream);
     store_scaled<T>(op.d_noise, at, k.noise, upstream);
   }
   if (!parts) return;
-  sum = group_sum(sum, tiling.log_columns);
+  float sum = 0;
+  if (at.count) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum += upstream[i] * (cond[i] - uncond[i]);
+  }
+  sum = k.guided * group_sum(sum, tiling.log_columns);
   const bool leads = (threadIdx.x & ((1 << tiling.log_columns) - 1)) == 0;
   if (leads && at.count) parts[at.sample * tiling.column_blocks + at.column_block] = sum;
 }
