@@ -20,6 +20,7 @@ from lgd_kernels.runtime import memory
 from lgd_kernels.runtime.arguments import Number, Omega, Seed
 
 TILE = 1024  # elements of a program: 8 for each of 128 threads
+SUMS_TILE = 4096  # where a program ends in many sums over its threads
 
 
 def cdiv(a: int, b: int) -> int:
@@ -32,12 +33,12 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def tiling(batch: int, row: int) -> tuple[tuple[int], int, tuple[int, int, int, int]]:
-    """Cut `[batch, row]` into tiles of TILE elements, of several samples where these are short.
+def tiling(batch: int, row: int, most: int = TILE) -> tuple[tuple[int], int, tuple[int, int, int, int]]:
+    """Cut `[batch, row]` into tiles of up to `most` elements, of several samples where these are short.
 
     Returns the grid, the column blocks of a sample, and (batch, row, ROWS, BLOCK) for the device function `tile`."""
-    block = min(TILE, max(4, power_of_2(row)))
-    rows, blocks = TILE // block, cdiv(row, block)
+    block = min(most, max(4, power_of_2(row)))
+    rows, blocks = max(1, TILE // block), cdiv(row, block)
     return (cdiv(batch, rows) * blocks,), blocks, (batch, row, rows, block)
 
 

@@ -13,7 +13,7 @@ from lgd_kernels.runtime.levels import arithmetic_dtype
 from lgd_kernels.runtime.memory import partial_sums, sizes
 from lgd_kernels.runtime.triton_columns import column_arguments, form_columns, load_tensors, samples_read
 from lgd_kernels.runtime.triton_common import column_blocks, tile
-from lgd_kernels.runtime.triton_launch import launch, rows_argument, tiling
+from lgd_kernels.runtime.triton_launch import SUMS_TILE, launch, rows_argument, tiling
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def centred_moments_kernel(parts, batch, row, ROWS: tl.constexpr, BLOCK: tl.cons
 def forward(found: Tensor, a: Moments) -> None:
     if a.centred:
         return centred(found, a.read)
-    grid, blocks, tiles = tiling(found.shape[0], sizes(a.read.tensors[0])[1])
+    grid, blocks, tiles = tiling(found.shape[0], sizes(a.read.tensors[0])[1], SUMS_TILE)
     products = tuple(a.products), tuple(same_as(a.products))
     with partial_sums(found, blocks) as parts:
         launch(moments_kernel, grid, parts, *tiles, *column_arguments(a.read), *products, like=found)
