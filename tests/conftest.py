@@ -14,10 +14,12 @@ from lgd_kernels.runtime import impls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIMULATED = os.environ.get("SIMULATED_CUDA")  # the order of threads, or unset
+TRANSLATED = os.environ.get("SIMULATED_PTX") == "1"  # as nvcc compiles the kernels
 if SIMULATED:
+    import ptx
     import simulated
 
-    simulated.use_order(simulated.install().__file__, SIMULATED)
+    simulated.use_order(simulated.install(ptx.extension() if TRANSLATED else None).__file__, SIMULATED)
 
 
 class Target(NamedTuple):

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -38,23 +38,35 @@ def missing() -> str:
     return "" if shutil.which(COMPILER) else f"{COMPILER} was not found"
 
 
-def extension(source: Path = ROOT, flags: Sequence[str] = ()) -> Path:
-    """Return the path of `_C_cuda`, built from the kernels and bindings of a tree."""
+def extension(
+    source: Path = ROOT, flags: Sequence[str] = (), kernels: Mapping[Path, Sequence[str]] | None = None
+) -> Path:
+    """Return the path of `_C_cuda`, built from the kernels and bindings of a tree, or from other `kernels`."""
     import pybind11
 
-    units = [*source.glob("csrc/*/*_cuda.cu"), *source.glob("python/cuda/*.cpp"), CUDA / "simulator.cpp"]
+    if kernels is None:
+        kernels = {path: () for path in source.glob("csrc/*/*_cuda.cu")}
+    units = [*kernels, *source.glob("python/cuda/*.cpp"), CUDA / "simulator.cpp"]
     headers = [path for pattern in HEADERS for path in source.glob(pattern)]
     include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     options = [*flags, *(f"-I{path}" for path in include), '-DLGD_NVCC="simulated"']
-    return library("_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), units, headers, options)
+    return library("_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), units, headers, options, kernels)
 
 
-def library(name: str, units: list[Path], headers: list[Path], flags: Sequence[str] = ()) -> Path:
-    """Compile and link. Objects and the result are cached by digests of sources, compiler and flags."""
+def library(
+    name: str,
+    units: Iterable[Path],
+    headers: list[Path],
+    flags: Sequence[str] = (),
+    more: Mapping[Path, Sequence[str]] | None = None,
+) -> Path:
+    """Compile and link. Objects and the result are cached by digests of sources, compiler and flags: those of all
+    units, and `more` of some."""
+    own = {unit: (more or {}).get(unit, ()) for unit in units}
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     headers = sorted([*headers, *CUDA.glob("include/*")])
     common = digest(version, sys.version, *flags, *(path.read_bytes() for path in headers))
-    made = {unit: CACHE / f"{unit.stem}-{digest(common, unit.read_bytes())}.o" for unit in units}
+    made = {unit: CACHE / f"{unit.stem}-{digest(common, unit.read_bytes(), *own[unit])}.o" for unit in own}
     found = CACHE / digest(name, *sorted(map(str, made.values()))) / name
     found.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
@@ -66,11 +78,11 @@ def library(name: str, units: list[Path], headers: list[Path], flags: Sequence[s
         def compiled(unit: Path) -> None:
             if not made[unit].is_file():
                 unfinished = made[unit].with_suffix(".unfinished")
-                run([*compile, str(unit), "-o", str(unfinished)])
+                run([*compile, *own[unit], str(unit), "-o", str(unfinished)])
                 unfinished.rename(made[unit])
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(compiled, units))
+            list(threads.map(compiled, own))
         unfinished = found.with_suffix(".unfinished")
         run([COMPILER, "-shared", *flags, *map(str, made.values()), "-o", str(unfinished)])
         unfinished.rename(found)
