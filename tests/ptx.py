@@ -34,44 +34,44 @@ SPECIAL = {
 }
 
 FLOAT, INTEGER, ANY = r"(?:f32|f64)", r"(?:[us](?:8|16|32|64))", r"(?:[busf](?:16|32|64))"
-F, I, B = rf"\.(?P<t>{FLOAT})", rf"\.(?P<t>{INTEGER})", r"\.(?P<t>b16|b32|b64)"
+REAL, WHOLE, BITS = rf"\.(?P<t>{FLOAT})", rf"\.(?P<t>{INTEGER})", r"\.(?P<t>b16|b32|b64)"
 
 # Instructions that compute a value: the opcode, the value, and its type if that is not `t`, the type of the operands.
 # {a} is the first operand, {a:u32} the first as u32; for u it is unsigned, for w it becomes twice as wide.
 RULES = [
     (rf"mov\.(?P<t>{ANY}|pred)", "{a}"),
     (r"cvta(?:\.to)?\.(?:global|local)\.(?P<t>u64)", "{a}"),  # an address is one of the CPU
-    (rf"add(?:\.rn)?{F}", "{a} + {b}"),
-    (rf"sub(?:\.rn)?{F}", "{a} - {b}"),
-    (rf"mul(?:\.rn)?{F}", "{a} * {b}"),
-    (rf"div\.rn{F}", "{a} / {b}"),
-    (rf"rcp\.rn{F}", "1 / {a}"),
-    (rf"sqrt\.rn{F}", "std::sqrt({a})"),
-    (rf"fma\.rn{F}", "std::fma({a}, {b}, {c})"),
-    (rf"neg{F}", "-{a}"),
-    (rf"abs{F}", "std::fabs({a})"),
-    (rf"(?P<name>min|max){F}", "ptx::{name}({a}, {b})"),
+    (rf"add(?:\.rn)?{REAL}", "{a} + {b}"),
+    (rf"sub(?:\.rn)?{REAL}", "{a} - {b}"),
+    (rf"mul(?:\.rn)?{REAL}", "{a} * {b}"),
+    (rf"div\.rn{REAL}", "{a} / {b}"),
+    (rf"rcp\.rn{REAL}", "1 / {a}"),
+    (rf"sqrt\.rn{REAL}", "std::sqrt({a})"),
+    (rf"fma\.rn{REAL}", "std::fma({a}, {b}, {c})"),
+    (rf"neg{REAL}", "-{a}"),
+    (rf"abs{REAL}", "std::fabs({a})"),
+    (rf"(?P<name>min|max){REAL}", "ptx::{name}({a}, {b})"),
     (r"rcp\.approx\.ftz\.(?P<t>f64)", "ptx::rough_reciprocal({a})"),
-    (rf"add{I}", "{a:u} + {b:u}"),
-    (rf"sub{I}", "{a:u} - {b:u}"),
-    (rf"neg{I}", "0u - {a:u}"),
-    (rf"mul\.lo{I}", "1u * {a:u} * {b:u}"),  # without 1u, an int would overflow
-    (rf"mad\.lo{I}", "1u * {a:u} * {b:u} + {c:u}"),
+    (rf"add{WHOLE}", "{a:u} + {b:u}"),
+    (rf"sub{WHOLE}", "{a:u} - {b:u}"),
+    (rf"neg{WHOLE}", "0u - {a:u}"),
+    (rf"mul\.lo{WHOLE}", "1u * {a:u} * {b:u}"),  # without 1u, an int would overflow
+    (rf"mad\.lo{WHOLE}", "1u * {a:u} * {b:u} + {c:u}"),
     (r"mul\.wide\.(?P<t>[us](?:16|32))", "{a:w} * {b:w}", "w"),
     (r"mul\.hi\.(?P<t>[us]32)", "({a:w} * {b:w}) >> 32"),
-    (rf"div{I}", "{a} / {b}"),
-    (rf"rem{I}", "{a} % {b}"),
-    (rf"min{I}", "{a} < {b} ? {a} : {b}"),
-    (rf"max{I}", "{a} > {b} ? {a} : {b}"),
-    (rf"and{B}", "{a} & {b}"),
-    (rf"or{B}", "{a} | {b}"),
-    (rf"xor{B}", "{a} ^ {b}"),
-    (rf"not{B}", "~{a}"),
+    (rf"div{WHOLE}", "{a} / {b}"),
+    (rf"rem{WHOLE}", "{a} % {b}"),
+    (rf"min{WHOLE}", "{a} < {b} ? {a} : {b}"),
+    (rf"max{WHOLE}", "{a} > {b} ? {a} : {b}"),
+    (rf"and{BITS}", "{a} & {b}"),
+    (rf"or{BITS}", "{a} | {b}"),
+    (rf"xor{BITS}", "{a} ^ {b}"),
+    (rf"not{BITS}", "~{a}"),
     (r"and\.(?P<t>pred)", "{a} && {b}"),
     (r"or\.(?P<t>pred)", "{a} || {b}"),
     (r"xor\.(?P<t>pred)", "{a} != {b}"),
     (r"not\.(?P<t>pred)", "!{a}"),
-    (rf"shl{B}", "ptx::shl({a}, {b:u32})"),
+    (rf"shl{BITS}", "ptx::shl({a}, {b:u32})"),
     (rf"shr\.(?P<t>{ANY})", "ptx::shr({a}, {b:u32})"),
     (rf"selp\.(?P<t>{ANY})", "{c:pred} ? {a} : {b}"),
     (rf"cvt\.(?P<to>{INTEGER})\.(?P<t>{INTEGER})", "{a}", "to"),
@@ -88,7 +88,7 @@ RULES = [
 for _rounding, _function in (("rni", "nearbyint"), ("rzi", "trunc"), ("rmi", "floor"), ("rpi", "ceil")):
     RULES += [
         (rf"cvt\.{_rounding}\.(?P<t>{FLOAT})\.(?P=t)", f"std::{_function}({{a}})"),
-        (rf"cvt\.{_rounding}\.(?P<to>{INTEGER}){F}", f"ptx::to_integer<{{type}}>(std::{_function}({{a}}))", "to"),
+        (rf"cvt\.{_rounding}\.(?P<to>{INTEGER}){REAL}", f"ptx::to_integer<{{type}}>(std::{_function}({{a}}))", "to"),
     ]
 # With NaN, a comparison is false, or true if its name ends in u.
 ORDERED = {"eq": "{a} == {b}", "lt": "{a} < {b}", "le": "{a} <= {b}", "gt": "{a} > {b}", "ge": "{a} >= {b}"}
@@ -269,44 +269,39 @@ class Function:
         to, *given = operands
         read = {name: Operand(self, text, parts["t"]) for name, text in zip("abc", given, strict=False)}
         result = value.format(**read, type=TYPES[type], name=parts.get("name"))
-        both = to.split("|")
-        if parts.get("with"):
-            other = f" {WITH[parts['with']]} {self.read(given[2], 'pred')}"
-            return " ".join(self.write(one, f"({sign}({result})){other}", type)
-                            for one, sign in zip(both, ("", "!"), strict=False))  # fmt: skip
-        return " ".join(self.write(one, f"{sign}({result})" if sign else result, type)
-                        for one, sign in zip(both, ("", "!"), strict=False))  # fmt: skip
+        other = f"{WITH[parts['with']]} {read['c']:pred}" if parts.get("with") else ""
+        to, _, opposite = to.partition("|")
+        if not opposite:
+            return self.write(to, f"({result}) {other}" if other else result, type)
+        return f"{self.write(to, f'({result}) {other}', type)} {self.write(opposite, f'!({result}) {other}', type)}"
 
     def pack(self, type: str, to: str, parts: str) -> str:
-        given = split(parts.strip("{}"))
+        """Return a move of parts into one register, the first to the low end."""
+        whole, given = f"u{bits(type)}", split(parts.strip("{}"))
         part = bits(type) // len(given)
-        values = [
-            f"({TYPES[f'u{bits(type)}']}){self.read(one, f'b{part}')} << {i * part}" for i, one in enumerate(given)
-        ]
-        return self.write(to, " | ".join(values), f"u{bits(type)}")
+        values = [f"({TYPES[whole]}){self.read(one, f'b{part}')} << {i * part}" for i, one in enumerate(given)]
+        return self.write(to, " | ".join(values), whole)
 
     def unpack(self, type: str, parts: str, value: str) -> str:
-        to = split(parts.strip("{}"))
+        whole, to = self.read(value, f"u{bits(type)}"), split(parts.strip("{}"))
         part = bits(type) // len(to)
-        read = self.read(value, f"u{bits(type)}")
-        return " ".join(self.write(one, f"{read} >> {i * part}", f"u{part}") for i, one in enumerate(to))
+        return " ".join(self.write(one, f"{whole} >> {i * part}", f"u{part}") for i, one in enumerate(to))
 
     def access(self, way: str, space: str, type: str, operands: list[str]) -> str:
         """Return a load or a store of one value or of a vector."""
         names, address = operands if way == "ld" else reversed(operands)
-        parts, size = split(names.strip("{}")), bits(type) // 8
+        parts, size, where = split(names.strip("{}")), bits(type) // 8, "shared." if space == "shared" else "ptx::"
         found = ADDRESS.fullmatch(address)
         if not found or (space == "shared" and not self.shared):
             raise self.unknown(address)
         place = f"{self.read(found[1], 'u32' if space == 'shared' else 'u64')} + {found[2] or 0}"
-        at = f"{'shared.' if space == 'shared' else 'ptx::'}at<{size * len(parts)}>({place}, {self.site()})"
-        if way == "ld":
-            moved = [self.write(one, f"ptx::load<{TYPES[type]}>(at + {i * size})", type) for i, one in enumerate(parts)]
-        else:
-            moved = [
-                f"ptx::store<{TYPES[type]}>(at + {i * size}, {self.read(one, type)});" for i, one in enumerate(parts)
-            ]
-        return f"{{ char* const at = {at}; {' '.join(moved)} }}"
+        moved = [
+            self.write(one, f"ptx::load<{TYPES[type]}>(at + {i * size})", type)
+            if way == "ld"
+            else f"ptx::store<{TYPES[type]}>(at + {i * size}, {self.read(one, type)});"
+            for i, one in enumerate(parts)
+        ]
+        return f"{{ char* const at = {where}at<{size * len(parts)}>({place}, {self.site()}); {' '.join(moved)} }}"
 
     def shuffle(self, kind: str, operands: list[str]) -> str:
         to, *given = operands
@@ -396,18 +391,16 @@ def unit(source: Path, text: str) -> str:
         address = f"static_cast<void (*)({parameters})>(&{name})"
         entries.append(f"    {{reinterpret_cast<const void*>({address}), &{mangled}}},")
     digest = simulated.digest(source.read_bytes(), (simulated.CUDA / "ptx.h").read_bytes())
-    return "\n".join([
-        f'#include "{simulated.CUDA / "ptx.h"}"', f'#include "{source}"  // {digest}', "namespace {", code,
-        "const ptx::Entry entries[] = {", *entries, "};", "}", "ptx::Body ptx::translation(const void* kernel) {",
-        "  for (const Entry& entry : entries)", "    if (entry.kernel == kernel) return entry.body;",
-        "  return nullptr;", "}", "",
-    ])  # fmt: skip
+    lines = [f'#include "{simulated.CUDA / "ptx.h"}"', f'#include "{source}"  // {digest}', "namespace {", code]
+    lines += ["const ptx::Entry entries[] = {", *entries, "};", "}", "ptx::Body ptx::translation(const void* kernel) {"]
+    lines += ["  for (const Entry& entry : entries)", "    if (entry.kernel == kernel) return entry.body;"]
+    return "\n".join([*lines, "  return nullptr;", "}", ""])
 
 
 def flags() -> list[str]:
     """Return how translated code is compiled. The C++ compiler fuses nothing: what nvcc fused is a call of std::fma."""
     known = Path("/proc/cpuinfo").read_text().split()
-    return ["-w", "-O1", "-ffp-contract=off", *(f"-m{name}" for name in ("fma", "f16c") if name in known)]
+    return ["-w", "-Og", "-ffp-contract=off", *(f"-m{name}" for name in ("fma", "f16c") if name in known)]
 
 
 def extension(root: Path = simulated.ROOT, architecture: int = ARCHITECTURE) -> Path:

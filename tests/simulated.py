@@ -28,6 +28,7 @@ CACHE = ROOT / "build" / "simulated"
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 HEADERS = ("csrc/*/*.h", "csrc/*/*.cuh", "python/*.h", "python/cuda/*.h")
+Units = Mapping[Path, Sequence[str]]  # flags of a source, beside those of all
 ORDERS = ("forward", "reverse", "shuffled")
 
 
@@ -38,35 +39,30 @@ def missing() -> str:
     return "" if shutil.which(COMPILER) else f"{COMPILER} was not found"
 
 
-def extension(
-    source: Path = ROOT, flags: Sequence[str] = (), kernels: Mapping[Path, Sequence[str]] | None = None
-) -> Path:
+def extension(source: Path = ROOT, flags: Sequence[str] = (), kernels: Units | None = None) -> Path:
     """Return the path of `_C_cuda`, built from the kernels and bindings of a tree, or from other `kernels`."""
     import pybind11
 
     if kernels is None:
-        kernels = {path: () for path in source.glob("csrc/*/*_cuda.cu")}
-    units = [*kernels, *source.glob("python/cuda/*.cpp"), CUDA / "simulator.cpp"]
+        kernels = units(source.glob("csrc/*/*_cuda.cu"))
+    others = units([*source.glob("python/cuda/*.cpp"), CUDA / "simulator.cpp"])
     headers = [path for pattern in HEADERS for path in source.glob(pattern)]
     include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     options = [*flags, *(f"-I{path}" for path in include), '-DLGD_NVCC="simulated"']
-    return library("_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), units, headers, options, kernels)
+    return library("_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), {**kernels, **others}, headers, options)
 
 
-def library(
-    name: str,
-    units: Iterable[Path],
-    headers: list[Path],
-    flags: Sequence[str] = (),
-    more: Mapping[Path, Sequence[str]] | None = None,
-) -> Path:
-    """Compile and link. Objects and the result are cached by digests of sources, compiler and flags: those of all
-    units, and `more` of some."""
-    own = {unit: (more or {}).get(unit, ()) for unit in units}
+def units(paths: Iterable[Path]) -> Units:
+    """Return sources without flags of their own."""
+    return dict.fromkeys(paths, ())
+
+
+def library(name: str, units: Units, headers: list[Path], flags: Sequence[str] = ()) -> Path:
+    """Compile and link. Objects and the result are cached by digests of sources, compiler and flags."""
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     headers = sorted([*headers, *CUDA.glob("include/*")])
     common = digest(version, sys.version, *flags, *(path.read_bytes() for path in headers))
-    made = {unit: CACHE / f"{unit.stem}-{digest(common, unit.read_bytes(), *own[unit])}.o" for unit in own}
+    made = {unit: CACHE / f"{unit.stem}-{digest(common, unit.read_bytes(), *more)}.o" for unit, more in units.items()}
     found = CACHE / digest(name, *sorted(map(str, made.values()))) / name
     found.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
@@ -78,11 +74,11 @@ def library(
         def compiled(unit: Path) -> None:
             if not made[unit].is_file():
                 unfinished = made[unit].with_suffix(".unfinished")
-                run([*compile, *own[unit], str(unit), "-o", str(unfinished)])
+                run([*compile, *units[unit], str(unit), "-o", str(unfinished)])
                 unfinished.rename(made[unit])
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(compiled, own))
+            list(threads.map(compiled, units))
         unfinished = found.with_suffix(".unfinished")
         run([COMPILER, "-shared", *flags, *map(str, made.values()), "-o", str(unfinished)])
         unfinished.rename(found)
