@@ -26,15 +26,11 @@ ARCHITECTURE = 90
 # The type in C++ of a PTX type.
 TYPES = {f"{kind}{bits}": f"{name}{bits}_t" for kind, name in (("b", "uint"), ("u", "uint"), ("s", "int"))
          for bits in (8, 16, 32, 64)} | {"f32": "float", "f64": "double", "pred": "bool"}  # fmt: skip
-SPECIAL = {
-    "%tid.x": "simulator::running->thread.x",
-    "%ctaid.x": "simulator::running->block.x",
-    "%nctaid.x": "simulator::running->blocks.x",
-    "%ntid.x": "simulator::running->threads.x",
-}
+SPECIAL = {f"%{name}.x": f"simulator::running->{member}.x" for name, member in
+           (("tid", "thread"), ("ctaid", "block"), ("nctaid", "blocks"), ("ntid", "threads"))}  # fmt: skip
 
 FLOAT, INTEGER, ANY = r"(?:f32|f64)", r"(?:[us](?:8|16|32|64))", r"(?:[busf](?:16|32|64))"
-REAL, WHOLE, BITS = rf"\.(?P<t>{FLOAT})", rf"\.(?P<t>{INTEGER})", r"\.(?P<t>b16|b32|b64)"
+REAL, WHOLE, BITS = rf"\.(?P<t>{FLOAT})", rf"\.(?P<t>{INTEGER})", r"\.(?P<t>b16|b32|b64|pred)"
 
 # Instructions that compute a value: the opcode, the value, and its type if that is not `t`, the type of the operands.
 # {a} is the first operand, {a:u32} the first as u32; for u it is unsigned, for w it becomes twice as wide.
@@ -66,13 +62,9 @@ RULES = [
     (rf"and{BITS}", "{a} & {b}"),
     (rf"or{BITS}", "{a} | {b}"),
     (rf"xor{BITS}", "{a} ^ {b}"),
-    (rf"not{BITS}", "~{a}"),
-    (r"and\.(?P<t>pred)", "{a} && {b}"),
-    (r"or\.(?P<t>pred)", "{a} || {b}"),
-    (r"xor\.(?P<t>pred)", "{a} != {b}"),
+    (r"not\.(?P<t>b16|b32|b64)", "~{a}"),
     (r"not\.(?P<t>pred)", "!{a}"),
-    (rf"shl{BITS}", "ptx::shl({a}, {b:u32})"),
-    (rf"shr\.(?P<t>{ANY})", "ptx::shr({a}, {b:u32})"),
+    (rf"(?P<name>shl|shr)\.(?P<t>{ANY})", "ptx::{name}({a}, {b:u32})"),
     (rf"selp\.(?P<t>{ANY})", "{c:pred} ? {a} : {b}"),
     (rf"cvt\.(?P<to>{INTEGER})\.(?P<t>{INTEGER})", "{a}", "to"),
     (rf"cvt\.sat\.(?P<to>{INTEGER})\.(?P<t>{INTEGER})", "ptx::saturated<{type}>({a})", "to"),
@@ -85,32 +77,30 @@ RULES = [
     (r"cvt\.rn\.bf16\.(?P<t>f32)", "ptx::to_bfloat({a})", "b16"),
 ]  # fmt: skip
 # Conversions to whole numbers: to the nearest, ties to even; towards 0; down; up.
-for _rounding, _function in (("rni", "nearbyint"), ("rzi", "trunc"), ("rmi", "floor"), ("rpi", "ceil")):
+for _how, _function in (("rni", "nearbyint"), ("rzi", "trunc"), ("rmi", "floor"), ("rpi", "ceil")):
     RULES += [
-        (rf"cvt\.{_rounding}\.(?P<t>{FLOAT})\.(?P=t)", f"std::{_function}({{a}})"),
-        (rf"cvt\.{_rounding}\.(?P<to>{INTEGER}){REAL}", f"ptx::to_integer<{{type}}>(std::{_function}({{a}}))", "to"),
+        (rf"cvt\.{_how}\.(?P<t>{FLOAT})\.(?P=t)", f"std::{_function}({{a}})"),
+        (rf"cvt\.{_how}\.(?P<to>{INTEGER}){REAL}", f"ptx::to_integer<{{type}}>(std::{_function}({{a}}))", "to"),
     ]
 # With NaN, a comparison is false, or true if its name ends in u.
 ORDERED = {"eq": "{a} == {b}", "lt": "{a} < {b}", "le": "{a} <= {b}", "gt": "{a} > {b}", "ge": "{a} >= {b}"}
-OF_FLOATS = {**ORDERED, "ne": "({a} < {b} || {a} > {b})", "num": "({a} == {a} && {b} == {b})",
-             "nan": "({a} != {a} || {b} != {b})", "equ": "!({a} < {b} || {a} > {b})", "neu": "{a} != {b}",
-             "ltu": "!({a} >= {b})", "leu": "!({a} > {b})", "gtu": "!({a} <= {b})",
-             "geu": "!({a} < {b})"}  # fmt: skip
+OF_FLOATS = {**ORDERED, "ne": "({a} < {b} || {a} > {b})", "equ": "!({a} < {b} || {a} > {b})", "neu": "{a} != {b}",
+             "ltu": "!({a} >= {b})", "leu": "!({a} > {b})", "gtu": "!({a} <= {b})", "geu": "!({a} < {b})",
+             "num": "({a} == {a} && {b} == {b})", "nan": "({a} != {a} || {b} != {b})"}  # fmt: skip
 OF_INTEGERS = {**ORDERED, "ne": "{a} != {b}", "lo": "{a} < {b}", "ls": "{a} <= {b}", "hi": "{a} > {b}",
                "hs": "{a} >= {b}"}  # fmt: skip
-for _types, _comparisons in ((FLOAT, OF_FLOATS), (r"[bus](?:16|32|64)", OF_INTEGERS)):
-    RULES += [
-        (rf"setp\.{name}(?:\.(?P<with>and|or|xor))?\.(?P<t>{_types})", value, "pred")
-        for name, value in _comparisons.items()
-    ]
+RULES += [
+    (rf"setp\.{name}(?:\.(?P<with>and|or|xor))?\.(?P<t>{types})", value, "pred")
+    for types, comparisons in ((FLOAT, OF_FLOATS), (r"[bus](?:16|32|64)", OF_INTEGERS))
+    for name, value in comparisons.items()
+]
 WITH = {"and": "&&", "or": "||", "xor": "!="}
 
 FUNCTION = re.compile(
-    r"\.(?:entry|func)\s*(?:\((?P<results>[^()]*)\)\s*)?(?P<name>[$\w]+)\s*\((?P<parameters>[^()]*)\)"
-    r"(?:\s*\.\w+(?:\s+\d+(?:,\s*\d+)*)?)*\s*\{(?P<body>.*?)\n\}",
-    re.S,
+    r"(?s)\.(?:entry|func)\s*(?:\((?P<results>[^()]*)\)\s*)?(?P<name>[$\w]+)\s*\((?P<parameters>[^()]*)\)"
+    r"(?:\s*\.\w+(?:\s+\d+(?:,\s*\d+)*)?)*\s*\{(?P<body>.*?)\n\}"
 )
-TOKEN = re.compile(r"\s*(?:(?P<brace>[{}])|(?P<label>[$\w]+):(?=\s)|(?P<statement>[^;{}\s][^;]*);)")
+TOKEN = re.compile(r"\s*(?:(?P<brace>[{}])|(?P<label>[$\w]+):(?=\s)|(?P<statement>[^;{}\s][^;]*)(?:;|$))")
 VARIABLE = re.compile(r"\.(?:shared|local|param)\s+(?:\.align\s+(\d+)\s+)?\.([busf]\d+)\s+([$\w]+)(?:\[(\d+)\])?")
 ACCESS = re.compile(r"(ld|st)\.(param|local|global|shared)(?:\.nc)?(?:\.v[24])?\.(?P<t>[busf]\d+)")
 ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
@@ -144,6 +134,10 @@ def variables(text: str) -> list[Variable]:
         Variable(name, bits(type) // 8 * int(count or 1), int(alignment or bits(type) // 8))
         for alignment, type, name, count in VARIABLE.findall(text)
     ]
+
+
+def shared_variables(text: str) -> list[Variable]:
+    return variables("".join(re.findall(r"\.shared[^;]*;", text)))
 
 
 def lay_out(variables: list[Variable]) -> tuple[dict[str, int], int]:
@@ -188,31 +182,25 @@ class Function:
         self.line = found.string.count("\n", 0, found.start("body")) + 1
         parameters = variables(f"{found['results'] or ''}, {found['parameters']}")
         self.memory = {one.name for one in parameters}  # variables whose address is one of the CPU
-        own = [one for one in variables(body) if re.search(rf"\.shared\s[^;]*{re.escape(one.name)}\b", body)]
-        self.shared, size = lay_out([*(one for one in shared if one.name in body), *own])
+        self.shared, size = lay_out([*(one for one in shared if one.name in body), *shared_variables(body)])
         self.registers: dict[str, str] = {}
-        self.head = f"void {self.name}([[maybe_unused]] char* const* parameters)"
-        self.lines = [f"{self.head} {{", f'  constexpr auto file = "{file}";']
-        self.lines += [f"  char* const {one.name} = parameters[{i}];" for i, one in enumerate(parameters)]
+        self.head = f"void {self.name}(char* const* parameters)"
+        lines = [f"{self.head} {{", f'  constexpr auto file = "{file}";']
+        lines += [f"  char* const {one.name} = parameters[{i}];" for i, one in enumerate(parameters)]
         if self.shared:
-            self.lines.append("  static const char site = 0;")
-            self.lines.append(f"  const ptx::Shared shared{{ptx::shared(&site, {size}), {size}}};")
-        self.lines += self.translated(body)
-        self.cpp = "\n".join([*self.lines, "}"])
+            lines += ["  static const char site = 0;", f"  const ptx::Shared shared(&site, {size});"]
+        self.cpp = "\n".join([*lines, *self.translated(body), "}"])
 
     def translated(self, body: str) -> Iterator[str]:
         """Yield lines of C++."""
-        at = 0
-        while token := TOKEN.match(body, at):
-            self.line += body.count("\n", at, token.start(token.lastgroup or 0))
+        end = 0
+        for token in TOKEN.finditer(body):
+            self.line += body.count("\n", end, token.start(token.lastgroup or 0))
+            end = token.start(token.lastgroup or 0)
             if token["statement"]:
                 yield "  " + self.statement(token["statement"])
-                self.line += token["statement"].count("\n")
             else:
                 yield token["brace"] or f"{token['label']}:;"
-            at = token.end()
-        if body[at:].strip():
-            raise self.unknown(body[at:].strip())
 
     def unknown(self, what: str) -> Unknown:
         return Unknown(f"{self.file}:{self.line}: {what}")
@@ -244,13 +232,12 @@ class Function:
 
     def instruction(self, opcode: str, operands: list[str]) -> str | None:
         """Return an instruction in C++, or None if there is none."""
-        name = opcode.partition(".")[0]
         if opcode in ("bra", "bra.uni"):
             return f"goto {operands[0]};"
         if opcode == "ret":
             return "return;"
         if opcode == "bar.sync" and operands == ["0"]:
-            return f"simulator::barrier({self.site()});"
+            return f"simulator::barrier({{file, {self.line}}});"
         if opcode == "call.uni":
             results, called, given = operands
             return f"{{ char* const given[] = {{{results.strip('()')}, {given.strip('()')}}}; {called}(given); }}"
@@ -258,12 +245,11 @@ class Function:
             return self.shuffle(found["kind"], operands)
         if found := ACCESS.fullmatch(opcode):
             return self.access(found[1], found[2], found["t"], operands)
-        if name == "mov" and operands[0].startswith("{"):
+        if opcode.startswith("mov.") and operands[0].startswith("{"):
             return self.unpack(opcode[4:], *operands)
-        if name == "mov" and operands[1].startswith("{"):
+        if opcode.startswith("mov.") and operands[1].startswith("{"):
             return self.pack(opcode[4:], *operands)
-        found = rule(opcode)
-        return found and self.compute(*found, operands)
+        return self.compute(*found, operands) if (found := rule(opcode)) else None
 
     def compute(self, value: str, parts: dict[str, str], type: str, operands: list[str]) -> str:
         to, *given = operands
@@ -295,24 +281,20 @@ class Function:
         if not found or (space == "shared" and not self.shared):
             raise self.unknown(address)
         place = f"{self.read(found[1], 'u32' if space == 'shared' else 'u64')} + {found[2] or 0}"
-        moved = [
-            self.write(one, f"ptx::load<{TYPES[type]}>(at + {i * size})", type)
-            if way == "ld"
-            else f"ptx::store<{TYPES[type]}>(at + {i * size}, {self.read(one, type)});"
-            for i, one in enumerate(parts)
-        ]
-        return f"{{ char* const at = {where}at<{size * len(parts)}>({place}, {self.site()}); {' '.join(moved)} }}"
+        if way == "ld":
+            moved = [self.write(one, f"ptx::load<{TYPES[type]}>(at + {i * size})", type) for i, one in enumerate(parts)]
+        else:
+            values = [f"{i * size}, {self.read(one, type)}" for i, one in enumerate(parts)]
+            moved = [f"ptx::store<{TYPES[type]}>(at + {value});" for value in values]
+        at = f"{where}at<{size * len(parts)}>({place}, {{file, {self.line}}})"
+        return f"{{ char* const at = {at}; {' '.join(moved)} }}"
 
     def shuffle(self, kind: str, operands: list[str]) -> str:
         to, *given = operands
         word, by, within, mask = (self.read(one, "u32") for one in given)
-        value = f"ptx::shuffle(ptx::Shuffle::{kind}, {word}, {by}, {within}, {mask}, &inside, {self.site()})"
+        value = f"ptx::shuffle(ptx::Shuffle::{kind}, {word}, {by}, {within}, {mask}, &inside, {{file, {self.line}}})"
         to, _, inside = to.partition("|")
-        told = self.write(inside, "inside", "pred") if inside else ""
-        return f"{{ bool inside; {self.write(to, value, 'u32')} {told} }}"
-
-    def site(self) -> str:
-        return f"{{file, {self.line}}}"
+        return f"{{ bool inside; {self.write(to, value, 'u32')} {self.write(inside or '_', 'inside', 'pred')} }}"
 
     def read(self, text: str, type: str) -> str:
         """Return an operand as a value of a type."""
@@ -357,10 +339,10 @@ class Function:
 def translate(text: str, file: str) -> tuple[str, list[str]]:
     """Return the functions of a PTX file in C++, and the names of its kernels."""
     text = re.sub(r"//.*", "", text)
-    shared = variables("".join(re.findall(r"\.shared[^;]*;", FUNCTION.sub("", text))))
+    shared = shared_variables(FUNCTION.sub("", text))
     functions = [Function(found, file, shared) for found in FUNCTION.finditer(text)]
-    heads = [f"{one.head};" for one in functions]
-    return "\n".join([*heads, *(one.cpp for one in functions)]), re.findall(r"\.entry\s+([$\w]+)", text)
+    code = "\n".join([*(f"{one.head};" for one in functions), *(one.cpp for one in functions)])
+    return code, re.findall(r"\.entry\s+([$\w]+)", text)
 
 
 def missing() -> str:
@@ -381,8 +363,12 @@ def compiled(source: Path, architecture: int = ARCHITECTURE) -> str:
     return path.read_text()
 
 
-def unit(source: Path, text: str) -> str:
-    """Return a CUDA source as C++ whose kernels are those of its PTX."""
+def unit(source: Path, text: str) -> Path:
+    """Write a CUDA source as C++ whose kernels are those of its PTX."""
+    made = simulated.digest(text, *(path.read_bytes() for path in (source, simulated.CUDA / "ptx.h", Path(__file__))))
+    path = simulated.CACHE / f"{source.stem}-{made}.cpp"
+    if path.is_file():
+        return path
     code, kernels = translate(text, f"{source.stem}.ptx")
     readable = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
     entries = []
@@ -390,11 +376,11 @@ def unit(source: Path, text: str) -> str:
         name, parameters = kernel.removeprefix("void ").rstrip(")").split("(")
         address = f"static_cast<void (*)({parameters})>(&{name})"
         entries.append(f"    {{reinterpret_cast<const void*>({address}), &{mangled}}},")
-    digest = simulated.digest(source.read_bytes(), (simulated.CUDA / "ptx.h").read_bytes())
-    lines = [f'#include "{simulated.CUDA / "ptx.h"}"', f'#include "{source}"  // {digest}', "namespace {", code]
+    lines = [f'#include "{simulated.CUDA / "ptx.h"}"', f'#include "{source}"  // {made}', "namespace {", code]
     lines += ["const ptx::Entry entries[] = {", *entries, "};", "}", "ptx::Body ptx::translation(const void* kernel) {"]
     lines += ["  for (const Entry& entry : entries)", "    if (entry.kernel == kernel) return entry.body;"]
-    return "\n".join([*lines, "  return nullptr;", "}", ""])
+    path.write_text("\n".join([*lines, "  return nullptr;", "}", ""]))
+    return path
 
 
 def flags() -> list[str]:
@@ -407,10 +393,7 @@ def extension(root: Path = simulated.ROOT, architecture: int = ARCHITECTURE) -> 
     """Return the path of `_C_cuda`, which launches the kernels of a tree as nvcc compiles them."""
     sources = sorted(root.glob("csrc/*/*_cuda.cu"))
     simulated.CACHE.mkdir(parents=True, exist_ok=True)
-    units = {}
     with FileLock(simulated.CACHE / "lock"), ThreadPoolExecutor(os.cpu_count()) as threads:
-        for source, text in zip(sources, threads.map(lambda one: compiled(one, architecture), sources), strict=True):
-            path = simulated.CACHE / f"{source.stem}-{simulated.digest(text, Path(__file__).read_bytes())}.cpp"
-            path.write_text(unit(source, text))
-            units[path] = flags()
+        texts = list(threads.map(lambda source: compiled(source, architecture), sources))
+        units = dict.fromkeys(map(unit, sources, texts), flags())
     return simulated.extension(root, kernels=units)

@@ -47,11 +47,13 @@ char* at(uint64_t address, Site site) {
   return reinterpret_cast<char*>(address);
 }
 
-inline char* shared(const char* site, size_t bytes) { return static_cast<char*>(simulator::shared(site, bytes, 16)); }
-
+// The shared variables of a kernel, which one site identifies.
 struct Shared {
   char* memory;
   uint32_t bytes;
+
+  Shared(const char* site, uint32_t bytes)
+      : memory(static_cast<char*>(simulator::shared(site, bytes, 16))), bytes(bytes) {}
 
   template <size_t kBytes>
   char* at(uint32_t offset, Site site) const {
