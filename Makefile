@@ -20,7 +20,7 @@ QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui compiled_loop 
 	instruction_sets interpreter interrupt k_diffusion% large learn% mixture notebook peers readme studies trainer%,\
 	tests/test_$(part).py),$(wildcard tests/test_*.py))
 
-.PHONY: demo quick test slow fuzz sanitize cuda-check bench peers gpu aot aot-matrix docs wheel lint format install
+.PHONY: demo quick test slow fuzz sanitize cuda-check bench peers gpu ptx aot aot-matrix docs wheel lint format install
 
 demo: install            # learn guidance weights on real data; the report lands in runs/digits (ARGS="--seeds 1")
 	$(RUN) -m examples.digits $(ARGS)
@@ -56,6 +56,9 @@ peers: install           # every op beside diffusers, geomloss and KeOps: table,
 
 gpu:                     # on a machine with a GPU, in the Python that is there: build, GPU tests, benchmarks, one JSON
 	$(GPU_PYTHON) -m benchmarks.gpu
+
+ptx: install             # the tests of the CUDA kernels on what nvcc makes of them: PTX, run on the CPU (needs nvcc)
+	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow or not slow" tests/test_ptx.py $(ARGS)
 
 aot: install             # what the GPU kernels compile to: registers, spills and load widths, without a GPU
 	$(RUN) tests/aot.py

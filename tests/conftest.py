@@ -14,10 +14,13 @@ from lgd_kernels.runtime import impls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIMULATED = os.environ.get("SIMULATED_CUDA")  # the order of threads, or unset
+TRANSLATED = os.environ.get("SIMULATED_PTX") == "1"  # as nvcc compiles the kernels
 if SIMULATED:
+    import ptx
     import simulated
 
-    simulated.use_order(simulated.install(os.environ.get("SIMULATED_CUDA_MODULE")).__file__, SIMULATED)
+    kernels = ptx.extension() if TRANSLATED else os.environ.get("SIMULATED_CUDA_MODULE")
+    simulated.use_order(simulated.install(kernels).__file__, SIMULATED)
 
 
 class Target(NamedTuple):

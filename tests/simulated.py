@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ CACHE = ROOT / "build" / "simulated"
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 HEADERS = ("csrc/*/*.h", "csrc/*/*.cuh", "python/*.h", "python/cuda/*.h")
+Units = Mapping[Path, Sequence[str]]  # flags of a source, beside those of all
 ORDERS = ("forward", "reverse", "shuffled")
 
 
@@ -38,23 +39,31 @@ def missing() -> str:
     return "" if shutil.which(COMPILER) else f"{COMPILER} was not found"
 
 
-def extension(source: Path = ROOT, flags: Sequence[str] = ()) -> Path:
-    """Return the path of `_C_cuda`, built from the kernels and bindings of a tree."""
+def extension(source: Path = ROOT, flags: Sequence[str] = (), kernels: Units | None = None) -> Path:
+    """Return the path of `_C_cuda`, built from the kernels and bindings of a tree, or from other `kernels`."""
     import pybind11
 
-    units = [*source.glob("csrc/*/*_cuda.cu"), *source.glob("python/cuda/*.cpp"), CUDA / "simulator.cpp"]
+    if kernels is None:
+        kernels = units(source.glob("csrc/*/*_cuda.cu"))
+    races = ("-fno-sanitize=thread", "-DFIND_RACES") if "-fsanitize=thread" in flags else ()
+    others = {**units(source.glob("python/cuda/*.cpp")), CUDA / "simulator.cpp": races}
     headers = [path for pattern in HEADERS for path in source.glob(pattern)]
     include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     options = [*flags, *(f"-I{path}" for path in include), '-DLGD_NVCC="simulated"']
-    return library("_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), units, headers, options)
+    return library("_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), {**kernels, **others}, headers, options)
 
 
-def library(name: str, units: list[Path], headers: list[Path], flags: Sequence[str] = ()) -> Path:
+def units(paths: Iterable[Path]) -> Units:
+    """Return sources without flags of their own."""
+    return dict.fromkeys(paths, ())
+
+
+def library(name: str, units: Units, headers: list[Path], flags: Sequence[str] = ()) -> Path:
     """Compile and link. Objects and the result are cached by digests of sources, compiler and flags."""
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     headers = sorted([*headers, *CUDA.glob("include/*")])
     common = digest(version, sys.version, *flags, *(path.read_bytes() for path in headers))
-    made = {unit: CACHE / f"{unit.stem}-{digest(common, unit.read_bytes())}.o" for unit in units}
+    made = {unit: CACHE / f"{unit.stem}-{digest(common, unit.read_bytes(), *more)}.o" for unit, more in units.items()}
     found = CACHE / digest(name, *sorted(map(str, made.values()))) / name
     found.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
@@ -66,9 +75,7 @@ def library(name: str, units: list[Path], headers: list[Path], flags: Sequence[s
         def compiled(unit: Path) -> None:
             if not made[unit].is_file():
                 unfinished = made[unit].with_suffix(".unfinished")
-                races = "-fsanitize=thread" in flags and unit.name == "simulator.cpp"
-                own = ["-fno-sanitize=thread", "-DFIND_RACES"] if races else []
-                run([*compile, *own, str(unit), "-o", str(unfinished)])
+                run([*compile, *units[unit], str(unit), "-o", str(unfinished)])
                 unfinished.rename(made[unit])
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:

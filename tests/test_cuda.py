@@ -21,16 +21,21 @@ pytestmark = pytest.mark.skipif(bool(simulated.missing()), reason=simulated.miss
 outside = pytest.mark.skipif(bool(SIMULATED), reason="this is the simulator's process")
 
 
-@outside
-@pytest.mark.parametrize("order", ["forward", "reverse"])
-def test_kernels_pass_their_tests(order):
+def pass_their_tests(order, **environment):
+    """Assert that the kernels of a process of its own pass the tests of their ops."""
     files = [TESTS / f"{name}.py" for name in [*WITH_CUDA, "test_cuda"]]
     command = [sys.executable, "-m", "pytest", "-v", "-m", "simulated", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = {**os.environ, "SIMULATED_CUDA": order}
+    environment = {**os.environ, "SIMULATED_CUDA": order, **environment}
     run = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]
     ran = set(re.findall(r"(test_\w+\.py)::\S.* PASSED", run.stdout))
     assert ran == {path.name for path in files}, run.stdout[-2000:]
+
+
+@outside
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_kernels_pass_their_tests(order):
+    pass_their_tests(order)
 
 
 @outside
@@ -78,7 +83,7 @@ def test_bits_do_not_depend_on_the_order_of_threads():
 @pytest.fixture(scope="module")
 def misuse():
     """Return a function that launches a kernel of misuse.cpp: it returns (error, output)."""
-    units = [simulated.CUDA / "misuse.cpp", simulated.CUDA / "simulator.cpp"]
+    units = simulated.units(simulated.CUDA / name for name in ("misuse.cpp", "simulator.cpp"))
     path = simulated.library("misuse.so", units, list((simulated.ROOT / "csrc/common").glob("*.cuh")))
     function = ctypes.CDLL(str(path)).misuse
     function.restype = ctypes.c_char_p

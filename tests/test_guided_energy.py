@@ -253,6 +253,13 @@ def test_takes_any_layout(target, layout, kind, generator):
             check(target, args, options)
 
 
+@pytest.mark.parametrize("layout", ["offset", "odd stride"])
+def test_takes_whole_vectors_that_are_not_aligned(target, layout, generator):
+    for dtype in dtypes(target, len(layout)):
+        args, options = problem(generator, 3, 4, 64, dtype, noise=True, layout=layout)
+        check(target, args, options)
+
+
 def test_takes_particles_that_lie_apart(target, generator):
     """Slices of particles, one particle for all, and one item for all."""
     (x, cond, uncond, omega, levels, y), options = problem(generator, 6, 8, 31, noise=True)

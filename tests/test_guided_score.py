@@ -69,6 +69,13 @@ def test_takes_any_layout(target, layout, generator):
         check(target, uncond, cond, torch.tensor([0.5]).expand(3))
 
 
+@pytest.mark.parametrize("layout", ["offset", "odd stride"])
+def test_takes_whole_vectors_that_are_not_aligned(target, layout, generator):
+    for dtype in dtypes_of(target):
+        cond, uncond = (testing.sample((3, 64), dtype, generator, layout) for _ in range(2))
+        check(target, cond, uncond, torch.tensor([0.5, 1.0, 2.0]))
+
+
 def test_takes_mixed_dtypes(target, generator):
     for cond_dtype in dtypes_of(target):
         for uncond_dtype in dtypes_of(target):

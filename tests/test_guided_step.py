@@ -230,6 +230,13 @@ def test_takes_any_layout(target, layout, generator):
         check(target, *data[:3], 0.5, mixed, churn=1.0, noise=data[3], prediction="flow")
 
 
+@pytest.mark.parametrize("layout", ["offset", "odd stride"])
+def test_takes_whole_vectors_that_are_not_aligned(target, layout, generator):
+    for dtype in dtypes_of(target):
+        data = [testing.sample((3, 64), dtype, generator, layout) for _ in range(4)]
+        check(target, *data[:3], 0.5, testing.step_levels(3), churn=1.0, noise=data[3])
+
+
 def test_takes_mixed_dtypes(target, generator):
     dtypes = dtypes_of(target)
     for i, _ in enumerate(dtypes):

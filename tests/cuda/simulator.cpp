@@ -145,13 +145,6 @@ void wait(const uint64_t* counter, uint64_t until, Site site) {
   current->waits = nullptr;
 }
 
-// Ends the grid. The fiber is not resumed.
-void fail(const std::string& what) {
-  error = std::string(kernel_name) + ": " + what;
-  leave();
-  abort();
-}
-
 void fiber_main() {
   __tsan_acquire(&started);
   kernel_body(kernel_context);
@@ -253,6 +246,13 @@ void run_block(int64_t block, int64_t blocks, int64_t threads) {
 
 }  // namespace
 
+void fail(const std::string& what) {
+  error = std::string(kernel_name) + ": " + what;
+  leave();
+  abort();
+}
+void fail(const std::string& what, Site site) { fail(what + ": " + words(site)); }
+
 void barrier(Site site) {
   if (arrived == 0) barrier_site = site;
   if (!same(site, barrier_site))
@@ -267,8 +267,8 @@ void barrier(Site site) {
 const uint64_t* exchange(unsigned mask, uint64_t word, Site site) {
   Fiber* self = current;
   Warp& warp = warps[self->thread.thread.x / 32];
-  if (mask != 0xffffffffu) fail("a shuffle of part of a warp: " + words(site));
-  if (fibers.size() % 32) fail("a shuffle in a block that is not whole warps: " + words(site));
+  if (mask != 0xffffffffu) fail("a shuffle of part of a warp", site);
+  if (fibers.size() % 32) fail("a shuffle in a block that is not whole warps", site);
   if (warp.arrived == 0) warp.site = site;
   if (!same(site, warp.site))
     fail("lanes of a warp shuffle at different places: " + words(warp.site) + " and " + words(site));

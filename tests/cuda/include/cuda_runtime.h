@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #define __global__
 #define __device__
@@ -33,6 +34,10 @@ struct Thread {
   uint3 thread, block, blocks, threads;
 };
 extern Thread* running;
+
+// End the grid with an error. The thread does not go on.
+[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail(const std::string& what, Site site);
 
 void barrier(Site site);
 
