@@ -105,7 +105,10 @@ def guided_energy_kernel(
     LEVELS: tl.constexpr = MEETING[5]
     CENTRED: tl.constexpr = KIND != "tensor"
     ALL: tl.constexpr = TO_TARGETS and TO_PARTICLES
-    item, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    GROUPS: tl.constexpr = ((K if TO_TARGETS else M) + GROUP_K - 1) // GROUP_K
+    PROGRAMS: tl.constexpr = (M + GROUP_M - 1) // GROUP_M * GROUPS  # of a chunk, next to each other: they read the same
+    spot, meeting = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
+    item, chunk = (spot // chunks).to(tl.int64), spot % chunks
     ones = item + tl.arange(0, 1)
     scalars = scalars_of(omega, KNOTS, levels, PREDICTION, churn, ones, CENTRED)
     keys, target_keys = (None, None, None), (None, None, None)
@@ -120,8 +123,7 @@ def guided_energy_kernel(
 
     sources = x, cond, uncond, noise
     made = scalars, keys
-    GROUPS: tl.constexpr = ((K if TO_TARGETS else M) + GROUP_K - 1) // GROUP_K
-    first, other = tl.program_id(1) // GROUPS * GROUP_M, tl.program_id(1) % GROUPS
+    first, other = meeting // GROUPS * GROUP_M, meeting % GROUPS
     begin = chunk * steps.to(tl.int64)
     end = tl.minimum(begin + steps, column_blocks(row, LANES * WIDTH))
     if not TO_TARGETS:
@@ -203,7 +205,7 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor], a: EnergyCall) -> None:
     for meeting in meetings:
         launch(
             guided_energy_kernel,
-            (batch * chunks, meeting.programs(m, k)),
+            (batch * chunks * meeting.programs(m, k),),
             parts,
             chunks,
             steps,
