@@ -35,7 +35,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         step, "WORKLOADS", [step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA, step.TO_ALL))]
     )
-    monkeypatch.setattr(score, "WORKLOADS", [score.workload("omega [B]", SHAPE, torch.bfloat16)])
+    monkeypatch.setattr(score, "WORKLOADS", [score.workload("omega [B]", SHAPE, torch.bfloat16, score.BOTH)])
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
 
 
