@@ -19,10 +19,11 @@ from pathlib import Path
 
 from benchmarks import gpu_phases
 from benchmarks.gpu_build import ROOT
-from benchmarks.gpu_phases import TOTAL, Phase, Step
+from benchmarks.gpu_phases import DRY, TOTAL, Phase, Step
 from benchmarks.gpu_results import SCHEMA, append, merged, summary, write
 
 DESCRIBE = 60  # seconds to import torch and to ask for versions
+LOG = 8000  # characters of a log, from its end, that a result keeps
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None)
 
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(chosen: list[str], dry: bool) -> int:
     """Run phases, and print what became of them."""
-    began = time.monotonic()
+    began, slack = time.monotonic(), DRY if dry else 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that commands are killed, too
     folder = Path(os.environ.get("OUT") or ROOT / "runs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,13 +64,13 @@ def run(chosen: list[str], dry: bool) -> int:
         for key, phase in phases.items()
     }
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    append(record, schema=SCHEMA, dry=dry, date=date, limit=TOTAL, phases=about)
+    append(record, schema=SCHEMA, dry=dry, date=date, limit=slack * TOTAL, phases=about)
     if dry:
         from benchmarks.gpu_dry import STAND_INS
 
         append(record, stand_ins=STAND_INS)
     describe = [sys.executable, "-m", "benchmarks.gpu_build", "describe", "--record", str(record)]
-    if execute([[*describe, *(["--dry"] if dry else [])]], DESCRIBE, dict(os.environ)) != [0]:
+    if execute([[*describe, *(["--dry"] if dry else [])]], slack * DESCRIBE, dict(os.environ)) != [0]:
         return 1
     capability = merged(record)["environment"].get("capability", "")
     built = gpu_phases.built(dry)
@@ -77,7 +78,7 @@ def run(chosen: list[str], dry: bool) -> int:
         if phase.needs_build and not built:
             append(record, phase=key, status="not run", why="it needs the build", seconds=0)
         else:
-            status = run_phase(key, phase, record, capability, TOTAL - (time.monotonic() - began))
+            status = run_phase(key, phase, record, capability, slack * TOTAL - (time.monotonic() - began))
             built = status == "ended" if key == "a" else built
         write(merged(record), record.with_suffix(".json"))
     result = merged(record)
@@ -97,6 +98,9 @@ def run_phase(key: str, phase: Phase, record: Path, capability: str, left: float
         before = time.monotonic()
         statuses = execute([step.command, *step.beside], limit, gpu_phases.environment(step, capability))
         append(record, phase=key, said=f"{step.name} {time.monotonic() - before:.1f} s")
+        for name, log in step.logs.items():
+            if log.is_file():
+                append(record, phase=key, **{name: log.read_text(errors="replace")[-LOG:]})
         failures += what_happened(step, statuses, limit)
     status = "ended" if not failures else "cut" if all("cut" in one for one in failures) else "failed"
     seconds = round(time.monotonic() - start, 1)

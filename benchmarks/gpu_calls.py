@@ -20,7 +20,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OMEGAS = "one omega", "[B]", "table"
 # Sizes of the rows: 256 MB for a step in float32, and calls that are all overhead; particles, 201 MB in float32.
 LARGE, SMALL, PARTICLES = (1024, 4, 64, 64), ((1, 4, 64, 64), (4, 4, 64, 64)), (256, 4, 12288)
-TINY = (16, 4, 4, 4), ((1, 4, 4, 4), (3, 4, 4, 4)), (2, 4, 40)  # of a dry run
+TINY = (16, 4, 4, 4), ((1, 4, 4, 4), (3, 4, 4, 4)), (1, 2, 40)  # of a dry run
 
 
 class Call(NamedTuple):

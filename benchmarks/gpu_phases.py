@@ -11,6 +11,7 @@ from typing import NamedTuple
 from benchmarks.gpu_build import ROOT
 
 TOTAL = 560  # seconds for everything: a machine with a GPU may be at hand for 600
+DRY = 10  # times as long may a dry run take, on a machine where others are at work
 # Tests of the ops with CUDA kernels; those of ops without; those of other parts that run Triton.
 GUIDED = (
     "guided_score", "guided_step", "guided_energy", "guided_step_autograd", "guided_energy_autograd", "omega_table",
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     seconds: float
     environment: dict[str, str] = {}
     beside: tuple[list[str], ...] = ()  # commands that run at the same time
+    logs: dict[str, Path] = {}  # what its commands write, by the name under which a result keeps it
 
 
 class Phase(NamedTuple):
@@ -71,9 +73,11 @@ def phases(record: Path, dry: bool) -> dict[str, Phase]:
         return module("gpu_rows", names, *arguments, phase=phase)
 
     script = [sys.executable, "-m", "benchmarks.gpu_checks", *(["--dry"] if dry else [])]
-    memcheck, racecheck = (script if dry else [*SANITIZER, tool, *script] for tool in ("memcheck", "racecheck"))
+    logs = {tool: record.with_suffix(f".{tool}.log") for tool in ("memcheck", "racecheck")}
+    sanitized = (script if dry else [*SANITIZER, tool, "--log-file", str(log), *script] for tool, log in logs.items())
+    memcheck, racecheck = sanitized
     both = "--impl", "cuda", "triton"
-    return {
+    found = {
         "a": Phase("build", [Step("build", module("gpu_build", "build", phase="a"), 60)]),
         "b": Phase(
             "CUDA against float64",
@@ -96,7 +100,7 @@ def phases(record: Path, dry: bool) -> dict[str, Phase]:
             ("rows",),
         ),
         "f": Phase(
-            "compute-sanitizer", [Step("memcheck, racecheck", memcheck, 30, {}, (racecheck,))], needs_build=True
+            "compute-sanitizer", [Step("memcheck, racecheck", memcheck, 30, {}, (racecheck,), logs)], needs_build=True
         ),
         "g": Phase(
             "other rows and tests",
@@ -105,11 +109,15 @@ def phases(record: Path, dry: bool) -> dict[str, Phase]:
                 Step("tests of guided ops", tests("g", "triton", GUIDED, 12, "hand_worked"), 55, interpreted),
                 Step("rows of other ops", rows("g", "others", *both), 10, interpreted),
                 Step("other tests", tests("g", "triton", OTHERS, 12, "hand_worked"), 20, interpreted),
-            ],
+            ][: 2 if dry else None],  # the other two differ in names only
             ("tests", "rows"),
             open=True,
         ),
     }
+    if dry:
+        for phase in found.values():
+            phase.steps[:] = [step._replace(seconds=DRY * step.seconds) for step in phase.steps]
+    return found
 
 
 def environment(step: Step, capability: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ def table(result: dict) -> list[str]:
         for phase in result["phases"].values() for row in phase["rows"].values()
         for one in row.get("variants", ()) if one["ours"] and one["status"] == "ok"
     ]  # fmt: skip
-    lines = [f"{e['date'][:10]}, commit {commit}, {e['gpu']}; {versions}.", ""]
+    lines = [f"{result['date'][:10]}, commit {commit}, {e['gpu']}; {versions}.", ""]
     lines += [f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
     return lines + [line(row, one) for row, one in ours]
 

@@ -90,12 +90,23 @@ def commands_with(record):
 def test_a_command_is_killed_with_its_group(tmp_path):
     """What it started does not go on after its limit; other commands of the step have the same limit."""
     late = tmp_path / "late"
-    shell = ["sh", "-c", f"(sleep 1; touch {late}) & sleep 60"]
-    assert gpu.execute([shell, [*shell], ["true"], ["false"]], 0.5, dict(os.environ)) == [None, None, 0, 1]
+    shell = ["sh", "-c", f"(sleep 4; touch {late}) & sleep 60"]
+    assert gpu.execute([shell, [*shell], ["true"], ["false"]], 2, dict(os.environ)) == [None, None, 0, 1]
     assert gpu.execute([["a command that is not there"]], 5, dict(os.environ)) == [127]
     assert gpu.execute([["true"]], 0, dict(os.environ)) == [None]
-    time.sleep(1)
+    time.sleep(3)
     assert not late.exists()
+
+
+def test_a_log_is_kept(tmp_path):
+    record, log = tmp_path / "gpu.jsonl", tmp_path / "gpu.memcheck.log"
+    started(record)
+    command = ["sh", "-c", f"echo ERROR SUMMARY: 2 errors > {log}; exit 9"]
+    phase = gpu_phases.Phase("f", [gpu_phases.Step("memcheck", command, 20, logs={"memcheck": log})])
+    assert gpu.run_phase("c", phase, record, "9.0", 100) == "failed"
+    found = gpu_results.merged(record)
+    assert found["phases"]["c"]["memcheck"] == "ERROR SUMMARY: 2 errors\n"
+    assert found["problems"] == ["c: rows: failed: memcheck: exit status 9: the sanitizer found errors"]
 
 
 def test_says_so_where_there_is_no_gpu(tmp_path):
