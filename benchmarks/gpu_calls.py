@@ -1,7 +1,7 @@
 """The calls of `make gpu`: the rows that matter most, and a short list for Triton, counted by what it compiles.
 
-A call is a workload in a memory layout. Every specialisation of a Triton kernel has to be compiled, so the list is short
-(`MOST`), and includes every specialisation of the rows; gpu_checks.py counts them without a GPU.
+A call is a workload in a memory layout. Every specialisation of a Triton kernel has to be compiled, so the list is
+short (`MOST`), and includes every specialisation of the rows; gpu_checks.py counts them without a GPU.
 """
 
 from __future__ import annotations

@@ -58,6 +58,8 @@ class Recorder:
         if not report.passed and worst[0] == "passed":
             worst = report.outcome, 0.0, reason(report)
         self.outcomes[report.nodeid] = worst[0], seconds, worst[2]
+        if report.when not in ("setup", "call", "teardown"):  # a worker of xdist crashed: nothing follows
+            self.pytest_runtest_logfinish(report.nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if not self.silent and nodeid in self.outcomes:

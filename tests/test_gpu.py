@@ -243,8 +243,8 @@ def test_rows_go_on_in_a_process_of_their_own(tmp_path, monkeypatch):
 
 
 def test_the_plugin_says_why(tmp_path):
-    """A failure, a skip, an error outside a test, and a file that cannot be collected; other implementations' tests
-    are left out."""
+    """A failure, a skip, an error outside a test, a worker that crashes, and a file that cannot be collected; other
+    implementations' tests are left out."""
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "@pytest.fixture\ndef broken():\n    yield\n    raise OSError('left open')\n"
@@ -255,19 +255,23 @@ def test_the_plugin_says_why(tmp_path):
         "    if n == 2:\n        pytest.skip('no reason')\n"
         "    if n == 3:\n        request.getfixturevalue('broken')\n"
     )
+    (tmp_path / "test_crash.py").write_text(
+        "import os, pytest\n@pytest.mark.parametrize('impl', ['cuda'])\ndef test_it(impl):\n    os._exit(3)\n"
+    )
     (tmp_path / "test_unread.py").write_text("import nothing_of_this_name\n")
     record = tmp_path / "gpu.jsonl"
     started(record)
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider", "-n", "1"]
     command += ["--continue-on-collection-errors", "--record", str(record), "--phase", "c", "--impl", "cuda"]
     subprocess.run([*command, "--rootdir", str(tmp_path), str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
     phase = gpu_results.merged(record)["phases"]["c"]
     found = {name.split("/")[-1]: (one["outcome"], one["message"]) for name, one in phase["tests"].items()}
     assert found == {
         "test_unread.py": ("failed", "E   ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        "test_crash.py::test_it[cuda]": ("failed", "worker 'gw0' crashed while running 'test_crash.py::test_it[cuda]'"),
         "test_some.py::test_it[0-cuda]": ("passed", ""),
         "test_some.py::test_it[1-cuda]": ("failed", "AssertionError: not two"),
         "test_some.py::test_it[2-cuda]": ("skipped", "Skipped: no reason"),
         "test_some.py::test_it[3-cuda]": ("failed", "OSError: left open"),
     }
-    assert [*phase["collected"].values()] == [4]
+    assert [*phase["collected"].values()] == [5]
