@@ -16,7 +16,7 @@ SANITIZED_TESTS = $(wildcard $(foreach op,combine combine_moments dynamic_thresh
 	rules solvers step_plan,\
 	tests/test_$(op).py)) -n auto --maxprocesses 4
 SANITIZED_CALLS = 10000
-QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui compiled_loop diffusers% digits energy_mmd_pieces fuzz \
+QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui compiled_loop diffusers% digits energy_mmd_pieces fuzz gpu% \
 	instruction_sets interpreter interrupt k_diffusion% large learn% mixture notebook peers readme studies trainer%,\
 	tests/test_$(part).py),$(wildcard tests/test_*.py))
 
@@ -54,8 +54,8 @@ peers: install           # every op beside diffusers, geomloss and KeOps: table,
 	$(RUN) -m pip install --quiet -c constraints.txt diffusers geomloss pykeops matplotlib
 	$(RUN) -m benchmarks --peers --json runs/peers/run.json --plot runs/peers --markdown $(ARGS)
 
-gpu:                     # on a machine with a GPU, in the Python that is there: build, GPU tests, benchmarks, one JSON
-	$(GPU_PYTHON) -m benchmarks.gpu
+gpu:                     # on a machine with a GPU, in the Python that is there: build, tests, benchmarks, one JSON (PHASES=c,d)
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(PHASES),--phases $(PHASES)) $(ARGS)
 
 ptx: install             # the tests of the CUDA kernels on what nvcc makes of them: PTX, run on the CPU (needs nvcc)
 	LGD_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow or not slow" tests/test_ptx.py $(ARGS)

@@ -48,6 +48,7 @@ def describe(device: str) -> dict:
             "capability": ".".join(map(str, torch.cuda.get_device_capability())),
             "l2_cache": timing.cache_bytes("cuda"),
             "clocks_and_driver": clocks or "unknown",
+            "driver": (clocks or "unknown").split(", ")[-1],
         }
     return found
 

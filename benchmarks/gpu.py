@@ -1,145 +1,174 @@
-"""`make gpu`: on a machine with a GPU, builds in place, runs the GPU tests and every benchmark, and writes one JSON.
+"""`make gpu`: on a machine with a GPU, runs phases in the order of what matters, each within its own limit.
 
-Uses the Python that runs it, and installs nothing. Exit status 1, and every reason in words, if there is no GPU, an
-extension is missing, a test failed or was skipped, or a benchmark row was wrong or did not run. The JSON goes to
-$OUT/gpu.json, or to runs/gpu.json; it is written after each phase, so what ran is kept if something stops the rest.
+Uses the Python that runs it, and installs nothing. Every result is on disk as soon as it is there, in `gpu.jsonl` in
+$OUT or runs/, and the whole in `gpu.json` after each phase (gpu_results.py). Exit status 1, and every reason by name,
+if there is no GPU, an extension is missing, a test failed or was skipped, or a row was wrong or did not run.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import argparse
+import ctypes
+import datetime
 import os
+import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree
 from pathlib import Path
 
-from benchmarks.report import name_of
+from benchmarks import gpu_phases
+from benchmarks.gpu_build import ROOT
+from benchmarks.gpu_phases import DRY, TOTAL, Phase, Step
+from benchmarks.gpu_results import SCHEMA, append, merged, summary, write
 
-ROOT = Path(__file__).parents[1]
-LIMIT = 470  # seconds for everything
-LIMITS = {"build": 120, "tests": 240, "benchmarks on the GPU": 300, "benchmarks on the CPU": 60}
+DESCRIBE = 60  # seconds to import torch and to ask for versions
+LOG = 8000  # characters of a log, from its end, that a result keeps
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None)
 
 
-def main() -> int:
-    import torch
+def main(arguments: list[str] | None = None) -> int:
+    keys = "abcdefg"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--phases", default=",".join(keys), metavar="c,d", help="some of a to g")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, tiny, with stand-ins: no measurement")
+    parser.add_argument("--count", action="store_true", help="only count what the calls of phase d compile")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print a .jsonl or .json, with a table")
+    options = parser.parse_args(arguments)
+    if options.count:
+        from benchmarks.gpu_checks import counted
 
-    if not torch.cuda.is_available():
-        print(f"make gpu: there is no GPU here that torch {torch.__version__} sees; nothing was run", file=sys.stderr)
-        return 1
-    folder = Path(os.environ.get("OUT") or ROOT / "runs")
+        print(counted())
+        return 0
+    if options.show:
+        return show(options.show)
+    chosen = options.phases.split(",")
+    if unknown := set(chosen) - set(keys):
+        parser.error(f"unknown phases: {', '.join(sorted(unknown))}; there are {', '.join(keys)}")
+    return run([key for key in keys if key in chosen], options.dry)
+
+
+def run(chosen: list[str], dry: bool) -> int:
+    """Run phases, and print what became of them."""
+    began, slack = time.monotonic(), DRY if dry else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that commands are killed, too
+    folder = Path(os.environ.get("OUT") or ROOT / "runs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
-    scratch = {name: folder / f"gpu-{name}" for name in ("tests.xml", "cuda.json", "cpu.json")}
-    for path in scratch.values():
-        path.unlink(missing_ok=True)
-    benchmarks = [sys.executable, "-m", "benchmarks", "--device"]
-    commands = {
-        "build": [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"],
-        "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junit-xml={scratch['tests.xml']}"],
-        "benchmarks on the GPU": [*benchmarks, "cuda", "--json", scratch["cuda.json"], "--plot", folder / "gpu.png"],
-        "benchmarks on the CPU": [*benchmarks, "cpu", "--quick", "--json", scratch["cpu.json"]],
+    parts = ["gpu", *(["dry"] if dry else []), *([] if len(chosen) == 7 else chosen)]
+    record = folder / f"{'-'.join(parts)}.jsonl"
+    record.unlink(missing_ok=True)
+    phases = {key: phase for key, phase in gpu_phases.phases(record, dry).items() if key in chosen}
+    about = {
+        key: {"name": phase.name, "planned": phase.seconds, "open": phase.open, "wants": list(phase.wants)}
+        for key, phase in phases.items()
     }
-    build = {"LGD_CUDA_ARCH": capability, "LGD_REQUIRE_EXT": "1"}
-    result = {"gpu": torch.cuda.get_device_name(), "seconds": {}, "problems": []}
-    start, began = time.monotonic(), time.time()
-    for phase, command in commands.items():
-        left = LIMIT - (time.monotonic() - start)
-        seconds, problem = run(phase, command, min(LIMITS[phase], left), build)
-        result["seconds"][phase] = round(seconds, 1)
-        result["problems"] += problem
-        if phase == "build":
-            result["problems"] += missing_extensions(began)
-        if phase == "tests":
-            result["tests"] = count(scratch["tests.xml"])
-            result["problems"] += problems_of_tests(result["tests"])
-        if phase.startswith("benchmarks"):
-            device = "cuda" if phase.endswith("GPU") else "cpu"
-            result[device] = read(scratch[f"{device}.json"])
-            result["problems"] += problems_of_rows(result[device]["rows"], device)
-        (folder / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        if phase == "build" and result["problems"]:
-            break
-    for path in scratch.values():
-        path.unlink(missing_ok=True)
-    print(summary(result, folder / "gpu.json"))
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    append(record, schema=SCHEMA, dry=dry, date=date, limit=slack * TOTAL, phases=about)
+    if dry:
+        from benchmarks.gpu_dry import STAND_INS
+
+        append(record, stand_ins=STAND_INS)
+    describe = [sys.executable, "-m", "benchmarks.gpu_build", "describe", "--record", str(record)]
+    if execute([[*describe, *(["--dry"] if dry else [])]], slack * DESCRIBE, dict(os.environ)) != [0]:
+        return 1
+    capability = merged(record)["environment"].get("capability", "")
+    built = gpu_phases.built(dry)
+    for key, phase in phases.items():
+        if phase.needs_build and not built:
+            append(record, phase=key, status="not run", why="it needs the build", seconds=0)
+        else:
+            status = run_phase(key, phase, record, capability, slack * TOTAL - (time.monotonic() - began))
+            built = status == "ended" if key == "a" else built
+        write(merged(record), record.with_suffix(".json"))
+    result = merged(record)
+    print(summary(result, record.with_suffix(".json")))
     return 1 if result["problems"] else 0
 
 
-def run(phase: str, command: list, limit: float, environment: dict[str, str]) -> tuple[float, list[str]]:
-    """(seconds, what went wrong)"""
-    print(f"== {phase} (at most {limit:.0f} s)", flush=True)
-    start, status = time.monotonic(), None
-    if limit > 0:
-        try:
-            status = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            pass
-    seconds = time.monotonic() - start
-    print(f"== {phase}: {seconds:.1f} s", flush=True)
-    if status is None:
-        return seconds, [f"{phase}: stopped after {seconds:.0f} s"]
-    return seconds, [f"{phase}: exit status {status}"] if status else []
+def run_phase(key: str, phase: Phase, record: Path, capability: str, left: float) -> str:
+    """Run the steps of a phase, and append what became of it."""
+    left = left if phase.open else min(phase.seconds, left)
+    print(f"== {key} {phase.name} (at most {left:.0f} s)", flush=True)
+    start, planned, failures = time.monotonic(), 0.0, []
+    append(record, phase=key, status="running")
+    for step in phase.steps:
+        planned += step.seconds
+        limit = (left if step is phase.steps[-1] else min(planned, left)) - (time.monotonic() - start)
+        before = time.monotonic()
+        statuses = execute([step.command, *step.beside], limit, gpu_phases.environment(step, capability))
+        append(record, phase=key, said=f"{step.name} {time.monotonic() - before:.1f} s")
+        for name, log in step.logs.items():
+            if log.is_file():
+                append(record, phase=key, **{name: log.read_text(errors="replace")[-LOG:]})
+        failures += what_happened(step, statuses, limit)
+    status = "ended" if not failures else "cut" if all("cut" in one for one in failures) else "failed"
+    seconds = round(time.monotonic() - start, 1)
+    append(record, phase=key, status=status, seconds=seconds, why="; ".join(failures))
+    print(f"== {key} {phase.name}: {status}, {seconds:.1f} s", flush=True)
+    return status
 
 
-def missing_extensions(since: float) -> list[str]:
-    """setuptools lets an optional extension fail, and one of an earlier build would stand in for it."""
-    importlib.invalidate_caches()
-    specs = {name: importlib.util.find_spec(f"lgd_kernels.{name}") for name in ("_C", "_C_cuda")}
-    return [
-        f"build: lgd_kernels.{name} was not built"
-        for name, spec in specs.items()
-        if spec is None or os.stat(spec.origin).st_mtime < since - 1
-    ]
+def what_happened(step: Step, statuses: list[int | None], limit: float) -> list[str]:
+    """Return what went wrong in a step."""
+    said = {None: f"cut after {max(limit, 0):.0f} s", 9: "exit status 9: the sanitizer found errors"}
+    return [f"{step.name}: {said.get(one, f'exit status {one}')}" for one in statuses if one != 0]
 
 
-def count(path: Path) -> dict:
-    """What pytest's report says: counts, and why tests were skipped or failed."""
-    cases = list(xml.etree.ElementTree.parse(path).getroot().iter("testcase")) if path.is_file() else []
-    found = {"run": len(cases), "passed": 0, "failed": [], "skipped": []}
-    for case in cases:
-        name = f"{case.get('classname')}::{case.get('name')}"
-        bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        if bad is None:
-            found["passed"] += 1
-        else:
-            reason = (bad.get("message") or "").split("\n")[0]
-            found["skipped" if bad.tag == "skipped" else "failed"].append(f"{name}: {reason}")
-    return found
+def execute(commands: list[list[str]], limit: float, environment: dict[str, str]) -> list[int | None]:
+    """Run commands at the same time. Return their exit statuses, None for one that was cut or never began.
+
+    Each has a process group of its own, which is killed in the end, whatever happens. It dies with this process."""
+    if limit <= 0:
+        return [None] * len(commands)
+    end, running = time.monotonic() + limit, []
+    statuses: list[int | None] = []
+    try:
+        for command in commands:
+            try:
+                running.append(subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=own_group))
+            except OSError as error:
+                print(f"make gpu: {command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+                statuses.append(127)
+        for process in running:
+            try:
+                statuses.append(process.wait(max(0.0, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                statuses.append(None)
+    finally:
+        for process in running:
+            kill(process)
+    return statuses
 
 
-def problems_of_tests(tests: dict) -> list[str]:
-    """A test that was skipped has shown nothing, and neither have no tests at all."""
-    found = [f"test {what}: {line}" for what in ("failed", "skipped") for line in tests[what]]
-    return found or ([] if tests["run"] else ["tests: none was run"])
+def own_group() -> None:
+    """Give a command a process group, and let it die with its parent."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def problems_of_rows(rows: list[dict], device: str) -> list[str]:
-    """Our own variants must all have been timed, and right; a baseline may be unable to run, but not be wrong."""
-    found = [
-        f"{device}: {name_of(row)}, {one['name']}: {one['status']}: {one['message']}"
-        for row in rows
-        for one in row["variants"]
-        if one["status"] != "ok" and (one["ours"] or one["status"] == "WRONG")
-    ]
-    return found or ([] if rows else [f"{device}: no benchmark row"])
+def kill(process: subprocess.Popen) -> None:
+    """Kill what is left of a command's process group; do not wait long for what the system does not let go."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        print(f"make gpu: process {process.pid} does not end", file=sys.stderr)
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
+def show(path: Path) -> int:
+    """Print a result: its summary and, of a measurement, its table."""
+    result = merged(path)
+    print(summary(result, path))
+    if not result["dry"]:
+        from benchmarks.gpu_table import table
 
-
-def summary(result: dict, path: Path) -> str:
-    tests = result.get("tests", {"run": 0, "passed": 0, "failed": [], "skipped": []})
-    rows = {device: len(result.get(device, {"rows": []})["rows"]) for device in ("cuda", "cpu")}
-    return "\n".join([
-        "", f"{result['gpu']}: " + ", ".join(f"{phase} {taken} s" for phase, taken in result["seconds"].items()),
-        f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, {len(tests['skipped'])} skipped; "
-        f"benchmark rows: {rows['cuda']} on the GPU, {rows['cpu']} on the CPU; all in {path}",
-        *(f"PROBLEM: {problem}" for problem in result["problems"]), "problems: " + str(len(result["problems"])),
-    ])  # fmt: skip
+        print("\n".join(["", *table(result)]))
+    return 1 if result["problems"] else 0
 
 
 if __name__ == "__main__":

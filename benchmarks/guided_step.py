@@ -21,14 +21,14 @@ def formula(x, cond, uncond, omega, levels, **options):
 
 
 def workload(shape, dtype, prediction="x0", noise="", omega="[B]", gradients=(), **options):
-    """noise: "", "seed" (drawn inside) or "noise tensor"; omega: "[B]" or "table"."""
+    """noise: "", "seed" (drawn inside) or "noise tensor"; omega: "[B]", "one omega" (a number) or "table"."""
 
     def arguments(generator):
         batch = shape[0]
         x, cond, uncond, z = (testing.sample(shape, dtype, generator) for _ in range(4))
         t = torch.linspace(0.9, 0.5, batch)
         s = t - 0.3
-        weights = torch.rand(batch, generator=generator) * 3
+        weights = 1.5 if omega == "one omega" else torch.rand(batch, generator=generator) * 3
         if omega == "table":
             knots = torch.linspace(0, 1, 16)
             values = torch.rand(10, 16, 16, generator=generator) * 3
@@ -44,7 +44,7 @@ def workload(shape, dtype, prediction="x0", noise="", omega="[B]", gradients=(),
     }
     return Workload(
         op="guided_step",
-        case=", ".join(filter(None, (prediction, noise, omega if omega == "table" else ""))),
+        case=", ".join(filter(None, (prediction, noise, "" if omega == "[B]" else omega))),
         shape=shape,
         dtype=dtype,
         arguments=arguments,

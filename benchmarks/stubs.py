@@ -61,7 +61,7 @@ def triton_launches() -> Iterator[None]:
                 allocate_default_profile_scratch=lambda *_: None,
             )
             try:
-                with mock.patch.object(driver, "_active", gpu), _tensors_on_a_gpu("triton"):
+                with mock.patch.object(driver, "_active", gpu), tensors_on_a_gpu("triton"):
                     yield
             finally:
                 for kernel in gc.get_objects():
@@ -77,12 +77,12 @@ def cuda_launches() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         module = _bindings(Path(folder))
         stream = mock.patch.object(memory, "_raw_stream", lambda index: 0)
-        with mock.patch.object(impls, "cuda_extension", lambda: module), stream, _tensors_on_a_gpu("cuda"):
+        with mock.patch.object(impls, "cuda_extension", lambda: module), stream, tensors_on_a_gpu("cuda"):
             yield
 
 
 @contextlib.contextmanager
-def _tensors_on_a_gpu(impl: str) -> Iterator[None]:
+def tensors_on_a_gpu(impl: str) -> Iterator[None]:
     """Let `impl` take tensors of the CPU, as if they were on the current GPU."""
     index = functools.partial(int, 0)
 

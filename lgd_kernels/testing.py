@@ -6,6 +6,10 @@ on the same tensors, t the truth: the reference on the inputs promoted to float6
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -74,6 +78,34 @@ def moved(value, device: str):
     if isinstance(value, Tensor):
         return value.to(device)
     return _each(lambda field: moved(field, device), value)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Fill fresh memory with NaN (integers: with their largest value), whichever function of torch allocates it.
+
+    Yield what was filled, by address. It is kept, so that no address comes twice.
+    """
+    filled: dict[int, torch.UntypedStorage] = {}
+
+    def poison(owner, name):
+        function = getattr(owner, name)
+
+        def fresh(*args, **kwargs):
+            found = function(*args, **kwargs)
+            if found.numel() and found.device.type != "meta":
+                storage = found.untyped_storage()
+                filled[storage.data_ptr()] = storage
+                found.fill_(torch.nan if found.is_floating_point() else torch.iinfo(found.dtype).max)
+            return found
+
+        return mock.patch.object(owner, name, fresh)
+
+    with contextlib.ExitStack() as patches:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patches.enter_context(poison(torch, name))
+        patches.enter_context(poison(torch.Tensor, "new_empty"))
+        yield filled
 
 
 def assert_elementwise(kernel: Tensor, reference: Tensor, truth: Tensor, slack: float = 0.0) -> None:

@@ -79,30 +79,14 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Fill fresh memory with NaN (integers: with their largest value), whichever function of torch allocates it.
+def poisoned():
+    """Fill fresh memory with NaN and yield what was filled, by address.
 
-    Yield the addresses that were filled. A test asserts that its results are among them (`address`), so that it fails
-    if an op allocates by a function that is not poisoned here.
+    A test asserts that its results are among them (`address`), so that it fails if an op allocates by a function that
+    is not poisoned.
     """
-    filled: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
-
-    def poison(owner, name):
-        function = getattr(owner, name)
-
-        def fresh(*args, **kwargs):
-            found = function(*args, **kwargs)
-            if found.numel() and found.device.type != "meta":
-                filled[address(found)] = found.untyped_storage()
-                found.fill_(torch.nan if found.is_floating_point() else torch.iinfo(found.dtype).max)
-            return found
-
-        monkeypatch.setattr(owner, name, fresh)
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        poison(torch, name)
-    poison(torch.Tensor, "new_empty")
-    yield filled
+    with testing.poisoned() as filled:
+        yield filled
     assert filled, "the test uses `poisoned`, but nothing that it ran allocated memory by a poisoned function"
 
 

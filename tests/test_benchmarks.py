@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import __main__, environment, gpu, host, measure, report, timing, workload
+from benchmarks import __main__, environment, host, measure, report, timing, workload
 from lgd_kernels import testing
 from lgd_kernels.runtime import impls
 
@@ -35,7 +34,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         step, "WORKLOADS", [step.workload(SHAPE, torch.float32, gradients=(step.TO_OMEGA, step.TO_ALL))]
     )
-    monkeypatch.setattr(score, "WORKLOADS", [score.workload("omega [B]", SHAPE, torch.bfloat16)])
+    monkeypatch.setattr(score, "WORKLOADS", [score.workload("omega [B]", SHAPE, torch.bfloat16, score.BOTH)])
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
 
 
@@ -224,48 +223,6 @@ def test_terms_of_a_gradient_are_those_of_the_tests(generator):
     d, cond, uncond = (testing.promoted(value) for value in (verifier.upstream, inputs["cond"], inputs["uncond"]))
     expected = (d * (cond - uncond)).abs().flatten(1).sum(1) * b.abs()
     torch.testing.assert_close(verifier.terms("omega"), expected)
-
-
-def test_gpu_says_so_where_there_is_none(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 1
-    assert "there is no GPU here" in capsys.readouterr().err
-
-
-def test_gpu_counts_tests_and_calls_a_skip_a_problem(tmp_path):
-    report_of_pytest = tmp_path / "tests.xml"
-    assert gpu.problems_of_tests(gpu.count(report_of_pytest)) == ["tests: none was run"]
-    report_of_pytest.write_text(
-        '<testsuites><testsuite><testcase classname="t" name="a"/><testcase classname="t" name="b"><failure message='
-        '"assert 1 == 2&#10;more"/></testcase><testcase classname="t" name="c"><skipped message="needs a CUDA device"/>'
-        "</testcase></testsuite></testsuites>"
-    )
-    counted = gpu.count(report_of_pytest)
-    assert counted["run"] == 3 and counted["passed"] == 1
-    assert gpu.problems_of_tests(counted) == [
-        "test failed: t::b: assert 1 == 2",
-        "test skipped: t::c: needs a CUDA device",
-    ]
-    assert gpu.problems_of_tests({"run": 1, "passed": 1, "failed": [], "skipped": []}) == []
-
-
-def test_gpu_wants_every_row_of_ours(tmp_path):
-    row = {"op": "o", "shape": [1], "dtype": "float32", "case": "c", "kind": "forward"}
-    statuses = itertools.product((True, False), ("ok", "WRONG", "cannot run"))
-    variants = [{"name": "n", "ours": ours, "status": status, "message": "m"} for ours, status in statuses]
-    found = gpu.problems_of_rows([row | {"variants": variants}], "cuda")
-    assert [line.split(": ")[-2] for line in found] == ["WRONG", "cannot run", "WRONG"]
-    assert gpu.problems_of_rows([], "cuda") == ["cuda: no benchmark row"]
-    assert gpu.problems_of_rows(gpu.read(tmp_path / "missing.json")["rows"], "cpu") == ["cpu: no benchmark row"]
-
-
-def test_gpu_stops_a_phase_that_takes_too_long():
-    python = gpu.sys.executable
-    assert gpu.run("quick", [python, "-c", "pass"], 60, {})[1] == []
-    assert gpu.run("broken", [python, "-c", "raise SystemExit(3)"], 60, {})[1] == ["broken: exit status 3"]
-    for phase, limit in (("slow", 0.5), ("late", -1)):
-        (problem,) = gpu.run(phase, [python, "-c", "import time; time.sleep(60)"], limit, {})[1]
-        assert problem.startswith(f"{phase}: stopped after")
 
 
 @pytest.mark.extension
