@@ -25,8 +25,8 @@ from lgd_kernels.runtime import builds
 
 Impl = Literal["cuda", "triton", "cpu", "reference"]
 NAMES = get_args(Impl)
-# The automatic choice, by device; other devices run the reference. CUDA comes before Triton because its launch takes the
-# host a fifth of the time. The kernels of neither have been timed on a GPU yet.
+# The automatic choice, by device; other devices run the reference. CUDA comes before Triton because its launch takes
+# the host a fifth of the time. The kernels of neither have been timed on a GPU yet.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 HALF = frozenset((torch.bfloat16, torch.float16))
