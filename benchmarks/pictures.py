@@ -16,6 +16,7 @@ from benchmarks.environment import in_words
 from benchmarks.report import bytes_, compact, seconds, times
 from benchmarks.timing import spread
 
+SPREAD = "#12457f"
 STYLES = (  # by the beginning of a variant's name: colour and marker
     ("FusedScheduler", "#59a5e8", "P"),
     ("LearnedGuidance", "#59a5e8", "X"),
@@ -107,9 +108,8 @@ def speedup(run: dict):
     figure, axis = plt.subplots(figsize=(10, 0.24 * len(lines) + 1.6), layout="constrained")
     for place, (_, one) in enumerate(lines):
         middle, low, high = one["ratio"]["direct"]
-        color = "#12457f" if low > 1 else "#d1495b" if high < 1 else "#8a8a8a"
-        axis.plot([low, high], [place, place], color=color, linewidth=2.4, alpha=0.5, solid_capstyle="round")
-        axis.scatter(middle, place, s=26, color=color, zorder=3)
+        axis.plot([low, high], [place, place], color=SPREAD, linewidth=2.4, alpha=0.5, solid_capstyle="round")
+        axis.scatter(middle, place, s=26, color=SPREAD, zorder=3)
     axis.axvline(1, color="#333333", linewidth=0.8)
     best = [f"{times(one['ratio']['direct'][0])}  vs {row['best']['direct']}" for row, one in lines]
     rows_of(axis, [f"{named(row)}: {one['name']}" for row, one in lines], best)

@@ -71,7 +71,7 @@ def graph(call: Call, cold: bool) -> Sampler:
 
 
 def host(call: Call, cold: bool) -> Sampler:
-    """What a call costs the host: many calls that nobody waits for."""
+    """Return what a call costs the host, from many calls without a device sync between them."""
     for _ in range(3):
         call()
 
@@ -138,7 +138,7 @@ def is_cold(working_set: int, device: str) -> bool:
 
 @functools.cache
 def cache_bytes(device: str) -> int:
-    """The last level of cache; 0 where nobody says."""
+    """Return the size of the last level of cache, or 0 if it is not known."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

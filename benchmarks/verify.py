@@ -108,7 +108,7 @@ class Verifier:
         return terms.sum() if looked_up else terms  # a cell's weight is a difference, which may cancel
 
     def is_normal(self, found: Tensor) -> None:
-        """Of noise that nobody else can draw again: it has mean 0, variance 1, and nothing of the data in it."""
+        """Check noise that cannot be drawn again: it has mean 0 and variance 1, and does not depend on the data."""
         zeros = torch.zeros_like(self.inputs["x"], dtype=torch.float64)
         quiet, loud = (self.results(self.inputs | {"seed": None, "noise": zeros + z}, True)[0] for z in (0, 1))
         z = ((found.double() - quiet) / (loud - quiet)).flatten()

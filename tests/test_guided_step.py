@@ -153,7 +153,7 @@ def test_close_times(target, generator):
 
 
 @pytest.mark.extension
-def test_undefined_steps_are_nan_where_nobody_could_look():
+def test_undefined_steps_are_nan_where_values_are_not_checked():
     """On the raw operator nothing is checked, as on a GPU: s after t, eps at signal 0, churn above 1."""
     one, zero, half = torch.ones(1), torch.zeros(1), torch.full((1,), 0.5)
     x = torch.ones(1, 3)

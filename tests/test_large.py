@@ -1,7 +1,7 @@
 """More than 2^31 elements, and samples more than 2^31 elements apart: every index on the way has 64 bits.
 
-On the CPU the inputs cost nothing: one row that stands for all samples (stride 0), or zeros that nobody has written,
-which the system does not store. The output of 4.3 GB is what there is to pay for, so each op is run once.
+On the CPU the inputs cost nothing: they are one row that stands for all samples (stride 0), or zeros in pages that were
+never written, which the system does not store. The output of 4.3 GB is what there is to pay for, so each op runs once.
 """
 
 from pathlib import Path

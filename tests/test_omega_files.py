@@ -302,7 +302,7 @@ def spoiled(network):
     return network
 
 
-def test_writes_under_a_name_that_nobody_guesses(tmp_path, monkeypatch):
+def test_writes_under_a_random_name(tmp_path, monkeypatch):
     """Check that temporary names are random, and that no file is left after a failure."""
     names = []
 

@@ -1,10 +1,11 @@
-// Sums over the threads that share a sample. No atomics: a fixed tree, so the same bits every time.
+// Sums over the threads that share a sample. They are added in a fixed tree, without atomics: the bits never change.
 #pragma once
 #include "vec.cuh"
 
 namespace lgd {
 
-// The sum over this thread's group of 2^log_columns neighbours, in the first of them. All threads of the block call it.
+// Returns the sum over this thread's group of 2^log_columns neighbours, in the first of them. All threads of the block
+// call it.
 __device__ __forceinline__ float group_sum(float value, int log_columns) {
   const int within = log_columns < 5 ? log_columns : 5;
   for (int step = (1 << within) >> 1; step > 0; step >>= 1) value += __shfl_down_sync(0xffffffffu, value, step);

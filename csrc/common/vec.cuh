@@ -1,4 +1,5 @@
-// How a CUDA kernel walks its data: eight elements to a thread, 256 threads to a tile of one or more samples.
+// How a CUDA kernel walks its data. A thread has eight elements; a block of 256 threads has a tile of one or more
+// samples.
 #pragma once
 #include "launch.cuh"
 #include "rows.h"
@@ -7,9 +8,10 @@ namespace lgd {
 
 constexpr int kVector = 8;     // 16 bytes of half, twice 16 bytes of float
 constexpr int kThreads = 256;  // of a block
-constexpr int kBlocks = 3;     // at least, on a multiprocessor: set explicitly, else ptxas aims higher and spills
+constexpr int kBlocks = 3;     // at least, on a multiprocessor; without this bound ptxas aims higher and spills
 
-// Tensors of one storage type, read 16 bytes at a time; or of any, told by the tensor, element by element.
+// The type argument of a kernel whose tensors are stored as different types, or cannot be read 16 bytes at a time. It
+// reads element by element.
 struct Mixed {};
 
 template <class T>
@@ -17,7 +19,7 @@ struct alignas(16) Pack {
   T value[16 / sizeof(T)];
 };
 
-// A block's tile: 2^(8 - log_columns) samples by 2^log_columns vectors. Many samples where they are short.
+// A block's tile: 2^(8 - log_columns) samples by 2^log_columns vectors, so that a block has many short samples.
 struct Tiling {
   int64_t batch, row;
   int log_columns;
@@ -51,8 +53,8 @@ struct Place {
   }
 };
 
-// A thread's elements of a tensor as they are stored: they are converted where they are used, so that nothing waits for
-// a load before.
+// A thread's elements of a tensor, as they are stored. They are converted where they are used: a conversion right after
+// a load would wait for it.
 template <class T>
 struct Elements {
   static constexpr int kWidth = 16 / sizeof(T);
@@ -122,7 +124,7 @@ __device__ __forceinline__ auto once_per_sample(const Tiling& tiling, const Plac
   return found[place];
 }
 
-// Every present tensor is stored as `dtype` and its rows can be read 16 bytes at a time.
+// Whether every tensor that is present is stored as `dtype`, with rows that can be read 16 bytes at a time.
 template <class... R>
 bool vectorises(DType dtype, int64_t row, const R&... tensors) {
   const auto fits = [&](const Rows& rows) {
@@ -132,7 +134,8 @@ bool vectorises(DType dtype, int64_t row, const R&... tensors) {
   return row % kVector == 0 && (fits(tensors) && ...);
 }
 
-// launch(T{}) with the storage type that all of them share and vectorise in, or with Mixed{}.
+// Calls launch(T{}) with the storage type T that all tensors share and can be read in 16 bytes at a time, or
+// launch(Mixed{}).
 template <class Launch, class... R>
 void dispatch(int64_t row, const Launch& launch, const Rows& first, const R&... rest) {
   if (vectorises(DType::f32, row, first, rest...)) return launch(float{});

@@ -1,10 +1,11 @@
-// First a block for each chunk of an item adds up its part of the statistics in float, a few thousand terms to a sum.
-// Then a block for each item adds the chunks, in order and in double. Up to four particles and four targets are kept in
-// registers, more in shared memory.
+// One block for each chunk of an item adds up the chunk's part of the statistics in float, a few thousand terms to a
+// sum. Then one block for each item adds the parts, in order and in double. Up to four particles and four targets are
+// kept in registers, more in shared memory.
 //
 // m = k = 4, B = 256, D = 12288: 101 MB are read in half precision, 201 MB in float (82 and 164 MB with targets made
 // here), each byte once; 516 Mflop, for each element of an item 80 for particles and targets, 56 for particles and
-// particles, 28 to guide. By these counts it is bound by memory, unless it draws noise: about 40 instructions each.
+// particles, 28 to guide. By these counts the kernel is bound by memory, unless it draws noise: a normal takes about 50
+// instructions.
 #include "guided_energy.cuh"
 #include "guided_energy_cuda.h"
 

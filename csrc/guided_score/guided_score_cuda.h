@@ -1,4 +1,4 @@
-// Launchers: one kernel on the stream, nothing allocated, nothing waited for. They return a cudaError_t.
+// Launchers: they start one kernel on the stream, allocate nothing and do not synchronise. They return a cudaError_t.
 #pragma once
 #include "guided_score.h"
 

@@ -9,7 +9,7 @@ struct Coefficients {
   float x, guided, noise, omega;
 };
 
-// In the precision of the levels, then float.
+// Computed in the precision of the levels, rounded to float.
 __device__ __forceinline__ Coefficients coefficients(const StepScalars& scalars, int64_t sample) {
   const float omega = scalars.omega.at<float>(sample);
   if (scalars.levels.dtype == DType::f64) {

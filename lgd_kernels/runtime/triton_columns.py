@@ -1,4 +1,4 @@
-"""Device functions of moments and combine, tensors at a source and the columns made of them, and their arguments."""
+"""Device functions of `moments` and `combine`: they read tensors, also at other samples, and form columns of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Device functions that the Triton kernels share: the noise contract, omega in a table, the coefficients of a step.
+"""Device functions that the Triton kernels share: noise, omega in a table, the coefficients of a step, tiles.
 
-The same formulas as `csrc/common/{philox,levels}.h`, whose comments they share; `philox.py` and `levels.py` specify
-them. Also how a launcher cuts a tensor `[B, ...]` into tiles.
+The formulas are those of `csrc/common/philox.h` and `levels.h`. `philox.py` and `levels.py` specify them.
 
 What follows a `return` inside an `if` is compiled too, even where the condition is a constexpr. The place of an absent
 tensor is held by one of another dtype, so what reads it stands in the other branch, never after the `if`.
@@ -15,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on uint32 tensors of one shape."""
+    """Compute Philox4x32-10 on uint32 tensors of one shape."""
     for _ in tl.static_range(10):
         high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
         high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
@@ -30,14 +29,14 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _uniform(word):
-    """(word + 1/2) 2^-32, kept below 1."""
+    """Return (word + 1/2) 2^-32, below 1."""
     u = word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     return tl.minimum(u, 0.99999994)
 
 
 @triton.jit
 def _log(u):
-    """ln u for 0 < u < 1: u = 2^e (1 + f), ln(1 + f) = f + f^2 P(f). Not libdevice's: the interpreter has none."""
+    """Return ln u for 0 < u < 1, from u = 2^e (1 + f) and ln(1 + f) = f + f^2 P(f). (No libdevice when interpreted.)"""
     bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3  # sqrt(1/2)
     e = (bits >> 23).to(tl.float32)
     f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
@@ -53,7 +52,7 @@ def _log(u):
 
 @triton.jit
 def _turn(u):
-    """(cos, sin) of u turns; the nearest quarter turn is taken off exactly, so the angle keeps every bit of u."""
+    """Return (cos, sin) of u turns. The nearest quarter turn is subtracted exactly: the angle keeps every bit of u."""
     quarter = (u * 4.0 + 0.5).to(tl.int32)
     f = u - quarter.to(tl.float32) * 0.25
     square = f * f
@@ -78,7 +77,7 @@ def _box_muller(word0, word1):
 
 @triton.jit
 def philox_quads(key_low, key_high, sample, stream, quads, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Normals [ROWS, 4 COLUMNS] of quads of elements (int64); they and key and sample (uint32) are or broadcast to
+    """Draw normals [ROWS, 4 COLUMNS] for quads of elements (int64). Quads, key and sample (uint32) broadcast to
     [ROWS, COLUMNS]."""
     nothing = tl.zeros((ROWS, COLUMNS), tl.uint32)
     w0, w1, w2, w3 = philox(
@@ -96,7 +95,8 @@ def philox_quads(key_low, key_high, sample, stream, quads, ROWS: tl.constexpr, C
 
 @triton.jit
 def philox_tile(key_low, key_high, sample, stream, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Normals [ROWS, BLOCK] of elements first to first + BLOCK (multiples of 4); key and sample are [ROWS] uint32."""
+    """Draw normals [ROWS, BLOCK] for elements `first` to `first + BLOCK`, multiples of 4. Key and sample are [ROWS]
+    uint32."""
     quads = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
     return philox_quads(key_low[:, None], key_high[:, None], sample[:, None], stream, quads[None, :], ROWS, BLOCK // 4)
 
@@ -124,7 +124,7 @@ def keys_of(seeds, seed_low, seed_high, first_sample, rows, mask):
 
 @triton.jit
 def _bracket(knots, count, at):
-    """The knot at or left of each point, and the weight of its right neighbour."""
+    """Return the knot at or left of each point, and the weight of the next knot."""
     index = tl.arange(0, knots.shape[0])
     left = tl.sum(((knots[None, :] <= at[:, None]) & (index < count)[None, :]).to(tl.int32), 1) - 1
     left = tl.maximum(tl.minimum(left, count - 2), 0)
@@ -136,7 +136,7 @@ def _bracket(knots, count, at):
 
 @triton.jit
 def _corner(values, s_knots, t_knots, rows_count, columns_count, item, row, column, mask):
-    """A corner with s >= t takes the last row before the diagonal; a column without one, the first that has one."""
+    """Replace a corner with s >= t by the last row before the diagonal, in the first column that has such a row."""
     s_index, t_index = tl.arange(0, s_knots.shape[0]), tl.arange(0, t_knots.shape[0])
     first_s = tl.sum(tl.where(s_index == 0, s_knots, 0.0), 0)
     first_column = tl.sum(((t_knots <= first_s) & (t_index < columns_count)).to(tl.int32), 0)
@@ -152,7 +152,7 @@ def _table_omega(
     values, s_knots, t_knots, c, s, t, conditions, rows_count, columns_count, rows, mask,
     KNOTS_S: tl.constexpr, KNOTS_T: tl.constexpr,
 ):  # fmt: skip
-    """Bilinear, clamped outside, NaN for a condition outside the table."""
+    """Interpolate linearly in s and t, clamped to the table. A condition outside the table gives NaN."""
     s_index, t_index = tl.arange(0, KNOTS_S), tl.arange(0, KNOTS_T)
     s_all = tl.load(s_knots + s_index, mask=s_index < rows_count, other=0.0)
     t_all = tl.load(t_knots + t_index, mask=t_index < columns_count, other=0.0)
@@ -193,7 +193,9 @@ def step_coefficients(
     signal_t, noise_t, signal_s, noise_s, gap, stride, churn, rows, mask, PREDICTION: tl.constexpr,
     WIDE: tl.constexpr = False,
 ):  # fmt: skip
-    """x_s = x * x_t + guided * g + noise * z for each row, in the dtype of the levels, then float32; or all float64."""
+    """Return x, guided and noise of x_s = x * x_t + guided * g + noise * z for each row.
+
+    They are computed in the dtype of the levels and returned in float32; with WIDE both are float64."""
     a, n = (
         tl.load(signal_t + rows * stride, mask=mask, other=1.0),
         tl.load(noise_t + rows * stride, mask=mask, other=1.0),
@@ -234,13 +236,14 @@ def step_coefficients(
 
 @triton.jit
 def column_blocks(row, BLOCK: tl.constexpr):
-    """Of a sample. In 64 bits, because row + BLOCK may pass 2^31; and by a cast, because a row of 1 is a constexpr."""
+    """Return the number of blocks of a sample, in 64 bits: row + BLOCK may exceed 2^31. (A row of 1 is a constexpr,
+    without a method `to`.)"""
     return tl.cdiv(tl.cast(row, tl.int64), BLOCK)
 
 
 @triton.jit
 def tile(batch, row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's samples [ROWS] (int64), which of them exist, the first element (int64) and the columns [BLOCK]."""
+    """Return this program's samples [ROWS] (int64), which of them exist, its first element (int64), columns [BLOCK]."""
     blocks = column_blocks(row, BLOCK).to(tl.int32)
     program = tl.program_id(0)
     rows = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -260,7 +263,7 @@ def store_tile(data, stride, rows, first, columns, mask, value):
 
 @triton.jit
 def _joined(tensors, COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Of 2 COUNT tensors [LANES, WIDTH], each of the first COUNT beside its fellow of the others."""
+    """Join tensors i and i + COUNT, [LANES, WIDTH] each, to one of [LANES, 2 WIDTH]."""
     pairs = ()
     for i in tl.static_range(COUNT):
         pairs += (tl.reshape(tl.join(tensors[i], tensors[i + COUNT]), (LANES, 2 * WIDTH)),)
@@ -269,7 +272,8 @@ def _joined(tensors, COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def lane_totals(sums, COUNT: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.constexpr):
-    """[2^LEVELS]: COUNT sums over lanes, then zeros. Stacked first, a matter of names, so that threads meet once."""
+    """Return [2^LEVELS]: COUNT sums over lanes, then zeros. Joined before they are summed, they need one reduction over
+    threads instead of COUNT."""
     for _ in tl.static_range((1 << LEVELS) - COUNT):
         sums += (tl.zeros((LANES,), tl.float32),)
     for level in tl.static_range(LEVELS):
@@ -279,7 +283,7 @@ def lane_totals(sums, COUNT: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.const
 
 @triton.jit
 def power_of(a, exponent):
-    """a^exponent for finite a > 0 in float64, to 1e-13: 2^(exponent log2 a), by series (no libdevice)."""
+    """Return a^exponent for finite a > 0 in float64, to 1e-13, as 2^(exponent log2 a) by series."""
     bits = a.to(tl.int64, bitcast=True) - 0x3FE6A09E667F3BCD  # sqrt(1/2)
     f = ((bits & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD).to(tl.float64, bitcast=True)  # a = 2^e f
     inverse = (1.0 / (f + 1).to(tl.float32)).to(tl.float64)  # a float64 division is a call, for which registers spill
