@@ -66,6 +66,21 @@ def test_each_element_is_written_by_one_program(call, row, generator, monkeypatc
     assert launched and all(launched)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize(("m", "k"), [(16, 16), (9, 14), (20, 6)])
+def test_more_meetings_than_a_grid_has_along_y(m, k, generator, monkeypatch):
+    """Programs go on along z; the last of them have nothing to do."""
+    import triton.language as tl
+
+    from lgd_kernels.ops.guided_energy import triton
+
+    x, c, u, y = (testing.sample((2, count, 64), torch.float32, generator) for count in (m, m, m, k))
+    arguments = x, c, u, torch.tensor([0.5, 1.0]), testing.step_levels(2), y
+    expected = lgd.guided_energy(*arguments, impl="triton")
+    monkeypatch.setattr(triton, "COLUMN", tl.constexpr(5))
+    assert torch.equal(lgd.guided_energy(*arguments, impl="triton"), expected)
+
+
 class Grids(list):
     """Stands for `launch`, and keeps the grids."""
 

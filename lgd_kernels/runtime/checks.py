@@ -23,27 +23,40 @@ MOST_REPEATS = 10**6  # permutations or subsets: more would take days
 
 def samples(op: str, **tensors: Tensor | None) -> None:
     """Check data `[B, ...]`: floating point, with the shape and device of the first tensor."""
-    first_name = next(iter(tensors))
+    name, first = next(iter(tensors.items()))
+    if isinstance(first, Tensor) and first.ndim > 0:
+        shape, device = first.shape, first.device
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor):
+                known = tensor.layout is torch.strided and tensor.dtype in DATA_DTYPES
+                if known and tensor.shape == shape and tensor.device == device:
+                    continue
+            elif tensor is None and name == "noise":
+                continue
+            break
+        else:
+            return
+    _diagnose_samples(op, name, tensors)
+
+
+def _diagnose_samples(op: str, name: str, tensors: dict[str, Tensor | None]) -> None:
+    """Raise for the tensor of this name."""
+    first_name, tensor = next(iter(tensors)), tensors[name]
     first: Any = tensors[first_name]
-    for name, tensor in tensors.items():
-        if tensor is None and name == "noise":
-            continue
-        if not isinstance(tensor, Tensor):
-            hint = "; without guidance, pass cond again" if name == "uncond" else ""
-            raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]{hint}")
-        dense(op, name, tensor)
-        if tensor.dtype not in DATA_DTYPES:
-            raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-        if tensor is first:
-            if tensor.ndim == 0:
-                raise ValueError(f"{op}: `{name}` has shape [], expected [B, ...]; unsqueeze(0) makes a batch of one")
-            continue
-        if tensor.shape != first.shape:
-            raise ValueError(
-                f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(first.shape)} like `{first_name}`; "
-                "expand it if it should broadcast"
-            )
-        same_device(op, name, tensor, first_name, first)
+    if not isinstance(tensor, Tensor):
+        hint = "; without guidance, pass cond again" if name == "uncond" else ""
+        raise TypeError(f"{op}: `{name}` is a {type(tensor).__name__}, expected a tensor [B, ...]{hint}")
+    dense(op, name, tensor)
+    if tensor.dtype not in DATA_DTYPES:
+        raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+    if tensor is first:
+        raise ValueError(f"{op}: `{name}` has shape [], expected [B, ...]; unsqueeze(0) makes a batch of one")
+    if tensor.shape != first.shape:
+        raise ValueError(
+            f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(first.shape)} like `{first_name}`; "
+            "expand it if it should broadcast"
+        )
+    same_device(op, name, tensor, first_name, first)
 
 
 def dense(op: str, name: str, tensor: Tensor) -> None:

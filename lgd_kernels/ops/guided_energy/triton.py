@@ -36,6 +36,7 @@ from lgd_kernels.runtime.triton_launch import cdiv, launch
 PROGRAMS = 1056  # enough for a large GPU: 8 for each of 132 multiprocessors
 STEPS = 64  # blocks that a program adds up in float32, unless an item then had more than CHUNKS
 CHUNKS = 64
+COLUMN = tl.constexpr(2**15)  # programs along y, of which CUDA takes less than 2^16; more go along z
 
 
 @triton.jit
@@ -106,9 +107,11 @@ def guided_energy_kernel(
     CENTRED: tl.constexpr = KIND != "tensor"
     ALL: tl.constexpr = TO_TARGETS and TO_PARTICLES
     GROUPS: tl.constexpr = ((K if TO_TARGETS else M) + GROUP_K - 1) // GROUP_K
-    PROGRAMS: tl.constexpr = (M + GROUP_M - 1) // GROUP_M * GROUPS  # of a chunk, next to each other: they read the same
-    spot, meeting = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
-    item, chunk = (spot // chunks).to(tl.int64), spot % chunks
+    MEETINGS: tl.constexpr = (M + GROUP_M - 1) // GROUP_M * GROUPS
+    meeting = tl.program_id(1)
+    if MEETINGS > COLUMN:
+        meeting += tl.program_id(2) * COLUMN
+    item, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     ones = item + tl.arange(0, 1)
     scalars = scalars_of(omega, KNOTS, levels, PREDICTION, churn, ones, CENTRED)
     keys, target_keys = (None, None, None), (None, None, None)
@@ -126,6 +129,8 @@ def guided_energy_kernel(
     first, other = meeting // GROUPS * GROUP_M, meeting % GROUPS
     begin = chunk * steps.to(tl.int64)
     end = tl.minimum(begin + steps, column_blocks(row, LANES * WIDTH))
+    if MEETINGS > COLUMN:
+        end = tl.where(meeting < MEETINGS, end, begin)
     if not TO_TARGETS:
         end = tl.where((other + 1) * GROUP_K <= first + 1, begin, end)  # another program takes those pairs
     elements = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -188,9 +193,10 @@ class Meeting(NamedTuple):
     count: int  # of sums
     levels: int  # of `lane_totals`: count <= 2^levels
 
-    def programs(self, m: int, k: int) -> int:
-        """Return how many programs a chunk takes."""
-        return cdiv(m, self.group_m) * cdiv(k if self.to_targets else m, self.group_k)
+    def grid(self, m: int, k: int) -> tuple[int, int]:
+        """Return the programs of a chunk, along y and z."""
+        programs = cdiv(m, self.group_m) * cdiv(k if self.to_targets else m, self.group_k)
+        return min(programs, COLUMN.value), cdiv(programs, COLUMN.value)
 
 
 def forward(outputs: tuple[Tensor, Tensor, Tensor], a: EnergyCall) -> None:
@@ -205,7 +211,7 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor], a: EnergyCall) -> None:
     for meeting in meetings:
         launch(
             guided_energy_kernel,
-            (batch * chunks * meeting.programs(m, k),),
+            (batch * chunks, *meeting.grid(m, k)),
             parts,
             chunks,
             steps,
