@@ -1,7 +1,7 @@
 """Look the guidance weight up in a learned table: a ComfyUI node. Copy this file into `custom_nodes/`.
 
-Install lgd_kernels in ComfyUI's Python; the node needs neither triton nor a compiler. `save_table(table, path)` writes
-the file that the node reads. In ComfyUI the node reads tables from `models/omega` and from the folders that
+Install lgd_kernels in ComfyUI's Python; the node needs neither triton nor a compiler. `OmegaTable.save` writes the file
+that the node reads. In ComfyUI the node reads tables from `models/omega` and from the folders that
 extra_model_paths.yaml names under `omega`, and opens no other file. Outside ComfyUI `load_table` reads any path.
 
 The node needs `model.clone()` and `model.set_model_sampler_cfg_function(fn, disable_cfg1_optimization=...)` (in ComfyUI
@@ -35,31 +35,22 @@ LIMITS = ("timestep_start", "timestep_end", "default")  # keys of a conditioning
 SCALE = 8.0  # the largest factor between the last knot and the model's largest time: tables up to 80 fit SD's 14.6
 
 
-def save_table(table: OmegaTable, path: str | os.PathLike[str]) -> None:
-    """Write an `lgd_kernels.OmegaTable` as a file of tensors."""
-    torch.save({name: getattr(table, name).detach().cpu() for name in NAMES}, path)
-
-
 def load_table(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> OmegaTable:
-    """Read a file that `save_table` wrote; nothing but tensors is read.
+    """Read a file that `OmegaTable.save` wrote (`lgd_kernels.omega.files`); no code of the file runs.
 
     Raises ValueError, with a message of one line, for anything else. In ComfyUI a file outside the folders of tables, a
     missing file and a folder have the same message; elsewhere all files without a table have the same.
     """
     from lgd_kernels import OmegaTable
+    from lgd_kernels.omega import files
 
     file = _file(path)
     try:
-        found = torch.load(file, map_location=device, weights_only=True)
+        table = files.load(file, device=device)
     except Exception:  # whatever is wrong with the file
-        found = None
-    if not isinstance(found, dict) or set(found) != set(NAMES):
+        table = None
+    if not isinstance(table, OmegaTable):
         raise ValueError(_no_table(path)) from None
-    try:
-        table = OmegaTable(**found)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"LearnedGuidance: `path` is {str(path)!r}, but {error}") from None
-    _check_finite(table)
     return table
 
 
@@ -158,7 +149,7 @@ class LearnedGuidance:
         return {
             "required": {
                 "model": ("MODEL",),
-                "path": ("STRING", {"default": "omega.pt", "tooltip": f"a file in models/{FOLDER}"}),
+                "path": ("STRING", {"default": "omega.safetensors", "tooltip": f"a file in models/{FOLDER}"}),
                 "condition": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
                 "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}),
                 "times": (list(TIMES),),
@@ -232,7 +223,7 @@ def _no_table(path: str | os.PathLike[str]) -> str:
     """Return the error message for a file without a table."""
     return (
         f"LearnedGuidance: `path` is {str(path)!r}, which holds no omega table; "
-        "lgd_kernels.integrations.comfyui.save_table(table, path) writes one"
+        "OmegaTable.save(path, schedule) writes one, also that of a network's bake()"
     )
 
 
