@@ -126,7 +126,7 @@ def found(fault: Fault, ways: list[Check]) -> tuple[str, str] | None:
 
 def reason(output: str) -> str:
     """Return the line of an output that says what failed."""
-    telling = ("ERROR: AddressSanitizer", "runtime error", "WARNING: ThreadSanitizer", "FAILED ", "Error")
+    telling = ("ERROR: AddressSanitizer", "runtime error", "WARNING: ThreadSanitizer", "FAILED ", "Fatal Python error")
     lines = [line.strip() for line in output.splitlines()]
     return next((line for word in telling for line in lines if word in line), lines[-1] if lines else "nothing printed")
 
