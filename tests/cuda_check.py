@@ -133,10 +133,10 @@ def reason(output: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", nargs="*", help="words of the names of faults to plant; by default all are")
+    parser.add_argument("--faults", nargs="*", help="plant the faults whose names have one of these words, and no more")
     words = parser.parse_args().faults
     failed, ways = 0, checks()
-    for check in ways:
+    for check in ways if words is None else ():
         start = time.monotonic()
         passed, output = run(check, simulated.ROOT)
         print(f"{check.name:42} {'passed' if passed else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)
