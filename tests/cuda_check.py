@@ -50,7 +50,6 @@ FAULTS = [
     Fault("lanes keep the wrong half", ENERGY, "(upper ? high : low) +", "(upper ? low : high) +"),
     Fault("no barrier before rows are staged", ENERGY, "    __syncthreads();\n    for (int unit", "    for (int unit"),
     Fault("no barrier after rows are staged", ENERGY, "    __syncthreads();\n    const bool", "    const bool"),
-    Fault("two warps add to one sum", ENERGY, "else if (i <= l)", "else"),
     Fault("no barrier before the statistics", ENERGY, "  __syncthreads();\n  Energy energy", "  Energy energy"),
     Fault("no barrier before the energies", ENERGY, "  __syncthreads();\n  if (threadIdx", "  if (threadIdx"),
     Fault("no barrier in the backward", BACKWARD, "  __syncthreads();\n", ""),
