@@ -10,7 +10,7 @@
   kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 // LGD_SHARED(name, type), the type of an array written as float[4][8].
-#define LGD_SHARED(name, ...) __shared__::lgd::Type<__VA_ARGS__> name
+#define LGD_SHARED(name, ...) __shared__ lgd::Type<__VA_ARGS__> name
 
 #endif
 

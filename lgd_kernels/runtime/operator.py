@@ -124,7 +124,7 @@ class Raw(NamedTuple):
     tensors: Callable[[tuple], tuple]
 
     def __call__(self, a: tuple, impl: str | None) -> Any:
-        return self.forward(a, impl) if impls.direct(*self.tensors(a)) else self.dispatched(*self.flatten(a), impl)
+        return self.run(a, impl, impls.direct(*self.tensors(a)))
 
     def run(self, a: tuple, impl: str | None, direct: bool) -> Any:
         """`direct` leaves out the dispatch, and with it whatever may be watching (`impls.direct`)."""
@@ -182,7 +182,7 @@ class Operator(NamedTuple):
             leaves = self.leaves(a)
             if requires_grad(*leaves):
                 return _Recorded.apply(self, a, impl, *leaves)
-        raw = self.raw
+        raw = self.raw  # run here: for a small sample every call of Python counts
         found = raw.forward(a, impl) if impls.direct(*raw.tensors(a)) else raw.run(a, impl, False)
         return found if isinstance(found, Tensor) else found[0] if self.outputs == 1 else found[: self.outputs]
 
