@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[1]
 
 def describe(record: Path, dry: bool) -> int:
     """Append what figures depend on: the GPU, versions, the commit. Exit status 1 if torch sees no GPU."""
-    import torch
+    try:
+        import torch
+    except ImportError:
+        print(
+            f"make gpu: {sys.executable} has no torch; GPU_PYTHON=/path/to/python names one that has", file=sys.stderr
+        )
+        return 1
 
     from benchmarks import environment
 

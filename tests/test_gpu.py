@@ -275,3 +275,11 @@ def test_the_plugin_says_why(tmp_path):
         "test_some.py::test_it[3-cuda]": ("failed", "OSError: left open"),
     }
     assert [*phase["collected"].values()] == [5]
+
+
+def test_a_python_without_torch_is_told():
+    script = (
+        "import sys; sys.modules['torch'] = None; from benchmarks import gpu_build as b; sys.exit(b.describe(0, 0))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "has no torch; GPU_PYTHON=" in run.stderr and "Traceback" not in run.stderr
