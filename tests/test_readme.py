@@ -72,6 +72,16 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_row_of_a_table_is_a_line(page):
+    inside = False
+    for line in page.read_text().splitlines():
+        inside ^= line.startswith("```")
+        if not inside:
+            assert "|---" not in line or line.startswith("|"), line
+            assert not line.startswith("|") or line.rstrip().endswith("|"), line
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     named = {word for page in PAGES for line in blocks(page, "bash") for word in re.findall(r"^make (\w+)", line, re.M)}

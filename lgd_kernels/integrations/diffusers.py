@@ -1,15 +1,15 @@
 """Guide in diffusers (0.36 or newer) with a learned weight, and step its schedulers in one pass.
 
+pipe(prompt, guidance_scale=LearnedScale(omega, pipe, condition))                   # classic pipelines
 pipe.update_components(guider=LearnedGuidance(omega, scheduler=pipe))               # modular pipelines
 pipe.scheduler = FusedScheduler(pipe.scheduler)                                     # any pipeline
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 import lgd_kernels as lgd
 from lgd_kernels.guidance import rules
 from lgd_kernels.guidance.rules import Rule
+from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, ordinary, repeated
 from lgd_kernels.integrations.diffusers_plans import times_of
+from lgd_kernels.integrations.diffusers_scale import LearnedScale
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
 from lgd_kernels.runtime.impls import Impl
 from lgd_kernels.runtime.shown import readable
@@ -28,7 +30,7 @@ from lgd_kernels.runtime.shown import readable
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
 
-__all__ = ["FusedScheduler", "LearnedGuidance"]
+__all__ = ["FusedScheduler", "LearnedGuidance", "LearnedScale"]
 
 
 class LearnedGuidance(BaseGuidance):
@@ -108,8 +110,7 @@ class LearnedGuidance(BaseGuidance):
         self._scale: float | None = None  # guidance_scale, if omega is no number
         self._stashed: Tensor | None = None  # the condition among the inputs
         self._run: Tensor | None = None  # times
-        self._rows: Tensor | None = None  # omega of the run
-        self._made_for: tuple[Any, ...] = ()  # what the rows depend on
+        self._rows = RunOmega("LearnedGuidance")
         self._where: int | Tensor | None = None  # the place of this step in the run
         self._offset: int | None = None  # of the first step in the run
         named = rule if isinstance(rule, str) else None
@@ -130,7 +131,8 @@ class LearnedGuidance(BaseGuidance):
         super().set_state(step, num_inference_steps, timestep)  # type: ignore[arg-type]  # may be floats
         timesteps = getattr(self.scheduler, "timesteps", None)
         if step == 0 or timesteps is not self._timesteps:
-            self._timesteps, self._run, self._rows, self._offset = timesteps, None, None, None
+            self._timesteps, self._run, self._offset = timesteps, None, None
+            self._rows.forget()
         self._where = None
         if step == 0 and self.rule is not None and hasattr(self.rule, "reset"):
             self.rule.reset()
@@ -226,7 +228,7 @@ class LearnedGuidance(BaseGuidance):
         """Return the times of the run."""
         run = self._run
         if run is None:
-            with _ordinary():
+            with ordinary():
                 times = (self.times or times_of)(self.scheduler)
                 self._run = run = times.clone() if times.is_inference() else times
         return run
@@ -304,39 +306,11 @@ class LearnedGuidance(BaseGuidance):
         if isinstance(self.omega, float) and self.interval is None:
             return self.omega
         if isinstance(self.omega, Tensor) and self.interval is None:
-            return _repeated("omega", self.omega.to(pred.device), pred.shape[0])
-        place, c = self._place(), self._stashed if self.condition_value is None else self.condition_value
-        made_for, rows = (pred.shape[0], pred.device, torch.is_grad_enabled()), self._rows
-        fresh = self._made_for[:-1] == made_for and self._made_for[-1] is c
-        if rows is None or not fresh or rows.requires_grad:  # a backward pass frees the graph of these rows
-            with _ordinary():
-                self._rows = rows = self._table(pred, c)
-            self._made_for = *made_for, c
-        if isinstance(place, int):
-            return rows[place]
-        return rows.index_select(0, place.to(pred.device).view(1))[0]
-
-    def _table(self, pred: Tensor, c: Tensor | None) -> Tensor:
-        """Compute omega of the whole run, and a row of NaN: `[N + 1, B]`."""
-        times, batch = self._times().to(pred.device), pred.shape[0]
-        t, s = (one.repeat_interleave(batch) for one in (times[:-1], times[1:]))  # [N B]
-        steps = times.numel() - 1
-        if not callable(self.omega) or isinstance(self.omega, Tensor):
-            found = torch.as_tensor(self.omega, dtype=torch.float32, device=pred.device)
-            found = _repeated("omega", found, batch).expand(steps, batch).flatten()
-        else:
-            if c is not None:
-                c = _repeated("condition_value" if c is self.condition_value else "condition", c, batch)
-                c = c.repeat(steps, *(1,) * (c.ndim - 1))
-            found = self.omega(c, s, t)
-            if not isinstance(found, Tensor) or found.shape != t.shape:
-                said = str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
-                raise ValueError(f"LearnedGuidance: `omega` returned {said}, expected a tensor {list(t.shape)}, as t")
-        if self.interval is not None:
-            low, high = self.interval
-            found = torch.where((t > low) & (t <= high), found, torch.zeros_like(found))
-        found = found.view(steps, batch)
-        return torch.cat((found, torch.full_like(found[:1], torch.nan)))
+            return repeated("LearnedGuidance", "omega", self.omega.to(pred.device), pred.shape[0])
+        named = self.condition_value is not None
+        c = Condition("condition_value", self.condition_value) if named else Condition("condition", self._stashed)
+        place = self._place()
+        return self._rows.row(place, self.omega, self.interval, self._times, pred, c)
 
     def _rule(self) -> Rule | None:
         """Return the rule with its options for this step."""
@@ -365,34 +339,7 @@ def _check_interval(interval: tuple[float, float]) -> None:
         )
 
 
-def _repeated(name: str, value: Tensor, batch: int) -> Tensor:
-    """Repeat the entries of prompts for their samples: diffusers keeps the images of a prompt together."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"LearnedGuidance: `{name}` is a {type(value).__name__}, expected a tensor [B, ...]; set "
-            "guider.condition_value to what omega takes"
-        )
-    count = value.shape[0] if value.ndim else 1
-    if count == 0 or batch % count:
-        raise ValueError(
-            f"LearnedGuidance: `{name}` has {count} entries for a batch of {batch}, expected one for each sample, or "
-            "one for each prompt of num_images_per_prompt samples"
-        )
-    value = value.reshape(1) if value.ndim == 0 else value
-    return value if count == batch else value.repeat_interleave(batch // count, 0)
-
-
 def _shares(at: Tensor, timesteps: Tensor) -> bool:
     """Return whether `at` is an entry of `timesteps` in memory, which the host knows without reading values."""
     same = at.dtype == timesteps.dtype and at.device == timesteps.device and timesteps.ndim == 1
     return same and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-
-
-@contextlib.contextmanager
-def _ordinary() -> Iterator[None]:
-    """Leave inference mode, without grad, so that training can later use the tensors that are kept between steps."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield

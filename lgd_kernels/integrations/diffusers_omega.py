@@ -1,0 +1,110 @@
+"""Compute omega(c, s, t) for every step of a run in diffusers, once for a batch and its conditions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Condition(NamedTuple):
+    """Hold c, and the name of the argument that it came from, for error messages."""
+
+    name: str
+    value: Tensor | None
+
+
+class RunOmega:
+    """Keep omega of a whole run, `[N + 1, B]`: the steps, and a row of NaN for a step that is not of the run.
+
+    omega does not depend on the sample, so a function is called once, with N * B rows, and again if the batch, the
+    device, the grad mode or the condition changes; or in every step, if the result requires grad.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where  # the name in error messages
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the rows: a run begins."""
+        self._rows: Tensor | None = None
+        self._made_for: tuple[Any, ...] = ()  # what the rows depend on
+
+    def row(
+        self,
+        place: int | Tensor,
+        omega: float | Tensor | Callable[[Any, Tensor, Tensor], Tensor] | None,
+        interval: tuple[float, float] | None,
+        times: Callable[[], Tensor],
+        pred: Tensor,
+        c: Condition,
+    ) -> Tensor:
+        """Return omega `[B]` of the step at a place of the run.
+
+        Args:
+            place: the index of the step; 0-dim if only the device knows it.
+            interval: (low, high): omega is 0 unless low < t <= high.
+            times: returns the times of the run, `[N + 1]`.
+            pred: a prediction `[B, ...]`.
+        """
+        made_for, rows = (pred.shape[0], pred.device, torch.is_grad_enabled()), self._rows
+        fresh = self._made_for[:-1] == made_for and self._made_for[-1] is c.value
+        if rows is None or not fresh or rows.requires_grad:  # a backward pass frees the graph of these rows
+            with ordinary():
+                self._rows = rows = self._table(omega, interval, times().to(pred.device), pred.shape[0], c)
+            self._made_for = *made_for, c.value
+        if isinstance(place, int):
+            return rows[place]
+        return rows.index_select(0, place.to(pred.device).view(1))[0]
+
+    def _table(self, omega: Any, interval: tuple[float, float] | None, run: Tensor, batch: int, c: Condition) -> Tensor:
+        """Compute omega of the whole run, and a row of NaN: `[N + 1, B]`."""
+        t, s = (one.repeat_interleave(batch) for one in (run[:-1], run[1:]))  # [N B]
+        steps = run.numel() - 1
+        if not callable(omega) or isinstance(omega, Tensor):
+            found = torch.as_tensor(omega, dtype=torch.float32, device=run.device)
+            found = repeated(self.where, "omega", found, batch).expand(steps, batch).flatten()
+        else:
+            value = c.value
+            if value is not None:
+                value = repeated(self.where, c.name, value, batch)
+                value = value.repeat(steps, *(1,) * (value.ndim - 1))
+            found = omega(value, s, t)
+            if not isinstance(found, Tensor) or found.shape != t.shape:
+                said = str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"{self.where}: `omega` returned {said}, expected a tensor {list(t.shape)}, as t")
+        if interval is not None:
+            low, high = interval
+            found = torch.where((t > low) & (t <= high), found, torch.zeros_like(found))
+        found = found.view(steps, batch)
+        return torch.cat((found, torch.full_like(found[:1], torch.nan)))
+
+
+def repeated(where: str, name: str, value: Tensor, batch: int) -> Tensor:
+    """Repeat the entries of prompts for their samples: diffusers keeps the images of a prompt together."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{where}: `{name}` is a {type(value).__name__}, expected a tensor [B, ...]"
+            + ("; set guider.condition_value to what omega takes" if where == "LearnedGuidance" else "")
+        )
+    count = value.shape[0] if value.ndim else 1
+    if count == 0 or batch % count:
+        raise ValueError(
+            f"{where}: `{name}` has {count} entries for a batch of {batch}, expected one for each sample, or "
+            "one for each prompt of num_images_per_prompt samples"
+        )
+    value = value.reshape(1) if value.ndim == 0 else value
+    return value if count == batch else value.repeat_interleave(batch // count, 0)
+
+
+@contextlib.contextmanager
+def ordinary() -> Iterator[None]:
+    """Leave inference mode, without grad, so that training can later use the tensors that are kept between steps."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
