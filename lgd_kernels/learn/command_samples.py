@@ -117,7 +117,7 @@ def figures(found: Found, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "samples_of_each_condition": compared.samples,
-        "held_out": dict(zip(map(str, compared.conditions), compared.held, strict=False)),
+        "held_out": dict(zip(map(str, compared.conditions), compared.held, strict=True)),
         "learned": compared.names[own],
         "nearest_other": compared.names[found.best],
         "better": found.better,
@@ -160,8 +160,9 @@ def summary(found: Found, steps: int) -> str:
     for i in sorted(worst) if len(rows) <= ROWS else worst:
         each = rows[i][1]
         distances = "".join(f"{_number(*each.interval(j)):>12}" for j in range(len(names)))
-        held = compared.held[i if labels else 0]
-        lines.append(f"{rows[i][0]:8}{held:10}{distances}   {_with_interval(*each.difference(own, best), sign='+')}")
+        lines.append(
+            f"{rows[i][0]:8}{compared.held[i]:10}{distances}   {_with_interval(*each.difference(own, best), sign='+')}"
+        )
     if len(rows) > ROWS:
         lines.append(f"({ROWS} of {len(rows)} classes: those where {learned} gains least)")
     if compared.left_out:

@@ -53,9 +53,9 @@ class Compared(NamedTuple):
 
     names: tuple[str, ...]
     conditions: tuple[int | str, ...]  # labels; or, for embeddings, what is compared: "x" and "(x, c)"
-    held: tuple[int, ...]  # data of each label; of embeddings the only number
-    samples: int  # of each label, or of all embeddings
-    each: tuple[Distances, ...]  # of each of `conditions`
+    held: tuple[int, ...]  # data of each condition
+    samples: int  # of each condition
+    each: tuple[Distances, ...]  # of each condition
     over_all: Distances  # the mean over labels, each with the same weight; for embeddings that of (x, c)
     left_out: tuple[int, ...]  # labels with fewer than three data
     labels: int  # labels with enough data, of which `conditions` may be a part; 0 for embeddings
@@ -186,7 +186,7 @@ def compare(
         [_sampled(frozen, omega, asked.c, x0, run, seed, chunk, track, name) for name, omega in omegas.items()]
     )
     if c.is_floating_point():
-        (own,), own_c, given = asked.data, c[len(asked.c) :].flatten(1), asked.c.flatten(1)
+        own, own_c, given = asked.data[0], c[len(asked.c) :].flatten(1), asked.c.flatten(1)
         scale = (own.flatten(1).var(0).sum() / own_c.var(0).sum().clamp(min=1e-30)).sqrt()
         pairs = torch.cat((x.flatten(2), (scale * given).expand(len(x), -1, -1).to(x)), 2)
         each = [distances(x, own), distances(pairs, torch.cat((own.flatten(1), (scale * own_c).to(own)), 1))]
@@ -205,9 +205,9 @@ class _Asked(NamedTuple):
     """Hold what to sample, and what to compare it with."""
 
     c: Tensor  # of each sample: those of the first condition, then of the next
-    data: tuple[Tensor, ...]
+    data: tuple[Tensor, ...]  # of each condition
     conditions: tuple[int | str, ...]
-    samples: int
+    samples: int  # of each condition
     left_out: tuple[int, ...] = ()
     labels: int = 0
 
@@ -230,7 +230,7 @@ def _of_embeddings(x0: Tensor, c: Tensor, samples: int) -> _Asked:
     count = min(samples, len(c) // 2)
     if count < FEWEST:
         raise TooFew(f"{min(samples, len(c))} items of held-out data or samples are fewer than {2 * FEWEST}")
-    return _Asked(c[:count], (x0[count:],), (MARGINAL, JOINT), count)
+    return _Asked(c[:count], (x0[count:],) * 2, (MARGINAL, JOINT), count)
 
 
 def _sampled(
