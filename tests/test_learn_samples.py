@@ -134,6 +134,20 @@ def test_samples_are_those_of_the_sampler():
         assert each.value.item() == pytest.approx(float(energy_distance(x[asked == label], x0[c == label])), abs=1e-6)
 
 
+def test_no_gradient_is_recorded_and_few_samples_are_in_memory():
+    """With an omega that has parameters; in chunks of 5, and without the call that omega = 0 does not need."""
+    seen = []
+
+    def model(x, t, c):
+        seen.append((len(x), torch.is_grad_enabled(), bool((c == 0).any())))
+        return halves(x, t, c)
+
+    omegas = {"none": lgd.omega.forms.Constant(0.0), "one": lgd.omega.forms.Constant(1.0)}
+    runs.compare(Frozen(model, FLOW, null=0), omegas, data({1: 9, 2: 9}), steps=3, samples=16, chunk=5)
+    assert {count for count, _, _ in seen} == {5, 1} and not any(grad for _, grad, _ in seen)
+    assert [len(seen), sum(null for _, _, null in seen)] == [3 * 4 * 3, 3 * 4]
+
+
 def test_many_labels_are_drawn_from():
     counts = dict.fromkeys(range(40), 4)
     found = runs.compare(Frozen(halves, FLOW, null=0), OMEGAS, data(counts), steps=2, samples=64)

@@ -129,6 +129,7 @@ def plan(frozen: Frozen, steps: int, start: float = 1.0) -> StepPlan:
     return solvers.one_step(frozen.schedule, times, prediction=frozen.prediction)
 
 
+@torch.no_grad()
 def compare(
     frozen: Frozen,
     omegas: Mapping[str, Omega],
