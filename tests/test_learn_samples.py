@@ -9,7 +9,7 @@ import torch
 from test_learn_command import learn, place, refused  # noqa: F401
 
 import lgd_kernels as lgd
-from lgd_kernels.learn import Frozen, command, command_samples, runs
+from lgd_kernels.learn import Frozen, command, command_samples, runs, sources
 from lgd_kernels.metrics import energy_distance
 from lgd_kernels.omega.files import load
 
@@ -314,3 +314,15 @@ def test_options_that_cannot_be(options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         learn(*options)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study, size", [("mixture", 2), ("digits", 64)])
+def test_the_models_of_the_guide(study, size):
+    """docs/learning.md names them; here after two steps of training."""
+    if study == "digits":
+        pytest.importorskip("sklearn")
+    data = "pairs(0)" if study == "mixture" else "images(train)"
+    named = {"data": f"examples.{study}.command:{data}", "model": f"examples.{study}.command:trained(2)"}
+    assert learn("--omega", "constant", "--sample-steps", "2", "--samples", "32", **named) == 0
+    assert load("out/omega.safetensors").prediction == "x0"
+    assert sources.load(named["data"])[0].shape[1] == size
