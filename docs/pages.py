@@ -32,7 +32,7 @@ REFERENCE = {  # a group of the navigation: ops, and modules of the package
     "Sums and combinations": "moments combine dynamic_threshold",
     "omega": "omega.table omega.network omega.forms omega.files",
     "Learn": "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward learn.fit "
-    "learn.trainer learn.batches learn.logs learn.distributed",
+    "learn.runs learn.trainer learn.batches learn.logs learn.distributed",
     "Other libraries": "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion "
     "integrations.comfyui",
     "Noise, implementations": "runtime.philox runtime.impls runtime.progress",

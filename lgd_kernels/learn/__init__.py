@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from lgd_kernels.learn import distributed as distributed
     from lgd_kernels.learn import fit as fit
     from lgd_kernels.learn import logs as logs
+    from lgd_kernels.learn import runs as runs
 else:
-    __getattr__, __dir__ = lazily(__name__, "distributed", "fit", "logs")
+    __getattr__, __dir__ = lazily(__name__, "distributed", "fit", "logs", "runs")
 
 __all__ = [
     "Frozen",

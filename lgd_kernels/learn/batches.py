@@ -37,7 +37,9 @@ class Settings:
     Attributes:
         batch: items of an update, over all processes; 1 or more.
         particles: m of each item; 1 or more.
-        delta, zeta, s_min: the times, as in `sample_times`: delta > 0, zeta >= 0, 0 <= s_min <= 1 - zeta - delta.
+        delta, zeta, s_min: the times, as in `sample_times`: delta > 0, zeta >= 0, 0 <= s_min <= 1 - zeta - delta. A
+            run of N steps takes steps of 1 / N, and omega is not learned for steps shorter than delta: for more than
+            ten, delta = 1 / N learns them too (the command's default).
         lr, weight_decay: of AdamW; lr > 0, weight_decay >= 0.
         clip: the largest norm of a gradient, above 0; larger gradients are scaled to it. None disables clipping.
         ema: decay of the average of the weights, `mean <- d mean + (1 - d) omega`, in [0, 1); d rises to this as

@@ -1,4 +1,4 @@
-"""Learn omega for a model and data of your own, and compare losses: `python -m lgd_kernels learn`."""
+"""Learn omega for a model and data of your own, and compare samples: `python -m lgd_kernels learn`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.learn import checkpoint, command_fits, command_lines, readings, sources
+from lgd_kernels.learn import checkpoint, command_fits, command_lines, command_samples, readings, runs, sources
 from lgd_kernels.learn.batches import Batches, Settings
 from lgd_kernels.learn.data import Data, items_of, size_of
 from lgd_kernels.learn.distributed import process_group, rank_and_size
@@ -50,7 +50,17 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {  # of options that a
     "churn": (lambda churn: 0 <= churn <= 1, "a number in [0, 1]"),
     "gamma": (math.isfinite, "a finite number"),
 }
-FREE = ("steps", "resume", "threads", "device", "out", "impl", "every")  # may differ when a run is resumed
+FREE = (
+    "steps",
+    "resume",
+    "threads",
+    "device",
+    "out",
+    "impl",
+    "every",
+    "sample_steps",
+    "samples",
+)  # may differ when a run is resumed
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -98,7 +108,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--lam", type=float, default=1.0, help="weight of the repulsion between particles")
     add("--churn", type=float, default=1.0, help="churn of the step in the loss: 1 adds DDPM's noise, 0 none")
     add("--m", type=int, default=OURS.particles, help="particles of each item")
-    add("--delta", type=float, default=OURS.delta, help="the shortest step, in unit time")
+    add(
+        "--delta",
+        type=float,
+        help="the shortest step that is learned, in unit time; by default 1 / --sample-steps, and the paper's "
+        f"{OURS.delta} at most",
+    )
     add("--s-min", type=float, default=OURS.s_min, help="the smallest s, in unit time")
     add("--zeta", type=float, default=OURS.zeta, help="t is below 1 - zeta, in unit time")
     add("--steps", type=int, default=2000, help="updates of the network, with those before a resume")
@@ -109,6 +124,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--reward", help="MODULE:NAME, R(x0 [N, ...], c [N, ...]) -> [N], to add to the network's loss")
     add("--gamma", type=float, default=0.0, help="weight of the reward")
     add("--black-box", action="store_true", help="the reward has no gradient")
+    add(
+        "--sample-steps",
+        type=int,
+        default=50,
+        help="steps that you will sample with, and that samples are compared in at the end; 0 compares losses only",
+    )
+    add("--samples", type=int, help="samples to compare, of all classes together; by default 64 to 1024, by their size")
     add("--out", type=Path, default=Path("runs/omega"), help="folder for omega, its picture, the log, the checkpoint")
     add("--every", type=int, default=200, help="updates between two rows of the log, and between two checkpoints")
     add("--log", choices=("csv", "jsonl"), default="csv")
@@ -121,6 +143,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("m", "steps", "batch", "every", "items", "hidden", "threads", "size", "classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected 1 or more")
+    if args.sample_steps < 0:
+        parser.error(f"--sample-steps is {args.sample_steps}, expected 1 or more, or 0 to compare losses only")
+    if args.samples is not None and args.samples < runs.LEAST:
+        parser.error(f"--samples is {args.samples}, expected {runs.LEAST} or more")
+    args.delta = command_samples.delta(args.sample_steps) if args.delta is None else args.delta
     if args.knots < 2:
         parser.error(f"--knots is {args.knots}, expected 2 or more")
     if args.omega != "network" and (args.reward or args.resume):
@@ -209,8 +236,10 @@ def run(args: argparse.Namespace, settings: Settings, device: torch.device) -> i
     omegas = {"unguided": _unguided, "constant": fits.constant, "interval": fits.interval, args.omega: learned}
     losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, omegas)
     command_fits.save(args, fits, learned, frozen, losses, c.to(device), classes)
-    print(command_fits.summary(args, fits, losses))
-    print("\n".join(command_lines.lines(args, frozen, x0, classes, device.type)))
+    print(command_fits.summary(args, fits, losses), flush=True)
+    found = command_samples.compare(args, frozen, omegas, held, device, track)
+    file = command_samples.file(found)
+    print("\n".join(command_lines.lines(args, frozen, x0, classes, device.type, file)))
     return 0
 
 

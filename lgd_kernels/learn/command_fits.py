@@ -82,9 +82,10 @@ def save(
     c: Tensor,
     classes: int | None,
 ) -> None:
-    """Write omega.safetensors and the fits, result.json and, if matplotlib is installed, omega.png."""
+    """Write omega.safetensors, the fits and omega = 0, result.json and, if matplotlib is installed, omega.png."""
     schedule = frozen.schedule
-    for name, omega in (("constant", fits.constant), ("interval", fits.interval), ("omega", learned)):
+    others = {"unguided": Constant(0.0), "constant": fits.constant, "interval": fits.interval}
+    for name, omega in (*others.items(), ("omega", learned)):
         save_omega(args.out / f"{name}.safetensors", omega, schedule, frozen.prediction)
     result: dict[str, dict] = {}
     for name, loss in losses.items():
@@ -92,6 +93,7 @@ def save(
         if name != args.omega:
             mean, half = paired(losses[args.omega], loss)
             result[name]["learned_minus_this"] = {"mean": mean, "half_width": half}
+    (args.out / "samples.json").unlink(missing_ok=True)  # of an earlier omega
     files_atomic.write(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is not None:
         conditions = c if classes is None else torch.arange(classes, device=c.device)

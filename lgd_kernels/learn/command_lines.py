@@ -1,4 +1,4 @@
-"""Write the lines of Python that the command prints last: they sample the model with the learned omega."""
+"""Write the lines of Python that the command prints last: they sample the model with an omega of the run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from lgd_kernels.learn import sources
 from lgd_kernels.learn.frozen import Frozen
 
-STEPS = 20
+STEPS = 20  # where the command compared no samples
 
 
-def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | None, device: str) -> list[str]:
+def lines(
+    args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | None, device: str, file: str = "omega"
+) -> list[str]:
     """Return lines without empty lines or blocks, ready to paste. The lines import the model's module and, for
     embeddings, load the data.
 
@@ -23,10 +25,12 @@ def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | N
         x0: items `[N, ...]`, for their shape and dtype.
         classes: the number of labels, or None for embeddings.
         device: of the model.
+        file: the name of omega's file in --out.
     """
     count = 256 if math.prod(x0.shape[1:]) <= 4096 else 16  # embeddings may be fewer
     there = "" if device == "cpu" else f', device="{device}"'
     like = there if x0.dtype == torch.float32 else f"{there}, dtype={x0.dtype}"
+    steps = args.sample_steps or STEPS
     shape = ", ".join(map(str, ("len(c)", *x0.shape[1:])))
     module, model = _expression(args.model)
     if isinstance(frozen.denoiser, nn.Module):
@@ -54,9 +58,9 @@ def lines(args: argparse.Namespace, frozen: Frozen, x0: Tensor, classes: int | N
         f"model = {model}",
         condition,
         f"null = {null}",
-        f"omega = load({json.dumps(str(args.out / 'omega.safetensors'))}{there})",
+        f"omega = load({json.dumps(str(args.out / f'{file}.safetensors'))}{there})",
         "schedule, prediction = omega.schedule, omega.prediction",
-        f"times = schedule.from_unit(torch.linspace({_start(args, frozen)}, 0, {STEPS + 1}{there}))",
+        f"times = schedule.from_unit(torch.linspace({start(args, frozen)}, 0, {steps + 1}{there}))",
         "plan = solvers.one_step(schedule, times, prediction=prediction)",
         f"x = schedule.signal_noise(times[:1])[1] * torch.randn({shape}{like})",
         "sample = torch.no_grad()(sampler.sample)",
@@ -75,7 +79,7 @@ def _expression(text: str) -> tuple[str, str]:
     return module, f"{module}.{name}{called}"
 
 
-def _start(args: argparse.Namespace, frozen: Frozen) -> float:
+def start(args: argparse.Namespace, frozen: Frozen) -> float:
     """Return the unit time to start at: 1, pure noise, unless the prediction is eps and the signal is 0 there."""
     signal, _ = frozen.schedule.signal_noise(frozen.schedule.from_unit(torch.ones(1, device="cpu")))
     return 1 - (args.zeta or 0.01) if frozen.prediction == "eps" and float(signal) == 0 else 1
