@@ -111,7 +111,8 @@ def sd3(kind=diffusers.StableDiffusion3Pipeline):
         pos_embed_max_size=8,
     )  # fmt: skip
     return kind(
-        transformer=transformer.eval(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(),
+        transformer=transformer.eval(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.1),
         text_encoder=clip(projection=True), tokenizer=clip_tokenizer(), text_encoder_2=clip(projection=True),
         tokenizer_2=clip_tokenizer(), text_encoder_3=t5_wide(), tokenizer_3=t5_tokenizer(),
     )  # fmt: skip
@@ -132,7 +133,8 @@ def flux(guidance=False, kind=diffusers.FluxPipeline):
     )  # fmt: skip
     return kind(
         transformer=transformer.eval(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(),
+        vae=vae(shift_factor=0.1), text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
     )  # fmt: skip
 
 

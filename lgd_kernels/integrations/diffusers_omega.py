@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lgd_kernels.sampling.schedules import Discrete
+
 
 class Condition(NamedTuple):
     """Hold c, and the name of the argument that it came from, for error messages."""
@@ -72,6 +74,8 @@ class RunOmega:
             if value is not None:
                 value = repeated(self.where, c.name, value, batch)
                 value = value.repeat(steps, *(1,) * (value.ndim - 1))
+            if isinstance(omega, torch.nn.Module) and isinstance(getattr(omega, "schedule", None), Discrete):
+                s, t = s.round().long(), t.round().long()  # some schedulers stop between two indices
             found = omega(value, s, t)
             if not isinstance(found, Tensor) or found.shape != t.shape:
                 said = str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import warnings
 import weakref
@@ -332,16 +333,10 @@ def _check_pipeline(pipe: Any) -> None:
     unet, transformer = (getattr(getattr(pipe, part, None), "config", {}) for part in ("unet", "transformer"))
     own = getattr(pipe, "config", {})
     embeds = unet.get("time_cond_proj_dim") is not None or own.get("is_distilled", False)
-    if transformer.get("guidance_embeds", False) and "true_cfg_scale" not in _parameters(pipe):
-        embeds = True
+    if transformer.get("guidance_embeds", False):
+        embeds |= "true_cfg_scale" not in inspect.signature(type(pipe).__call__).parameters
     if embeds:
         raise ValueError(_embeds(name))
-
-
-def _parameters(pipe: Any) -> tuple[str, ...]:
-    """Return the names of the parameters of a pipeline's call."""
-    code = getattr(getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__), "__code__", None)
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
 
 
 def _number(operation: str, value: Any) -> float:

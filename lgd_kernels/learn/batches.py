@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lgd_kernels.learn import cache
 from lgd_kernels.learn.data import Data, items_of, size_of
 from lgd_kernels.learn.distributed import part_of
 from lgd_kernels.learn.frozen import Frozen
@@ -81,20 +84,29 @@ class Batches:
     The state is that of `generator`: after it is restored, the same batches follow.
     """
 
-    def __init__(self, frozen: Frozen, data: Data, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self,
+        frozen: Frozen,
+        data: Data,
+        settings: Settings,
+        device: torch.device,
+        cache_folder: Path | str | None = None,
+    ) -> None:
         self.frozen, self.data, self.settings, self.device = frozen, data, settings, device
+        self.cache_folder = None if cache_folder is None else Path(cache_folder)
         self.generator = torch.Generator(device="cpu").manual_seed(settings.seed)
         self.cached: Particles | None = None
 
     def next(self) -> Particles:
         """Return this process's part of the next batch."""
-        batch, cache, part = self.settings.batch, self.settings.cache, part_of(self.settings.batch)
-        if not cache:
+        batch, count, part = self.settings.batch, self.settings.cache, part_of(self.settings.batch)
+        if not count:
             return self._draw(self.data, self.generator, batch, part)
         if self.cached is None:
-            self.cached = self.of(self.data, cache, self.settings.seed)
-        items = torch.randint(0, cache, (batch,), generator=self.generator, device="cpu")[part]
-        return self.cached.take(items.to(self.device), _seed(self.generator), part.start)
+            self.cached = self._kept(count) if self.cache_folder else self.of(self.data, count, self.settings.seed)
+        items = torch.randint(0, count, (batch,), generator=self.generator, device="cpu")[part]
+        there = self.cached.x0.device
+        return self.cached.take(items.to(there), _seed(self.generator), part.start).to(self.device)
 
     def of(self, data: Data, count: int, seed: int) -> Particles:
         """Return `count` random items, predicted in batches: the same in every process, at any time."""
@@ -105,6 +117,18 @@ class Batches:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         for part in torch.arange(count, device="cpu").split(self.settings.batch):
             yield self._draw(data, generator, len(part), slice(0, len(part)))
+
+    def _kept(self, count: int) -> Particles:
+        """Return the cached items from the files of `cache_folder`, which are made if they are missing."""
+        assert self.cache_folder is not None
+        seed, first = self.settings.seed, min(count, self.settings.batch)
+
+        def again() -> Particles:
+            generator = torch.Generator(device="cpu").manual_seed(seed)
+            return self._draw(self.data, generator, first, slice(0, min(2, first)))
+
+        parts = functools.partial(self.parts, self.data, count, seed)
+        return cache.kept(self.cache_folder, self.frozen.schedule, count, parts, again)
 
     def _draw(self, data: Data, generator: torch.Generator, batch: int, part: slice) -> Particles:
         own, schedule = self.settings, self.frozen.schedule

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lgd_kernels.learn.batches import Batches
 from lgd_kernels.learn.fit import fit_constant, fit_interval, fit_table
 from lgd_kernels.learn.frozen import Frozen
-from lgd_kernels.learn.particles import curve
+from lgd_kernels.learn.particles import Particles, curve
 from lgd_kernels.learn.trainer import NotFinite
 from lgd_kernels.omega import plot
 from lgd_kernels.omega.files import save as save_omega
@@ -44,9 +44,9 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
 
     A trainer's cache serves as that pass.
     """
-    parts = [batches.cached] if batches.cached is not None else batches.parts(batches.data, args.items, args.seed)
-    total = 1 if batches.cached is not None else math.ceil(args.items / args.batch)
-    curves, at, source = [], [], iter(parts)
+    count = args.items if batches.cached is None else len(batches.cached.t)
+    total = math.ceil(count / args.batch)
+    curves, at, source = [], [], _parts(batches, args)
     for _ in track(range(total), "loss curves"):
         part = next(source)
         for name in ("x0", "cond", "uncond"):
@@ -64,6 +64,16 @@ def fit(args: argparse.Namespace, batches: Batches, classes: int | None, track: 
         table = fit_table(curves, c, s, t, s_knots, t_knots, conditions=classes, smooth=SMOOTH, **of_loss).to(device)
     constant, interval = fit_constant(curves, **of_loss), fit_interval(curves, t, edges, **of_loss)
     return Fits(constant.to(device), interval.to(device), table)
+
+
+def _parts(batches: Batches, args: argparse.Namespace) -> Iterator[Particles]:
+    """Yield items one batch at a time: the trainer's cache, or new ones."""
+    cached = batches.cached
+    if cached is None:
+        yield from batches.parts(batches.data, args.items, args.seed)
+        return
+    for items in torch.arange(len(cached.t), device=cached.t.device).split(args.batch):
+        yield cached.take(items, cached.seed, int(items[0])).to(batches.device)
 
 
 def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,7 @@ class Images(Dataset):
     """
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ValueError(f"--data: images are read with Pillow: pip install pillow ({error})") from error
-        self.open, self.size = Image.open, size
+        self.open, self.size = opener(), size
         self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
         found = [
             (path, label)
@@ -131,19 +128,37 @@ class Images(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image = self._opened(i).convert("RGB")
-        if self.size is not None:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side)).resize((self.size, self.size))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1, self.labels[i]
+        return pixels(self._opened(i), self.size), self.labels[i]
 
     def _opened(self, i: int) -> Any:
+        return self.open(self.paths[i])
+
+
+def opener() -> Callable[[Path], Any]:
+    """Return a function that opens an image with Pillow. Errors are ValueErrors that name --data."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(f"--data: images are read with Pillow: pip install pillow ({error})") from error
+
+    def opened(path: Path) -> Any:
         try:
-            return self.open(self.paths[i])
+            return Image.open(path)
         except Exception as error:
-            raise ValueError(f"--data: {self.paths[i]} cannot be read: {error}") from error
+            raise ValueError(f"--data: {path} cannot be read: {error}") from error
+
+    return opened
+
+
+def pixels(image: Any, size: int | None = None) -> Tensor:
+    """Return an image of Pillow as `[3, H, W]` in [-1, 1], cut to its middle square and scaled, if `size` is given."""
+    image = image.convert("RGB")
+    if size is not None:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((size, size))
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
@@ -160,11 +175,14 @@ def first(data: Data, count: int = 2) -> tuple[Tensor, Tensor]:
     return x0, c
 
 
-def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: int = 4096) -> tuple[Data, Data]:
+def parted(
+    data: Data, held_out: str, seed: int, read: Callable[[str], Data] = load, most: int = 4096
+) -> tuple[Data, Data]:
     """Split data in two, (to learn from, held out): a share of the items at random, or other data; `most` at most.
 
     Args:
-        held_out: a number between 0 and 1, or what `load` takes.
+        data: a dataset with `groups` `[N]` int64 is split between groups.
+        held_out: a number between 0 and 1, or what `read` takes.
 
     >>> import torch
     >>> [size_of(part) for part in parted((torch.zeros(50, 2), torch.zeros(50)), "0.1", seed=0)]
@@ -175,7 +193,7 @@ def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: 
         share = float(held_out)
     except ValueError:
         try:
-            other = load(held_out, size)
+            other = read(held_out)
         except ValueError as error:
             raise ValueError(str(error).replace("--data", "--held-out", 1)) from error
         found, expected = (tuple(one.shape[1:] for one in first(source)) for source in (other, data))
@@ -186,7 +204,13 @@ def parted(data: Data, held_out: str, seed: int, size: int | None = None, most: 
             raise ValueError(f"--held-out: its classes are {names}, expected {known}, those of --data") from None
         return data, _part(other, torch.randperm(size_of(other), generator=generator, device="cpu")[:most])
     order = torch.randperm(size_of(data), generator=generator, device="cpu")
+    groups = getattr(data, "groups", None)
+    if groups is not None:  # whole groups stay on one side
+        place = torch.randperm(int(groups.max()) + 1, generator=generator, device="cpu")
+        order = order[place[groups[order]].argsort(stable=True)]
     cut = min(most, max(1, round(share * len(order)))) if 0 < share < 1 else len(order)
+    while groups is not None and cut < len(order) and groups[order[cut]] == groups[order[cut - 1]]:
+        cut += 1
     if cut >= len(order):
         raise ValueError(
             f"--held-out is {held_out} of {len(order)} items, expected a share that leaves some on each side"

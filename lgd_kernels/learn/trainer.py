@@ -53,6 +53,8 @@ class Trainer:
         every: the interval, in updates, at which the trainer logs a row and writes a checkpoint; it does so at the end
             too.
         logs: functions that take each row, a dict of numbers: see `lgd_kernels.learn.logs`.
+        cache_folder: where the `settings.cache` predicted items lie in files, mapped and not read into memory; a folder
+            that holds none is filled. With several processes, each needs a folder of its own.
 
     Raises TypeError or ValueError, naming the argument.
 
@@ -89,6 +91,7 @@ class Trainer:
         folder: Path | str | None = None,
         every: int = 500,
         logs: Sequence[Callable[[Row], None]] = (),
+        cache_folder: Path | str | None = None,
     ) -> None:
         omega = TableModule(omega) if isinstance(omega, OmegaTable) else omega
         if not isinstance(omega, nn.Module) or not any(weight.requires_grad for weight in omega.parameters()):
@@ -116,7 +119,7 @@ class Trainer:
         with self._alone():
             pass  # an invalid folder raises now, not at the first checkpoint
         self.device = next(omega.parameters()).device
-        self.batches = Batches(frozen, data, settings, self.device)
+        self.batches = Batches(frozen, data, settings, self.device, cache_folder)
         self.parallel = distributed.parallel(omega)
         self.ema = copy.deepcopy(omega).requires_grad_(False).eval()
         if isinstance(omega, (OmegaNetwork, TableModule, Constant, Interval, ClampLinear)):  # files store both
