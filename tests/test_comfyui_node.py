@@ -15,7 +15,8 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels.integrations import comfyui, comfyui_files, comfyui_nodes
-from lgd_kernels.omega.forms import Constant
+from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
+from lgd_kernels.omega.network import OmegaNetwork
 
 SOURCE = Path(comfyui.__file__).parent / "comfyui_lgd"
 ROOT = Path(lgd.__file__).parents[1]
@@ -82,6 +83,30 @@ def test_the_folder_in_custom_nodes(folders, version):
         found = comfy.denoised(model, x, comfy.SIGMAS[:1].expand(2), cond, uncond, 1.0)
         torch.testing.assert_close(found, 2 * cond - uncond, rtol=1e-5, atol=1e-5)
         assert "sampler_cfg_function" not in before.model_options  # the other branches of the graph keep their model
+
+
+def test_every_kind_of_file_that_learn_writes(folders):
+    """Each gives the omega of what was saved, at the step from sigma 5 to 1."""
+    torch.manual_seed(0)
+    knots = torch.tensor([0.0, 3.0, 20.0])
+    kinds = {
+        "constant": Constant(0.5),
+        "interval": Interval(0.75, 1.0, 6.0),
+        "clamp-linear": ClampLinear(2.0, -0.25),
+        "table": lgd.OmegaTable(torch.rand(2, 3, 3), knots, knots),
+        "network": OmegaNetwork(lgd.EDM(), classes=2, hidden=8),
+    }
+    assert kinds.keys() == lgd.omega.files.KINDS.keys()
+    s, t = comfy.SIGMAS[2:3], comfy.SIGMAS[1:2]
+    x, cond, uncond = torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for name, omega in kinds.items():
+        lgd.omega.files.save(folders / f"more/{name}.safetensors", omega, lgd.EDM())
+        labelled = name in ("table", "network")
+        model = comfyui_nodes.patched(comfy.Patcher(), f"{name}.safetensors", int(labelled))
+        weight = omega(torch.tensor([1]) if labelled else None, s, t).detach()
+        assert weight > 0
+        found = comfy.denoised(model, x, t, cond, uncond, 7.0)
+        torch.testing.assert_close(found, lgd.guided_score(cond, uncond, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_the_list_of_files(folders, version):
