@@ -16,7 +16,7 @@ SANITIZED_TESTS = $(wildcard $(foreach op,combine combine_moments dynamic_thresh
 	rules solvers step_plan,\
 	tests/test_$(op).py)) -n auto --maxprocesses 4
 SANITIZED_CALLS = 10000
-QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui compiled_loop diffusers% digits energy_mmd_pieces fuzz gpu% \
+QUICK = $(filter-out $(foreach part,aot benchmarks builds comfyui% compiled_loop diffusers% digits energy_mmd_pieces fuzz gpu% \
 	instruction_sets interpreter interrupt k_diffusion% large learn% mixture notebook peers readme studies trainer%,\
 	tests/test_$(part).py),$(wildcard tests/test_*.py))
 

@@ -34,7 +34,7 @@ REFERENCE = {  # a group of the navigation: ops, and modules of the package
     "Learn": "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward learn.fit "
     "learn.runs learn.trainer learn.batches learn.logs learn.distributed",
     "Other libraries": "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion "
-    "integrations.comfyui",
+    "integrations.comfyui integrations.comfyui_times",
     "Noise, implementations": "runtime.philox runtime.impls runtime.progress",
 }
 INTERNALS = {

@@ -1,57 +1,65 @@
-"""Look the guidance weight up in a learned table: a ComfyUI node. Copy this file into `custom_nodes/`.
+"""Guide a ComfyUI model with a learned omega: what the node of the folder comfyui_lgd/ sets on the model.
 
-Install lgd_kernels in ComfyUI's Python; the node needs neither triton nor a compiler. `OmegaTable.save` writes the file
-that the node reads. In ComfyUI the node reads tables from `models/omega` and from the folders that
-extra_model_paths.yaml names under `omega`, and opens no other file. Outside ComfyUI `load_table` reads any path.
-
-The node needs `model.clone()` and `model.set_model_sampler_cfg_function(fn, disable_cfg1_optimization=...)` (in ComfyUI
-since early 2024, as far as we know). ComfyUI calls fn with one dictionary, and fn returns input - denoised; the keys:
+`load` reads a file of `python -m lgd_kernels learn`, and `CFGFunction` is the function for
+`model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)`. Neither imports ComfyUI, triton or the
+extension. ComfyUI calls the function with one dictionary, and takes input - denoised from it; the keys:
 
     input, cond_denoised, uncond_denoised: x and the two x0, [B, ...];  cond, uncond: input - cond_denoised, likewise
     sigma, timestep: sigma [B], both the same;  cond_scale: the sampler's cfg;  model, model_options
     input_cond, input_uncond: the conditionings, lists of dicts; None where there is none
 
 The run's sigmas are in `model_options["transformer_options"]["sample_sigmas"]` (since late 2024). With cfg 1 ComfyUI
-skips the unconditional call, unless disable_cfg1_optimization is set, as here. Where no negative is evaluated, as with
-BasicGuider, uncond_denoised is zeros, and the node returns the conditional prediction.
+skips the unconditional call, unless disable_cfg1_optimization is set. Where no negative is evaluated, as with
+BasicGuider, uncond_denoised is zeros, and the function returns the conditional prediction.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lgd_kernels import OmegaTable
+from lgd_kernels import OmegaTable, guided_score
+from lgd_kernels.integrations.comfyui_files import found
+from lgd_kernels.integrations.comfyui_times import check_family, times
+from lgd_kernels.integrations.k_diffusion import next_sigma
+from lgd_kernels.omega import files
+from lgd_kernels.omega.forms import ClampLinear, Constant, Interval
+from lgd_kernels.omega.network import OmegaNetwork
+from lgd_kernels.sampling.schedules import Schedule
 
-FOLDER = "omega"
-NAMES = ("values", "s_knots", "t_knots")
-Times = Literal["sigma", "timestep"]
-TIMES = ("sigma", "timestep")
+FORMS = (Constant, Interval, ClampLinear)
+Omega = OmegaTable | OmegaNetwork | Constant | Interval | ClampLinear
 LIMITS = ("timestep_start", "timestep_end", "default")  # keys of a conditioning that is not evaluated in every call
-SCALE = 8.0  # the largest factor between the last knot and the model's largest time: tables up to 80 fit SD's 14.6
+SCALE = 8.0  # the largest factor between a table's last knot and the model's largest time: 80 fits SD's 14.6
 
 
-def load_table(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> OmegaTable:
-    """Read a file that `OmegaTable.save` wrote (`lgd_kernels.omega.files`); no code of the file runs.
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Omega:
+    """Read a file that `lgd_kernels.omega.files.save` wrote: a table, a network, a constant, an interval or a
+    clamped line. No code of the file runs.
 
-    Raises ValueError, with a message of one line, for anything else. In ComfyUI a file outside the folders of tables, a
-    missing file and a folder have the same message; elsewhere all files without a table have the same.
+    Raises ValueError, with a message of one line, for anything else. In ComfyUI a file outside the folders of omega, a
+    missing file and a folder have the same message; elsewhere all files without an omega have the same.
+
+    >>> import tempfile, lgd_kernels as lgd
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lgd.omega.files.save(folder + "/omega.safetensors", Constant(0.5))
+    ...     load(folder + "/omega.safetensors").omega.item()
+    0.5
     """
-    from lgd_kernels import OmegaTable
-    from lgd_kernels.omega import files
-
-    file = _file(path)
+    file = found(path)
     try:
-        table = files.load(file, device=device)
+        with torch.inference_mode(False):
+            return files.load(file, device=device)  # type: ignore[return-value]  # it makes these kinds only
     except Exception:  # whatever is wrong with the file
-        table = None
-    if not isinstance(table, OmegaTable):
-        raise ValueError(_no_table(path)) from None
-    return table
+        raise ValueError(
+            f"LearnedGuidance: `path` is {str(path)!r}, which holds no omega; python -m lgd_kernels learn and "
+            "lgd_kernels.omega.files.save(path, omega, schedule) write files that do"
+        ) from None
 
 
 class CFGFunction:
@@ -60,127 +68,196 @@ class CFGFunction:
     ComfyUI's cond and uncond are x - x0. Guidance is affine, so the result is x - (guided x0), in one pass. The
     sampler's cfg has no effect. Without a negative the result is cond.
     `lgd_kernels.integrations.k_diffusion.next_sigma` finds s in the run's sigmas, without a device sync.
+    `lgd_kernels.integrations.comfyui_times.times` makes times of the schedule of both. c is
 
-    Raises ValueError for a table with NaN or infinities. A call raises ValueError if the scale of the table's knots is
-    not that of the model's times, where the host can read them; the node checks the model itself.
+    * `condition` for a table and for a network with classes;
+    * the pooled embedding of the positive prompt, `pooled_output`, for a network on embeddings. If the positive has
+      several conditionings, omega is the mean of theirs, each weighted by its strength times its share of the picture
+      (of its area, its mask, or both) while its time range lasts.
+
+    Args:
+        omega: a table, a network or a formula of `lgd_kernels.omega`. A network is copied.
+        condition: the row of a table, or the class of a network.
+        strength: multiplies omega; 0 is the conditional prediction.
+        schedule: the schedule of omega's times, for an omega without one of its own.
+        sigmas: the run's `[N + 1]`, for programs that pass no sample_sigmas.
+
+    Raises TypeError or ValueError for anything else, also for NaN and infinities in omega. A call raises ValueError for
+    a flow's omega on another model, and the other way round; for a conditioning without a pooled embedding that the
+    network needs, or with one of another width; and for unknown sigmas where omega depends on s.
+
+    >>> function = CFGFunction(Constant(0.5), strength=2.0)
+    >>> function({"cond": torch.ones(1, 2), "uncond": torch.zeros(1, 2), "sigma": torch.ones(1)})
+    tensor([[2., 2.]])
     """
 
-    def __init__(self, table: OmegaTable, condition: int = 0, strength: float = 1.0, times: Times = "sigma") -> None:
-        if not all(isinstance(getattr(table, name, None), torch.Tensor) for name in NAMES):
+    def __init__(
+        self,
+        omega: Omega,
+        condition: int = 0,
+        strength: float = 1.0,
+        schedule: Schedule | None = None,
+        sigmas: Tensor | None = None,
+    ) -> None:
+        if not isinstance(omega, (OmegaTable, OmegaNetwork, *FORMS)):
             raise TypeError(
-                f"LearnedGuidance: `table` is a {type(table).__name__}, expected an OmegaTable; OmegaNetwork.bake and "
-                "load_table make one"
+                f"LearnedGuidance: `omega` is a {type(omega).__name__}, expected a table, a network or a formula of "
+                "lgd_kernels.omega; load(path) returns one"
             )
-        if times not in TIMES:
-            raise ValueError(f"LearnedGuidance: `times` is {times!r}, expected one of {', '.join(TIMES)}")
-        if isinstance(condition, bool) or not isinstance(condition, int) or not 0 <= condition < table.values.shape[0]:
+        rows = omega.values.shape[0] if isinstance(omega, OmegaTable) else getattr(omega, "classes", None) or 1
+        if isinstance(condition, bool) or not isinstance(condition, int) or not 0 <= condition < rows:
             raise ValueError(
-                f"LearnedGuidance: `condition` is {condition!r}, expected one of the table's: 0 to "
-                f"{table.values.shape[0] - 1}"
+                f"LearnedGuidance: `condition` is {condition!r}, expected one of omega's: 0 to {rows - 1}"
+                if rows > 1
+                else f"LearnedGuidance: `condition` is {condition!r}, expected 0: this omega has no labels to choose"
             )
-        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
             raise ValueError(f"LearnedGuidance: `strength` is {strength!r}, expected a finite number")
-        _check_finite(table)
-        self.table, self.condition, self.strength, self.times = table, condition, strength, times
-        self.last = float(table.t_knots[-1]) if len(table.t_knots) > 1 else None  # a single knot fits any scale
-
-    def __call__(self, args: dict[str, Any]) -> torch.Tensor:
-        """Return x - (guided x0) for the arguments of ComfyUI's function."""
-        from lgd_kernels import OmegaTable, guided_score
-        from lgd_kernels.integrations.k_diffusion import next_sigma
-
-        cond, uncond, sigma = args["cond"], args["uncond"], args["sigma"].reshape(-1)
-        run = args.get("model_options", {}).get("transformer_options", {}).get("sample_sigmas")
-        if run is None:
+        known = getattr(omega, "schedule", None) or schedule
+        if known is None and not isinstance(omega, Constant):
             raise ValueError(
-                "LearnedGuidance: this ComfyUI passes no sample_sigmas; update it to one of late 2024 or newer"
+                "LearnedGuidance: `schedule` is missing, and omega has none of its own; pass the schedule whose times "
+                "omega takes, such as lgd_kernels.EDM() for sigmas"
             )
-        sampling = getattr(args.get("model"), "model_sampling", None)
-        self._check_scale(sampling, run)
-        t, s = sigma.float(), next_sigma(run, sigma).float()
-        if self.times == "timestep":  # of the model's training table; the data is -1
-            timestep = args["model"].model_sampling.timestep
-            t, s = timestep(t).float(), torch.where(s > 0, timestep(s.clamp(min=1e-10)).float(), -1.0)
-        if self.table.values.device != cond.device:
-            self.table = OmegaTable(*(getattr(self.table, name).to(cond.device) for name in NAMES))
-        c = torch.full((cond.shape[0],), self.condition, device=cond.device)
-        omega = self.strength * self.table(c, *(time.to(self.table.s_knots).expand(c.shape) for time in (s, t)))
+        if isinstance(omega, nn.Module):
+            with torch.inference_mode(False):  # ComfyUI runs nodes in it; such tensors cannot be moved outside it
+                omega = copy.deepcopy(omega).requires_grad_(False)
+        for name, tensor in _tensors(omega).items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"LearnedGuidance: omega's `{name}` holds NaN or infinities, expected finite numbers")
+        self.omega, self.condition, self.strength, self.sigmas = omega, condition, strength, sigmas
+        self.schedule: Schedule | None = known
+        self.width = omega.embedding if isinstance(omega, OmegaNetwork) else None
+        self.labelled = isinstance(omega, OmegaTable) or getattr(omega, "classes", None) is not None
+        flat = isinstance(omega, OmegaTable) and omega.values.shape[1] == 1
+        self.takes_s = not flat and not isinstance(omega, FORMS)
+
+    @torch.no_grad()
+    def __call__(self, args: dict[str, Any]) -> Tensor:
+        """Return x - (guided x0) for the arguments of ComfyUI's function."""
+        cond, uncond, sigma = args["cond"], args["uncond"], args["sigma"].reshape(-1)
+        batch, device = cond.shape[0], cond.device
+        if next(iter(_tensors(self.omega).values())).device != device:
+            with torch.inference_mode(False):
+                self.omega = self.omega.to(device)
+        s, t = (time.to(device).expand(batch) for time in self._times(args, sigma))
+        if self.width is not None:
+            omega = self._by_prompt(args, s, t)
+        else:
+            c = torch.full((batch,), self.condition, device=device) if self.labelled else None
+            omega = self.omega(c, s, t)
+        omega = self.strength * omega
         evaluated = _evaluated(args)
         if evaluated is not None:
             omega = torch.where(evaluated, omega, torch.zeros_like(omega))
         return guided_score(cond, uncond, omega)
 
     def check_model(self, sampling: Any) -> None:
-        """Raise ValueError if the scale of the table's knots is not that of the times of a ComfyUI model_sampling."""
-        top = getattr(sampling, "sigma_max", None)
-        if top is None or self.last is None:
+        """Raise ValueError if omega's times cannot be those of a model with this model_sampling: a flow's schedule on
+        another model, or knots of a table that end far from the model's largest time."""
+        if self.schedule is None:
             return
-        sigma = torch.as_tensor(top, dtype=torch.float32, device=getattr(top, "device", "cpu"))
-        reach = {"sigma": float(sigma)}
-        if hasattr(sampling, "timestep"):
-            reach["timestep"] = float(sampling.timestep(sigma))
-        fits = [name for name in reach if reach[name] / SCALE <= self.last <= reach[name] * SCALE]
-        if self.times in reach and self.times not in fits:
-            hints = [name for name in fits if name == "sigma" or reach[name] > 100]  # not EDM's log(sigma) / 4
-            self._refuse(f"this model's {self.times}s reach {reach[self.times]:g}", *hints)
-
-    def _check_scale(self, sampling: Any, run: torch.Tensor) -> None:
-        """Check the scale where the host can read it without a device sync. A run may begin below the model's largest
-        sigma."""
+        check_family(self.schedule, sampling)
         top = getattr(sampling, "sigma_max", None)
-        if top is not None and getattr(top, "device", torch.device("cpu")).type == "cpu":
-            self.check_model(sampling)
-        elif self.last is not None and self.times == "sigma" and run.device.type == "cpu":
-            if float(run.max()) > self.last * SCALE:
-                self._refuse(f"this run's sigmas reach {float(run.max()):g}")
+        if top is None or not isinstance(self.omega, OmegaTable) or len(self.omega.t_knots) == 1:
+            return
+        reach = float(times(self.schedule, torch.as_tensor(top).detach().float().reshape(1), sampling))
+        last = float(self.omega.t_knots[-1])
+        if not reach / SCALE <= last <= reach * SCALE:
+            raise ValueError(
+                f"LearnedGuidance: the table's t_knots end at {last:g}, but this model's times reach {reach:g}, "
+                f"counted as {type(self.schedule).__name__} counts; make a table whose knots are times of this model, "
+                "and save it with their schedule"
+            )
 
-    def _refuse(self, said: str, *fits: str) -> None:
-        """Raise ValueError for knots of another scale; `fits` are the settings of times that fit."""
-        hint = f"set times to {fits[0]!r}, which fits" if fits else "make a table whose knots are times of this model"
-        raise ValueError(f"LearnedGuidance: the table's t_knots end at {self.last:g}, but {said}; {hint}")
+    def _times(self, args: dict[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and t `[B]`, times of the schedule, for the sigma of the call."""
+        sampling = getattr(args.get("model"), "model_sampling", None)
+        if self.schedule is not None:
+            check_family(self.schedule, sampling)
+        run = args.get("model_options", {}).get("transformer_options", {}).get("sample_sigmas")
+        run = self.sigmas if run is None else run
+        if run is None and self.takes_s:
+            raise ValueError(
+                "LearnedGuidance: this omega depends on s, where the step goes, and nothing says so: the program "
+                "passes no sample_sigmas; update ComfyUI to one of late 2024 or newer, or pass the run's sigmas, "
+                "CFGFunction(..., sigmas=sigmas)"
+            )
+        s, t = sigma if run is None else next_sigma(run, sigma).to(sigma.device), sigma
+        s, t = s.float(), t.float()
+        if self.schedule is not None:
+            s, t = (times(self.schedule, one, sampling) for one in (s, t))
+        s = torch.minimum(s, t)
+        if isinstance(self.omega, OmegaTable):
+            s, t = (one.to(self.omega.s_knots.dtype) for one in (s, t))
+        return s, t
+
+    def _by_prompt(self, args: dict[str, Any], s: Tensor, t: Tensor) -> Tensor:
+        """Compute omega `[B]` for the pooled embeddings of the positive's conditionings."""
+        entries = args.get("input_cond")
+        if not entries:
+            raise ValueError(
+                "LearnedGuidance: this omega takes the prompt's pooled embedding, and the program passes no "
+                "input_cond; update ComfyUI, or bake a table of the prompts' omegas (OmegaNetwork.bake)"
+            )
+        negatives = {one.get("uuid") for one in args.get("input_uncond") or ()} - {None}
+        # ComfyUI copies an area that only the negative has to the positive, with the negative's embedding
+        entries = [one for one in entries if one.get("uuid") not in negatives] or entries
+        batch, device = len(t), t.device
+        c = torch.cat([_rows(self._pooled(one), batch).to(device) for one in entries])
+        omega = self.omega(c, s.repeat(len(entries)), t.repeat(len(entries))).view(len(entries), batch)
+        if len(entries) == 1:
+            return omega[0]
+        weights = torch.stack([_weight(one, args, batch, device) for one in entries])
+        return (weights * omega).sum(0) / weights.sum(0).clamp(min=1e-30)
+
+    def _pooled(self, entry: dict[str, Any]) -> Tensor:
+        """Return the pooled embedding of a conditioning `[k, E]`, or raise ValueError."""
+        pooled = entry.get("pooled_output")
+        hint = "take the text encoders that omega was learned with, or an omega for labels, or for none"
+        if not isinstance(pooled, Tensor):
+            raise ValueError(
+                "LearnedGuidance: a conditioning of the positive prompt has no pooled_output, but omega is a network "
+                f"on pooled embeddings [B, {self.width}]; this model's text encoders return none; {hint}"
+            )
+        if pooled.ndim != 2 or pooled.shape[1] != self.width:
+            raise ValueError(
+                f"LearnedGuidance: the pooled_output of the positive prompt is {list(pooled.shape)}, but omega is a "
+                f"network on pooled embeddings [B, {self.width}]; {hint}"
+            )
+        return pooled.float()
 
 
-class LearnedGuidance:
-    """Set a `CFGFunction` on a model: the node."""
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Return the inputs of the node."""
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "path": ("STRING", {"default": "omega.safetensors", "tooltip": f"a file in models/{FOLDER}"}),
-                "condition": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
-                "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}),
-                "times": (list(TIMES),),
-            }
-        }
-
-    @classmethod
-    def IS_CHANGED(cls, path: str = "", **_: Any) -> float:
-        """Return a number that changes when the table's file does."""
-        try:
-            return os.path.getmtime(_file(path))
-        except (OSError, ValueError):
-            return math.nan  # so that the node runs and reports the error
-
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "patch"
-    CATEGORY = "sampling/guidance"
-
-    def patch(
-        self, model: Any, path: str, condition: int = 0, strength: float = 1.0, times: Times = "sigma"
-    ) -> tuple[Any]:
-        """Return a clone of the model with learned guidance."""
-        guided = model.clone()
-        function = CFGFunction(load_table(path), condition, strength, times)
-        if hasattr(model, "get_model_object"):
-            function.check_model(model.get_model_object("model_sampling"))
-        guided.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
-        return (guided,)
+def _tensors(omega: Omega) -> dict[str, Tensor]:
+    """Return the tensors of omega by name."""
+    if isinstance(omega, nn.Module):
+        return omega.state_dict()
+    return {name: getattr(omega, name) for name in files.TABLE}
 
 
-def _evaluated(args: dict[str, Any]) -> torch.Tensor | None:
+def _rows(tensor: Tensor, batch: int) -> Tensor:
+    """Return rows 0, 1, ... of a tensor, over and over, one for each sample: what ComfyUI does with conditionings."""
+    return tensor.repeat(-(-batch // len(tensor)), *[1] * (tensor.ndim - 1))[:batch]
+
+
+def _weight(entry: dict[str, Any], args: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+    """Return the weight `[B]` of a conditioning: strength times its share of the picture, 0 outside its time range."""
+    weight = torch.full((batch,), max(float(entry.get("strength", 1.0)), 0.0), device=device)
+    sigma = args["sigma"].reshape(-1)[0]
+    for name, sign in (("timestep_start", 1), ("timestep_end", -1)):
+        if name in entry:
+            weight = weight * (sign * (entry[name] - sigma) >= 0)
+    if "area" in entry:
+        sizes = entry["area"][: len(entry["area"]) // 2]
+        whole = args["cond"].shape[-len(sizes) :]
+        weight = weight * min(1.0, math.prod(sizes) / math.prod(whole))
+    if "mask" in entry:
+        share = entry["mask"].to(device).float().flatten(1).mean(1) * float(entry.get("mask_strength", 1.0))
+        weight = weight * _rows(share, batch)
+    return weight
+
+
+def _evaluated(args: dict[str, Any]) -> Tensor | None:
     """Return whether a negative was evaluated in this call; None if one certainly was.
 
     uncond_denoised is allocated as zeros. It stays zero without a negative (input_uncond is None, or an older ComfyUI
@@ -195,44 +272,3 @@ def _evaluated(args: dict[str, Any]) -> torch.Tensor | None:
     if uncond is None:
         return torch.zeros((), dtype=torch.bool, device=args["cond"].device) if "input_uncond" in args else None
     return (uncond != 0).any()
-
-
-def _file(path: str | os.PathLike[str]) -> str:
-    """Return the path of a table's file. In ComfyUI, look only in the folders of tables."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"LearnedGuidance: `path` is a {type(path).__name__}, expected the name of a file")
-    try:
-        import folder_paths  # type: ignore[import-not-found]  # of ComfyUI
-    except ImportError:
-        if os.path.isfile(path):
-            return os.fspath(path)
-        raise ValueError(_no_table(path)) from None
-    named = getattr(folder_paths, "folder_names_and_paths", {}).get(FOLDER, ((),))[0]
-    for folder in (os.path.join(folder_paths.models_dir, FOLDER), *named):
-        folder = os.path.abspath(folder)
-        file = os.path.abspath(os.path.join(folder, path))
-        if file.startswith(os.path.join(folder, "")) and os.path.isfile(file):
-            return file
-    raise ValueError(
-        f"LearnedGuidance: `path` is {str(path)!r}, expected the name of a file in ComfyUI's models/{FOLDER}, or in a "
-        f"folder that extra_model_paths.yaml names under {FOLDER}"
-    )
-
-
-def _no_table(path: str | os.PathLike[str]) -> str:
-    """Return the error message for a file without a table."""
-    return (
-        f"LearnedGuidance: `path` is {str(path)!r}, which holds no omega table; "
-        "OmegaTable.save(path, schedule) writes one, also that of a network's bake()"
-    )
-
-
-def _check_finite(table: OmegaTable) -> None:
-    """Raise ValueError for a table with NaN or infinities."""
-    for name in NAMES:
-        if not bool(getattr(table, name).isfinite().all()):
-            raise ValueError(f"LearnedGuidance: the table's `{name}` holds NaN or infinities, expected finite numbers")
-
-
-NODE_CLASS_MAPPINGS = {"LGDLearnedGuidance": LearnedGuidance}
-NODE_DISPLAY_NAME_MAPPINGS = {"LGDLearnedGuidance": "Learned guidance (omega table)"}
