@@ -15,6 +15,7 @@ INSIDE = {"api", "kernels", "bandwidth", "targets", "curve"}  # of an op: the mo
 ABOVE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 GUIDES = {
     "Learn guidance": "learning.md",
+    "Learn for a pipeline": "pipelines.md",
     "Where omega comes from": "omega.md",
     "Every function": "functions.md",
     "Guidance rules and solvers": "rules.md",
@@ -32,9 +33,9 @@ REFERENCE = {  # a group of the navigation: ops, and modules of the package
     "Sums and combinations": "moments combine dynamic_threshold",
     "omega": "omega.table omega.network omega.forms omega.files",
     "Learn": "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward learn.fit "
-    "learn.runs learn.trainer learn.batches learn.logs learn.distributed",
-    "Other libraries": "integrations.diffusers integrations.diffusers_scheduler integrations.k_diffusion "
-    "integrations.comfyui integrations.comfyui_times",
+    "learn.runs learn.diffusers learn.clip learn.trainer learn.batches learn.logs learn.distributed",
+    "Other libraries": "integrations.diffusers integrations.diffusers_scale integrations.diffusers_scheduler "
+    "integrations.k_diffusion integrations.comfyui integrations.comfyui_times",
     "Noise, implementations": "runtime.philox runtime.impls runtime.progress",
 }
 INTERNALS = {

@@ -9,7 +9,7 @@ import torch
 from test_learn_command import learn, place, refused  # noqa: F401
 
 import lgd_kernels as lgd
-from lgd_kernels.learn import Frozen, command, command_samples, runs, sources
+from lgd_kernels.learn import Frozen, command_options, command_samples, runs, sources
 from lgd_kernels.metrics import energy_distance
 from lgd_kernels.omega.files import load
 
@@ -182,7 +182,7 @@ def found(learned, others, half=0.01, shared=0.9):
     return command_samples.judged(runs.Compared(names, (0,), (9,), 8, (distances,), distances, (), 1), "network")
 
 
-OUT = command.parse(["--data", "d", "--model", "m", "--out", "runs/omega"])
+OUT = command_options.parse(["--data", "d", "--model", "m", "--out", "runs/omega"])
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,11 @@ def test_the_table_shows_the_classes_that_gain_least():
 def test_delta_follows_the_steps():
     assert [command_samples.delta(steps) for steps in (0, 1, 10, 20, 1000)] == [0.1, 0.1, 0.1, 0.05, 0.001]
     given = ["--data", "d", "--model", "m"]
-    assert command.parse(given).delta == 0.02 and command.parse([*given, "--sample-steps", "0"]).delta == 0.1
-    assert command.parse([*given, "--sample-steps", "200", "--delta", "0.3"]).delta == 0.3
+    assert (
+        command_options.parse(given).delta == 0.02
+        and command_options.parse([*given, "--sample-steps", "0"]).delta == 0.1
+    )
+    assert command_options.parse([*given, "--sample-steps", "200", "--delta", "0.3"]).delta == 0.3
 
 
 def test_the_command_ends_with_samples(capsys):

@@ -13,12 +13,14 @@ from lgd_kernels.learn.trainer import NotFinite, Trainer
 from lgd_kernels.runtime.first_use import lazily
 
 if TYPE_CHECKING:
+    from lgd_kernels.learn import clip as clip
+    from lgd_kernels.learn import diffusers as diffusers
     from lgd_kernels.learn import distributed as distributed
     from lgd_kernels.learn import fit as fit
     from lgd_kernels.learn import logs as logs
     from lgd_kernels.learn import runs as runs
 else:
-    __getattr__, __dir__ = lazily(__name__, "distributed", "fit", "logs", "runs")
+    __getattr__, __dir__ = lazily(__name__, "clip", "diffusers", "distributed", "fit", "logs", "runs")
 
 __all__ = [
     "Frozen",

@@ -26,6 +26,7 @@ from lgd_kernels.learn import (
 from lgd_kernels.learn import command_options as options
 from lgd_kernels.learn.batches import Batches, Settings
 from lgd_kernels.learn.data import Data, items_of, size_of
+from lgd_kernels.learn.diffusers import PipelineDenoiser
 from lgd_kernels.learn.distributed import process_group, rank_and_size
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.learn.logs import Csv, JsonLines
@@ -228,9 +229,12 @@ def _compare_readings(frozen: Frozen, data: Data, count: int, device: torch.devi
     best = readings.better(found, frozen.prediction)
     if best is not None:
         errors = f"{found[best].error:.3g} instead of {found[frozen.prediction].error:.3g}"
+        named, hint = "--prediction is", f"pass --prediction {best}"
+        if isinstance(frozen.denoiser, PipelineDenoiser):
+            named, hint = "the pipeline's scheduler says", "correct prediction_type in its scheduler_config.json"
         print(
-            f"learn: warning: --prediction is {frozen.prediction}, but read as {best} the model's output fits the data "
-            f"better (mean squared error of x0: {errors}); if the model returns {best}, pass --prediction {best}",
+            f"learn: warning: {named} {frozen.prediction}, but read as {best} the model's output fits the data better "
+            f"(mean squared error of x0: {errors}); if the model returns {best}, {hint}",
             file=sys.stderr,
         )
 

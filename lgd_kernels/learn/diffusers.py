@@ -157,10 +157,13 @@ def frozen_of(pipe: Any, *, chunk: int = 32, negative_prompt: str | None = None,
     Raises ValueError for another kind of pipeline, for a network that embeds guidance_scale in place of an
     unconditional prediction, and for a scheduler whose network takes other times.
 
-    >>> from lgd_kernels.learn import diffusers as pipelines
-    >>> pipelines.frozen_of("a pipeline")
-    Traceback (most recent call last):
-    ValueError: frozen_of: `pipe` is a str, whose network is none of UNet2DConditionModel, ...
+    >>> import diffusers
+    >>> small = {"num_attention_heads": 1, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4}
+    >>> transformer = diffusers.DiTTransformer2DModel(**small, in_channels=4, patch_size=2, num_embeds_ada_norm=10)
+    >>> pipe = diffusers.DiTPipeline(transformer.eval(), diffusers.AutoencoderKL().eval(), diffusers.DDIMScheduler())
+    >>> frozen = frozen_of(pipe)
+    >>> frozen.schedule, frozen.prediction, frozen.null
+    (Discrete(1000 steps, alphas_cumprod 0.9999 to 4.03583e-05, float32), 'eps', 10)
     """
     denoiser = PipelineDenoiser(pipe, chunk, guidance)
     config = denoiser.network.config
