@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import pipelines  # noqa: E402
 from pipelines import STABLE  # noqa: E402
 
-from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedScale  # noqa: E402
+from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance, LearnedScale  # noqa: E402
 from lgd_kernels.integrations.diffusers_plans import times_of  # noqa: E402
 from lgd_kernels.integrations.diffusers_scale import APART, FROM_COND  # noqa: E402
 
@@ -351,3 +351,22 @@ def test_a_scheduler_that_does_not_sample_is_found():
         counted * torch.ones(1, 1)
     with pytest.raises(ValueError, match="lookup 3 in a run of 2 steps.*more than once in a step"):
         counted * torch.ones(1, 1)
+
+
+def test_an_omega_of_other_times_is_refused():
+    knots = torch.linspace(0, 1, 3)
+    table = lgd.OmegaTable(torch.ones(1, 3, 3), knots, knots, schedule=lgd.RectifiedFlow())
+    assert torch.equal(LearnedScale(table, flow()) * torch.ones(1, 1), torch.tensor([[2.0]]))
+    indices = diffusers.DDIMScheduler()
+    indices.set_timesteps(4)
+    with pytest.raises(
+        ValueError, match="LearnedScale: omega was learned with times of RectifiedFlow, but this DDIM.*indices"
+    ):
+        LearnedScale(table, indices) * torch.ones(1, 1)
+    guider = LearnedGuidance(table, scheduler=indices)
+    guider.set_state(0, 4, indices.timesteps[0])
+    with pytest.raises(ValueError, match="LearnedGuidance: omega was learned with times of RectifiedFlow"):
+        guider.forward(torch.ones(1, 1), torch.zeros(1, 1))
+    sigmas = lgd.OmegaTable(torch.ones(1, 3, 3), knots, knots, schedule=lgd.EDM())
+    with pytest.raises(ValueError, match=r"times of EDM, but this FlowMatch.* has t in \[0, 1\]"):
+        LearnedScale(sigmas, flow()) * torch.ones(1, 1)

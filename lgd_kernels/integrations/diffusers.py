@@ -20,8 +20,7 @@ from torch import Tensor
 import lgd_kernels as lgd
 from lgd_kernels.guidance import rules
 from lgd_kernels.guidance.rules import Rule
-from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, ordinary, repeated
-from lgd_kernels.integrations.diffusers_plans import times_of
+from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, ordinary, repeated, times_for
 from lgd_kernels.integrations.diffusers_scale import LearnedScale
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
 from lgd_kernels.runtime.impls import Impl
@@ -229,7 +228,8 @@ class LearnedGuidance(BaseGuidance):
         run = self._run
         if run is None:
             with ordinary():
-                times = (self.times or times_of)(self.scheduler)
+                own = self.times
+                times = own(self.scheduler) if own else times_for("LearnedGuidance", self.scheduler, self.omega)
                 self._run = run = times.clone() if times.is_inference() else times
         return run
 

@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels.sampling.schedules import Discrete
+from lgd_kernels.integrations.diffusers_plans import is_flow, times_of
+from lgd_kernels.sampling.schedules import Discrete, RectifiedFlow
+
+
+def times_for(where: str, scheduler: Any, omega: Any) -> Tensor:
+    """Return the times of a run, `[N + 1]`, as `times_of` does. Raise ValueError for an omega of other times."""
+    schedule, flow = getattr(omega, "schedule", None), is_flow(scheduler)
+    if schedule is not None and not isinstance(schedule, RectifiedFlow if flow else Discrete):
+        takes = "t in [0, 1] of flow matching" if flow else "indices of its training table, those of Discrete"
+        raise ValueError(
+            f"{where}: omega was learned with times of {type(schedule).__name__}, but this {type(scheduler).__name__} "
+            f"has {takes}; learn omega for this model, or pass a function of (c, s, t) that converts the times"
+        )
+    return times_of(scheduler)
 
 
 class Condition(NamedTuple):

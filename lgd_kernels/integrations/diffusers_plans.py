@@ -166,9 +166,14 @@ def times_of(scheduler: Any) -> Tensor:
     training table, and then -1, the data, as in `Discrete`; for flow matching timesteps / num_train_timesteps, t in
     [0, 1] of `RectifiedFlow`, and then 0.
     """
-    times, config = scheduler.timesteps.float(), scheduler.config
-    flow = any("FlowMatch" in kind.__name__ for kind in type(getattr(scheduler, "inner", scheduler)).__mro__)
-    flow = flow or config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
+    times, flow = scheduler.timesteps.float(), is_flow(scheduler)
     if flow:
-        times = times / config["num_train_timesteps"]
+        times = times / scheduler.config["num_train_timesteps"]
     return torch.cat((times, times.new_full((1,), 0.0 if flow else -1.0)))
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler samples a flow-matching model."""
+    config = scheduler.config
+    flow = any("FlowMatch" in kind.__name__ for kind in type(getattr(scheduler, "inner", scheduler)).__mro__)
+    return bool(flow or config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction")

@@ -13,8 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega
-from lgd_kernels.integrations.diffusers_plans import times_of
+from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, times_for
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
 
 if TYPE_CHECKING:
@@ -263,7 +262,7 @@ class _Run:
 
     def _times(self) -> Tensor:
         if self.times is None:
-            self.times = times_of(self.scheduler)
+            self.times = times_for("LearnedScale", self.scheduler, self.omega)
         return self.times
 
     def _place(self, scheduler: Any) -> int | Tensor:
