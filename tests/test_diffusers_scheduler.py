@@ -280,10 +280,18 @@ class Halved(diffusers.DDIMScheduler):
     "scheduler, said",
     [
         (lambda: diffusers.DDIMScheduler(), "clip_sample=True"),
-        (lambda: diffusers.DPMSolverMultistepScheduler(solver_order=3), "solver_order=3"),
-        (lambda: diffusers.DPMSolverMultistepScheduler(solver_type="heun"), "solver_type='heun'"),
+        (lambda: diffusers.LCMScheduler(thresholding=True), "LCMScheduler has thresholding=True"),
+        (lambda: diffusers.PNDMScheduler(), "PNDMScheduler has skip_prk_steps=False"),
+        (lambda: diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range"), "variance_type='learned_r"),
+        (lambda: diffusers.DPMSolverSinglestepScheduler(algorithm_type="sde-dpmsolver++"), "algorithm_type='sde-dpms"),
+        (lambda: diffusers.UniPCMultistepScheduler(solver_order=3), "solver_order=3, expected \\(1, 2\\)"),
+        (
+            lambda: diffusers.UniPCMultistepScheduler(disable_corrector=[0]),
+            "disable_corrector=\\[0\\], expected \\[\\]",
+        ),
+        (lambda: diffusers.UniPCMultistepScheduler(predict_x0=False), "predict_x0=False, expected True"),
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
-        (lambda: diffusers.UniPCMultistepScheduler(), "UniPCMultistepScheduler, expected one of"),
+        (lambda: diffusers.KDPM2DiscreteScheduler(), "KDPM2DiscreteScheduler, expected one of"),
         (
             lambda: diffusers.EulerDiscreteScheduler(prediction_type="flow_prediction"),
             "prediction_type='flow_prediction'",
