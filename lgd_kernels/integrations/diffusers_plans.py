@@ -50,18 +50,18 @@ LINEAR: dict[str, dict[str, Any]] = {  # settings of a step that is linear, with
     DPM: {
         "thresholding": False,
         "variance_type": None,
-        "solver_order": (1, 2, 3),
+        "solver_order": (2, 1, 3),
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     },
     SINGLE: {"thresholding": False, "variance_type": None, "algorithm_type": "dpmsolver++"},
     UNIPC: {
         "thresholding": False,
         "predict_x0": True,
-        "solver_order": (1, 2),
+        "solver_order": (2, 1),
         "disable_corrector": [],
         "solver_p": None,
     },
-    DEIS: {"thresholding": False, "solver_order": (1, 2, 3)},
+    DEIS: {"thresholding": False, "solver_order": (2, 1, 3)},
 }
 KINDS = tuple(LINEAR)
 STEP = (  # a subclass with the same step does not override these
@@ -132,10 +132,11 @@ def check(scheduler: Any) -> str:
             )
     _prediction(kind, config)
     for name, value in LINEAR[kind].items():
-        if config[name] not in (value if isinstance(value, tuple) else (value,)):
+        values = value if isinstance(value, tuple) else (value,)
+        if config[name] not in values:
             raise ValueError(
-                f"FusedScheduler: {kind} has {name}={config[name]!r}, expected {value!r}: "
-                f"{kind}.from_config(scheduler.config, {name}=...)"
+                f"FusedScheduler: {kind} has {name}={config[name]!r}, expected {' or '.join(map(repr, values))}: "
+                f"{kind}.from_config(scheduler.config, {name}={values[0]!r})"
             )
     return kind
 

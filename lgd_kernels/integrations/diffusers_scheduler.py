@@ -93,6 +93,27 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
     @property
+    def _internal_dict(self) -> Any:
+        """Return the configuration. Pipelines replace it in place, to mend old settings."""
+        if "_settings" not in self.__dict__:
+            raise AttributeError("_internal_dict")  # not yet registered
+        return self.__dict__["_settings"]
+
+    @_internal_dict.setter
+    def _internal_dict(self, settings: dict[str, Any]) -> None:
+        ours = self.__dict__.setdefault("_settings", settings)
+        changed = {name: one for name, one in settings.items() if name in self.inner.config and one != ours[name]}
+        if changed:
+            before = self.inner._internal_dict
+            self.inner.register_to_config(**changed)
+            try:
+                plans.check(self.inner)
+            except ValueError:
+                self.inner._internal_dict = before
+                raise
+        self.__dict__["_settings"] = settings
+
+    @property
     def compatibles(self) -> list[type]:
         """Return the classes of schedulers that may replace the scheduler."""
         return self.inner.compatibles
@@ -154,7 +175,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
             raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} made no timesteps, expected 1 or more")
         self._plan(plans.ETAS.get(self.kind, 0.0))
         if self.kind in plans.SCALED:
-            self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1).float()
+            self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return the input of the network: the sample, for Euler, Heun and LMS divided by sqrt(1 + sigma^2)."""
@@ -166,8 +187,9 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
             )
         place = self._place(timestep, sample)
         index = torch.tensor([place], device="cpu") if isinstance(place, int) else place
-        if self._scales.device != sample.device:
-            self._scales = self._scales.to(sample.device)
+        wide = arithmetic_dtype(sample)
+        if self._scales.device != sample.device or self._scales.dtype != wide:
+            self._scales = self._scales.to(sample.device, wide)
         scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)
         return sample * scale.view(-1, *(1,) * (sample.ndim - 1))
 
@@ -203,6 +225,11 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
             raise ValueError("FusedScheduler.step: no run is set up; call set_timesteps(steps, device=...) first")
         index, own = self._place(timestep, sample), plans.ETAS.get(self.kind)
         eta = 0.0 if own is None else own if eta is None else float(eta)
+        if self.order == 2 and self._kept is None and isinstance(index, int) and index % 2:
+            raise ValueError(
+                f"FusedScheduler: call {index} is the second of a step of {self.kind}, expected a run that begins with "
+                f"a first call; set_timesteps(n), then set_begin_index({index - 1})"
+            )
         plan = self._on(eta, sample)
         drawn = self._noise(eta, index, sample, model_output, generator, variance_noise)
         moved, self._kept = plan.step(
