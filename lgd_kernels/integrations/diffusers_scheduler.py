@@ -61,13 +61,14 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
     _listed: list[float]  # the timesteps of the run
     _times: Tensor | None  # the same, on the device of the samples
     _scales: Tensor | None  # of the input of the network
+    _scaled: list[float]  # the same numbers
     _made: dict[tuple[Any, ...], StepPlan]
     _draws: dict[float, list[bool]]  # by eta: whether each step draws noise
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         inner: Any = scheduler.inner if isinstance(scheduler, FusedScheduler) else scheduler  # a cell that is run twice
         self.inner, self.kind = inner, plans.check(inner)
-        self.order, self._warm = inner.order, plans.warm(inner)
+        self.order, self._warm, self._eta = inner.order, plans.warm(inner), plans.ETAS.get(self.kind)
         self.seed: int | Tensor | None = None
         self._reset()
         known = {name: value for name, value in inner.config.items() if not name.startswith("_")}
@@ -173,9 +174,10 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         self._listed = self.inner.timesteps.tolist()
         if not self._listed:
             raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} made no timesteps, expected 1 or more")
-        self._plan(plans.ETAS.get(self.kind, 0.0))
+        self._plan(self._eta or 0.0)
         if self.kind in plans.SCALED:
             self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1)
+            self._scaled = self._scales.tolist()
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return the input of the network: the sample, for Euler, Heun and LMS divided by sqrt(1 + sigma^2)."""
@@ -186,11 +188,12 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
                 "FusedScheduler.scale_model_input: no run is set up; call set_timesteps(steps, device=...) first"
             )
         place = self._place(timestep, sample)
-        index = torch.tensor([place], device="cpu") if isinstance(place, int) else place
+        if isinstance(place, int):
+            return sample * self._scaled[place]
         wide = arithmetic_dtype(sample)
         if self._scales.device != sample.device or self._scales.dtype != wide:
             self._scales = self._scales.to(sample.device, wide)
-        scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)
+        scale = self._scales.index_select(0, place.reshape(-1)).to(sample.dtype)
         return sample * scale.view(-1, *(1,) * (sample.ndim - 1))
 
     def step(
@@ -223,7 +226,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         """
         if not self._made:
             raise ValueError("FusedScheduler.step: no run is set up; call set_timesteps(steps, device=...) first")
-        index, own = self._place(timestep, sample), plans.ETAS.get(self.kind)
+        index, own = self._place(timestep, sample), self._eta
         eta = 0.0 if own is None else own if eta is None else float(eta)
         if self.order == 2 and self._kept is None and isinstance(index, int) and index % 2:
             raise ValueError(
@@ -270,8 +273,13 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
     def _place(self, timestep: float | Tensor, sample: Tensor) -> int | Tensor:
         """Return the step of a timestep: an int if the host can know it, else 0-dim on the device of the sample; `[B]`
         for timesteps `[B]`."""
-        many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
         place = self.begin_index if self._index is None else self._index
+        if type(place) is int and sample.is_cpu and not torch.compiler.is_compiling():  # most calls end here
+            plain = timestep.ndim == 0 and timestep.is_cpu if isinstance(timestep, Tensor) else True
+            if plain and place < len(self._listed) and self._listed[place] == float(timestep):
+                self._index = place
+                return place
+        many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
         if many or place is None:
             found = self._found(timestep, sample, many)
             return int(found) if not many and readable(found) else found
