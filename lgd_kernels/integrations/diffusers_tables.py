@@ -54,14 +54,6 @@ def before(values: Tensor, back: int) -> Tensor:
     return torch.cat((values[:1].expand(back), values))[: len(values)]
 
 
-def exact(nodes: Tensor, moments: Tensor) -> Tensor:
-    """Return weights `[N, k]` for values at nodes `[N, k]`, exact for polynomials of degree below k, whose integrals
-    `moments [N, k]` holds: the integrals of Lagrange's basis. NaN where nodes are equal."""
-    powers = torch.arange(nodes.shape[1], device="cpu")
-    found, problem = torch.linalg.solve_ex(nodes.unsqueeze(1) ** powers[:, None], moments)
-    return torch.where(problem[:, None] == 0, found, torch.nan)
-
-
 def nodes_before(at: Tensor, order: int) -> Tensor:
     """Return `[N, k]` where the last k values were, relative to the last one; different also where a run begins."""
     steps, spread = len(at) - 1, torch.arange(order, device="cpu")
@@ -143,14 +135,12 @@ def deis(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction: Predict
     at = torch.log(noise) - torch.log(signal)
     length = at.diff()
     scale = torch.where(length == 0, 1.0, length)
-    moments = [torch.expm1(length)]  # of e^u (u / length)^p from 0 to the length
-    for p in (1, 2):
-        moments.append(torch.exp(length) * (length != 0) - p * moments[-1] / scale)
+    moments = tables.growing(length, most)
     ahead = (levels.signal_s * noise[:-1] / signal[:-1])[:, None]
     weights = []
     for k in range(1, most + 1):
         nodes = nodes_before(at, k) / scale[:, None]
-        weights.append(ahead * exact(nodes, torch.stack(moments[:k], 1)))
+        weights.append(ahead * tables.exact(nodes, moments[:, :k]))
     order = warm_up(steps, since, most)
     if config["lower_order_final"] and steps < 15:
         order[-2:] = order[-2:].clamp(max=2)
@@ -171,7 +161,7 @@ def lms(sigmas: Tensor, prediction: Prediction, since: int) -> Tensor:
     for k in range(1, 5):
         nodes = nodes_before(sigmas, k) / length[:, None]
         moments = length[:, None] / torch.arange(1, k + 1, device="cpu")
-        weights.append(exact(nodes, moments) * (torch.arange(k, device="cpu") <= since))
+        weights.append(tables.exact(nodes, moments) * (torch.arange(k, device="cpu") <= since))
     return multistep(torch.ones_like(length), tables.slope(sigmas[:-1], prediction), weights, warm_up(steps, 4, 4))
 
 
