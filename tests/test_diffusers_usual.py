@@ -103,6 +103,18 @@ def test_timesteps_of_distilled_models(run, options):
     compare(run, (theirs, ours, step))
 
 
+def test_what_lcm_returns():
+    """Check the denoised sample, which the pipeline of LCM takes as its result."""
+    theirs, ours, _ = pair("lcm")
+    for t in theirs.timesteps[:2]:
+        expected, found = (one.step(noise(1), t, noise(0), **draws("lcm")) for one in (theirs, ours))
+        assert_close(found.denoised, expected.denoised)
+        assert_close(found.prev_sample, expected.prev_sample)
+    t, drawn = theirs.timesteps[2], draws("lcm")
+    _, denoised = ours.step(noise(1), t, noise(0), **drawn, return_dict=False)
+    assert_close(denoised, theirs.step(noise(1), t, noise(0), **draws("lcm")).denoised)
+
+
 def test_the_eta_of_each_scheduler():
     """Check the default: none is 0 in DDIM and 0.3 in TCD, where it is gamma."""
     for run, eta in (("ddim", 0.0), ("tcd", 0.3)):
@@ -172,11 +184,16 @@ def test_settings_that_a_pipeline_mends():
 
 
 @functools.cache
-def parts():
+def vae():
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=4).eval()
+    options = {"block_out_channels": (4,), "norm_num_groups": 4, "latent_channels": 4, "shift_factor": 0.0}
+    return diffusers.AutoencoderKL(**options).eval()
+
+
+@functools.cache
+def parts():
     names = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
-    return {"vae": vae, "unet": tiny.unet(), "requires_safety_checker": False} | dict.fromkeys(names)
+    return {"vae": vae(), "unet": tiny.unet(), "requires_safety_checker": False} | dict.fromkeys(names)
 
 
 def images(task, scheduler):
@@ -205,3 +222,43 @@ def test_pipelines(run, task):
     offset = {} if kind == "FlowMatchEulerDiscreteScheduler" else {"steps_offset": 1}
     make = functools.partial(getattr(diffusers, kind), **settings, **offset)
     assert_close(images(task, FusedScheduler(make())), images(task, make()))
+
+
+def sd3(scheduler):
+    names = [name + n for n in ("", "_2", "_3") for name in ("text_encoder", "tokenizer")]
+    model = {"transformer": tiny.transformer(), "vae": vae()} | dict.fromkeys(names)
+    inputs = {"pooled_prompt_embeds": noise(3, (1, 8)), "negative_pooled_prompt_embeds": noise(4, (1, 8))}
+    return diffusers.StableDiffusion3Pipeline(**model, scheduler=scheduler), inputs | {"height": 8, "width": 8}
+
+
+def wan(scheduler):
+    torch.manual_seed(0)
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1
+    ).eval()
+    frames = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    none = dict.fromkeys(("text_encoder", "tokenizer"))
+    pipe = diffusers.WanPipeline(transformer=transformer, vae=frames, scheduler=scheduler, **none)
+    return pipe, {"height": 16, "width": 16, "num_frames": 5}
+
+
+def lcm(scheduler):
+    model = parts() | {"unet": tiny.unet(time_cond_proj_dim=8)}
+    inputs = {"height": 8, "width": 8, "original_inference_steps": 50}
+    return diffusers.LatentConsistencyModelPipeline(**model, scheduler=scheduler), inputs
+
+
+@pytest.mark.parametrize("run, make", [("flow heun", sd3), ("unipc flow", wan), ("lcm", lcm)])
+def test_pipelines_of_other_models(run, make):
+    pytest.importorskip("transformers")
+    kind, settings, _ = RUNS[run]
+    found = []
+    for wrap in (FusedScheduler, lambda scheduler: scheduler):
+        pipe, inputs = make(wrap(getattr(diffusers, kind)(**settings)))
+        pipe.set_progress_bar_config(disable=True)
+        inputs["prompt_embeds"] = noise(1, (1, 5, 8))
+        if make is not lcm:
+            inputs["negative_prompt_embeds"] = noise(2, (1, 5, 8))
+        options = {"num_inference_steps": 6, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        found.append(pipe(**inputs, **options)[0])
+    assert_close(*found)

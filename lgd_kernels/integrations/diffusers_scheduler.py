@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -210,8 +211,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         omega: float | Tensor | OmegaLookup = 0.0,
         rule: Rule | None = None,
         impl: Impl | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """Return the next sample, in the dtype of `sample`.
+    ) -> SchedulerOutput | LCMSchedulerOutput | tuple[Any, ...]:
+        """Return the next sample, in the dtype of `sample`; of LCM also the denoised one.
 
         Args:
             model_output: the guided prediction; or, with `uncond`, the conditional prediction, guided in the same pass
@@ -235,12 +236,14 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
             )
         plan = self._on(eta, sample)
         drawn = self._noise(eta, index, sample, model_output, generator, variance_noise)
-        moved, self._kept = plan.step(
-            index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn
-        )
+        kept: Any
+        moved, kept = plan.step(index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn)
         self._since = min(self._since + 1, self._warm)
         if isinstance(index, int) or index.ndim == 0:
             self._index = index + 1
+        if self.kind == plans.LCM:  # its pipeline reads the denoised sample, which is no history
+            return LCMSchedulerOutput(prev_sample=moved, denoised=kept) if return_dict else (moved, kept)
+        self._kept = kept
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def _reset(self) -> None:

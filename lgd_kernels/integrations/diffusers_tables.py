@@ -211,15 +211,16 @@ def ddpm(scheduler: Any, table: Discrete, prediction: Prediction) -> Tensor:
 
 
 def lcm(scheduler: Any, table: Discrete, prediction: Prediction) -> Tensor:
-    """Make LCM's step, `signal_s (c_out x0 + c_skip x) + noise_s z`; the last one to the data. Source: arXiv
-    2310.04378."""
+    """Make LCM's step, `signal_s (c_out x0 + c_skip x) + noise_s z`, the last one to the data, and, as a second output,
+    what is in brackets. Source: arXiv 2310.04378."""
     t = scheduler.timesteps.cpu().long()
     levels = plan_checks.levels("LCM", table, t, next_index(t, int(t[-1])), prediction)
     skip, out = scheduler.get_scalings_for_boundary_condition_discrete(t.double())
     alpha, beta = x0_coefficients(levels, prediction)
     ends = torch.arange(len(t), device="cpu") == scheduler.num_inference_steps - 1
     signal, noise = torch.where(ends, 1.0, levels.signal_s), torch.where(ends, 0.0, levels.noise_s)
-    return tables.output(signal * (out * alpha + skip), signal * out * beta, z=noise)
+    x, g = out * alpha + skip, out * beta
+    return torch.cat((tables.output(signal * x, signal * g, z=noise), tables.output(x, g)), 1)
 
 
 def tcd(scheduler: Any, table: Discrete, prediction: Prediction, gamma: float) -> Tensor:
