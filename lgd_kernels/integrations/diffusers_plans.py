@@ -187,6 +187,8 @@ def plan_of(scheduler: Any, eta: float = 0.0, *, since: int = 4) -> StepPlan:
         schedule: Schedule = RectifiedFlow() if kind == FLOW else EDM()
         return solvers.one_step(schedule, sigmas, prediction=prediction, churn=float(kind == ANCESTRAL))
     plan_checks.times(kind, "sigmas", sigmas)
+    if kind not in (FLOW_HEUN, DPM) and bool((sigmas.diff()[:-1] == 0).any()):
+        raise ValueError("two sigmas of the run are equal, expected sigmas that fall")
     if kind == FLOW_HEUN:
         made = tables.flow_heun(sigmas)
     elif kind == LMS:

@@ -63,10 +63,15 @@ def nodes_before(at: Tensor, order: int) -> Tensor:
 
 
 def dpm_multistep(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction: Prediction, since: int) -> Tensor:
-    """Make DPM-Solver++ of order 1, 2 or 3, and its SDE. Source: Lu et al., arXiv 2211.01095.
+    """Make DPM-Solver++ of order 1, 2 or 3, and its SDE.
 
-    Of a cubic step's second difference diffusers takes half, so its global order is 2; in the SDE of order 3 the sign
-    of 1/2 is other than in the ODE's.
+        x_s = a x + b x0 + slope D1 + curve D2 + v z
+
+    a, b and v are those of the step of order 1. D1 and D2 are the first and second divided differences of x0 in units
+    of h. Midpoint has b / 2 for the slope in order 2. In order 3 diffusers takes half the curve of the exact integral,
+    so its runs converge with order 2; and in the SDE of order 3 the 1/2 in the curve has the other sign.
+
+    Source: Lu et al., arXiv 2211.01095.
     """
     config, levels = scheduler.config, schedule.levels(sigmas[:-1], sigmas[1:])
     steps, most, sde = len(sigmas) - 1, config["solver_order"], config["algorithm_type"] == "sde-dpmsolver++"
@@ -96,25 +101,28 @@ def dpm_multistep(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction
 
 
 def dpm_singlestep(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction: Prediction, since: int) -> Tensor:
-    """Make the calls of DPM-Solver++ singlestep, of order 1, 2 or 3. Source: Lu et al., arXiv 2211.01095.
+    """Make the calls of DPM-Solver++ singlestep, of order 1, 2 or 3.
 
-    A step of order k goes from the sample of k - 1 calls before, which is a combination of the present one and of the
-    x0 in between. The factor of the present sample is then that of a step of order 1, and only the weights differ.
+    A call of order k steps from the sample of k - 1 calls before. That sample is a combination of the present one and
+    of the x0 in between, so the call is `a x + sum_j w_j m_j` too, and a is the one of order 1: noise_s / noise_t.
+
+    Source: Lu et al., arXiv 2211.01095.
     """
     config, levels = scheduler.config, schedule.levels(sigmas[:-1], sigmas[1:])
     steps, most = len(sigmas) - 1, config["solver_order"]
     a, b, _ = step_coefficients(levels, "x0", 0.0)
-    heun, one = config["solver_type"] == "heun", _log_ratio(levels)
-    h, end = one + before(one, 1), levels.signal_s
+    heun, end = config["solver_type"] == "heun", levels.signal_s
+    part = _log_ratio(levels)  # of each call
+    h = part + before(part, 1)
     first, slope, _ = _taylor(end, h)
-    share = (slope if heun else first / 2) * h / before(one, 1)
+    share = (slope if heun else first / 2) * h / before(part, 1)
     two = torch.stack((share, first - share), 1)
-    h, q = h + before(one, 2), before(one, 2)  # of the whole step, and of its first part
-    r, q = (before(one, 1) + q) / h, q / h
+    h = h + before(part, 2)
+    r, q = 1 - part / h, before(part, 2) / h  # where the calls are in the whole step
     first, slope, curve = _taylor(end, h)
     newest, middle = slope / r, torch.zeros_like(slope)
     if heun:
-        newest, middle = (-slope * q + 2 * curve) / (r - q) / r, (slope * r - 2 * curve) / (r - q) / q
+        newest, middle = (2 * curve - slope * q) / (r - q) / r, (slope * r - 2 * curve) / (r - q) / q
     three = torch.stack((newest, middle, first - newest - middle), 1)
     three[:, 1:] -= a[:, None] * torch.stack((before(two[:, 0], 1), before(two[:, 1], 1)), 1)
     two[:, 1] -= a * before(b, 1)
@@ -123,12 +131,7 @@ def dpm_singlestep(scheduler: Any, schedule: Schedule, sigmas: Tensor, predictio
 
 
 def deis(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction: Prediction, since: int) -> Tensor:
-    """Make DEIS in ln(rho), rho = noise / signal: the noise is a polynomial, integrated exactly over rho.
-
-        x_s / signal_s = x_t / signal_t + integral of the polynomial from rho_t to rho_s
-
-    Source: Zhang and Chen, arXiv 2204.13902, "rho AB" in the logarithm of rho.
-    """
+    """Make the steps of `solvers.deis`, with the orders of a run that begins at any step, and of diffusers at its end."""
     config, levels = scheduler.config, schedule.levels(sigmas[:-1], sigmas[1:])
     steps, most = len(sigmas) - 1, config["solver_order"]
     signal, noise = schedule.signal_noise(sigmas)
@@ -255,8 +258,6 @@ def unipc(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction: Predic
         return made(times, first_order=first_order).table
 
     whole, runs = table(sigmas, first), steps - since
-    if bool((sigmas.diff()[:-1] == 0).any()):
-        raise ValueError("two sigmas of the run are equal")
     if since > 1 or runs < 1:
         return whole
     times = torch.stack([sigmas[j : j + runs] for j in range(since + 2)])  # of one short run for each later step
@@ -270,6 +271,6 @@ def _log_ratio(levels: Levels) -> Tensor:
 
 
 def _taylor(end: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the integrals of 1, of u and of u^2 / 2 for x0 over a step, u from 0 to 1: at signal `end`."""
+    """Return what a step of length h to signal `end` adds for an x0 of 1, u and u^2 / 2; u goes from 0 to 1."""
     mean = -torch.expm1(-h) / h
     return end * mean * h, end * (1 - mean), end * ((mean - 1) / h + 0.5)
