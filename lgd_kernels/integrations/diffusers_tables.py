@@ -131,7 +131,7 @@ def dpm_singlestep(scheduler: Any, schedule: Schedule, sigmas: Tensor, predictio
 
 
 def deis(scheduler: Any, schedule: Schedule, sigmas: Tensor, prediction: Prediction, since: int) -> Tensor:
-    """Make the steps of `solvers.deis`, with the orders of a run that begins at any step, and of diffusers at its end."""
+    """Make the steps of `solvers.deis`, with orders as at the beginning and the end of a run of diffusers."""
     config, levels = scheduler.config, schedule.levels(sigmas[:-1], sigmas[1:])
     steps, most = len(sigmas) - 1, config["solver_order"]
     signal, noise = schedule.signal_noise(sigmas)
