@@ -28,6 +28,7 @@ def compare(run, pair, begin=0, named=True, steps=None, limit=1e-5, dtype=torch.
     limit = tiny.ROUGH.get(run, limit) if dtype == torch.float32 else limit
     theirs, ours, options = pair
     assert ours.order == theirs.order and torch.equal(ours.timesteps, theirs.timesteps)
+    assert getattr(ours, "init_noise_sigma", None) == getattr(theirs, "init_noise_sigma", None)
     begin *= ours.order
     samples = [noise(0).to(dtype) * float(getattr(theirs, "init_noise_sigma", 1.0))] * 2
     drawn = [draws(run), draws(run)]
