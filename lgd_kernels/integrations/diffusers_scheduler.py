@@ -234,6 +234,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
                 f"FusedScheduler: call {index} is the second of a step of {self.kind}, expected a run that begins with "
                 f"a first call; set_timesteps(n), then set_begin_index({index - 1})"
             )
+        if isinstance(index, int) and index == 0:  # the plan of a whole run counts the calls itself
+            self._since = self._warm
         plan = self._on(eta, sample)
         drawn = self._noise(eta, index, sample, model_output, generator, variance_noise)
         kept: Any

@@ -3,7 +3,7 @@ a small sample everything else costs the host more time than the kernel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,50 +25,40 @@ class Rows:
     share them: `fixed`, except `omega share` in the column of guidance."""
 
     kept: tuple[float, tuple[Tensor, ...] | None]  # the last omega, and all coefficients with it
-    laid: tuple[Any, int, dict[int, Tensor]]  # views of these for a batch, by the step
 
     def __init__(self, table: Tensor, guided: bool, depth: int, noise: bool, like: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
             shared = table.ndim == 3
             table = table.to(like)[:, None] if shared else table.to(like)
             factors = [0, 1, *([1] if guided else []), *PLACES[:depth], *([3] if noise else [])]
-            fixed, share = table[..., factors], table[..., 1:2].clone()
-            self.guidance = torch.arange(len(factors), device=fixed.device).eq(2) & guided
+            fixed = table[..., factors]
             if guided:
-                fixed[..., 2] = 0.0
+                share, fixed[..., 2] = table[..., 1:2].clone(), 0.0
+                self.guidance = torch.arange(len(factors), device=fixed.device).eq(2)
+                self.run, self.steps = (fixed, share), list(zip(fixed.unbind(0), share.unbind(0), strict=True))
             self.shared, self.batch = shared, fixed.shape[1]
-            self.run, self.steps = (fixed, share), list(zip(fixed.unbind(0), share.unbind(0), strict=True))
             self.kept = 0.0, fixed.unbind(0)
-            self.laid = None, 0, {}
         names: list[Column] = [0, 1, *([(1, 2)] if guided else [])]
         first = 3 if guided else 2
         names += range(first, first + depth + noise)
         self.columns = flat(names, first + depth + noise)
         self.checked: set[int] = set()  # steps whose history and noise are known to be given
 
-    def at(self, index: int, omega: float | Tensor | OmegaLookup, batch: int) -> Tensor:
-        """Return the coefficients of a step, `[B, P, K]`. If omega is the same number in two calls, compute and keep
-        the coefficients of the whole run with this omega."""
+    def at(self, index: int, omega: float | Tensor | OmegaLookup) -> Tensor:
+        """Return the coefficients of a step, `[B, P, K]`, or B = 1. If omega is the same number in two calls, compute
+        and keep the coefficients of the whole run with this omega."""
         if isinstance(omega, (Tensor, OmegaLookup)):
-            weights = omega_at(omega, self.run[0]).view(-1, 1, 1)
-            return self._weighted(*self.steps[index], weights).expand(batch, -1, -1)
+            return self._weighted(*self.steps[index], omega_at(omega, self.run[0]).view(-1, 1, 1))
         kept = self.kept  # read once: another thread may replace it
         if omega != kept[0]:
             self.kept = omega, None
-            return self._weighted(*self.steps[index], omega).expand(batch, -1, -1)
+            return self._weighted(*self.steps[index], omega)
         steps = kept[1]
         if steps is None:
             with torch.inference_mode(False), torch.no_grad():
                 steps = self._weighted(*self.run, omega).unbind(0)
             self.kept = omega, steps
-        laid = self.laid
-        if laid[0] is not steps or laid[1] != batch:
-            laid = self.laid = steps, batch, {}
-        found = laid[2].get(index)
-        if found is None:  # a call of expand takes as long as a twentieth of a small step
-            with torch.inference_mode(False), torch.no_grad():
-                found = laid[2][index] = steps[index].expand(batch, -1, -1)
-        return found
+        return steps[index]
 
     def _weighted(self, fixed: Tensor, share: Tensor, omega: float | Tensor) -> Tensor:
         """Put `omega share` into the column of guidance. (In a sum, an infinite omega would make the others NaN.)"""
@@ -138,5 +128,7 @@ def step(
         found.checked.add(index)
     if guided:
         checks.omega(OP, omega, "x", x)
-    coefficients = found.at(index, omega if guided else 0.0, batch)
+    coefficients = found.at(index, omega if guided else 0.0)
+    if found.batch != batch:
+        coefficients = coefficients.expand(batch, -1, -1)
     return op.combined(tensors, coefficients, found.columns, impl)
