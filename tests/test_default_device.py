@@ -146,6 +146,7 @@ CALLS = {
     "edm_heun": lambda: run(solvers.edm_heun(SIGMAS, s_churn=1.0), seed=1),
     "adams_bashforth": lambda: run(solvers.adams_bashforth(SIGMAS)),
     "dpm_solver_2m": lambda: run(solvers.dpm_solver_2m(FLOW, TIMES[:-1])),
+    "deis": lambda: run(solvers.deis(FLOW, TIMES[:-1], order=3)),
     "unipc": lambda: run(solvers.unipc(FLOW, TIMES[:-1])),
     "plan, tensor index": lambda: solvers.one_step(FLOW, TIMES).step(INDEX, X, Y)[0],
     "draw": lambda: particles.draw(FROZEN, X, INDEX, S, T, seed=3)[5:8],

@@ -8,7 +8,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-from tiny import ANCESTRAL, BATCH, DDIM, DPM, EULER, FLOW, STABLE, assert_close, drawn_from, noise, pair, toy  # noqa: E402
+from tiny import ANCESTRAL, BATCH, DDIM, DPM, EULER, FLOW, STABLE, assert_close, drawn_from, draws, noise, pair, toy  # noqa: E402
 
 from lgd_kernels.integrations.diffusers import FusedScheduler  # noqa: E402
 
@@ -136,7 +136,7 @@ def test_subclasses():
     )
 
 
-@pytest.mark.parametrize("run", ["flow", "euler", "ancestral", "2m"])
+@pytest.mark.parametrize("run", ["flow", "euler", "ancestral", "2m", "lms", "unipc", "deis", "singlestep"])
 def test_noise_is_added_where_the_run_is(run):
     """Check image-to-image before the first step, inpainting after each: add_noise uses begin_index, then the step."""
     theirs, ours, options = pair(run)
@@ -151,7 +151,8 @@ def test_noise_is_added_where_the_run_is(run):
         y, generator = x, torch.Generator().manual_seed(3)
         for t in one.timesteps[8:11]:
             scaled = one.scale_model_input(y, t) if hasattr(one, "scale_model_input") else y
-            y = one.step(toy(scaled, t), t, y, **options, generator=generator).prev_sample
+            drawn = {"generator": generator} if draws(run) else {}
+            y = one.step(toy(scaled, t), t, y, **options, **drawn).prev_sample
             found.append(add(*order))
         assert one.begin_index == 8
         ends.append(torch.stack(found))

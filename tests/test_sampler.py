@@ -71,6 +71,7 @@ STEPS = {  # (s, t) of every call, by hand, for sigmas or times 4, 2, 1, 0
     ),
     "adams_bashforth": (solvers.adams_bashforth, [(2, 4), (1, 2), (0, 1)]),
     "dpm_solver_2m": (lambda times: solvers.dpm_solver_2m(lgd.EDM(), times), [(2, 4), (1, 2), (0, 1)]),
+    "deis": (lambda times: solvers.deis(lgd.EDM(), times), [(2, 4), (1, 2), (0, 1)]),
     "unipc": (lambda times: solvers.unipc(lgd.EDM(), times), [(2, 4), (1, 2), (0, 1)]),
 }
 
@@ -247,6 +248,7 @@ SOLVERS = {  # of times in [0, 1]
     "adams_bashforth": functools.partial(solvers.adams_bashforth),
     "dpm_solver_2m": functools.partial(solvers.dpm_solver_2m, FLOW, first_order=torch.arange(8) == 3),
     "dpm_solver_2m, sde": functools.partial(solvers.dpm_solver_2m, FLOW, stochastic=True),
+    "deis": functools.partial(solvers.deis, FLOW, order=3),
     "unipc": functools.partial(solvers.unipc, FLOW),
 }
 
@@ -268,8 +270,7 @@ def test_everything_of_its_own_for_each_sample(solver, generator):
         one = slice(b, b + 1)
         end = sample(denoiser, x[one], alone, cond[one], uncond[one], w, rule=rescale(phi[b]), seed=seed[one])
         torch.testing.assert_close(whole[b], end[0], rtol=1e-12, atol=1e-12)
-    kept = torch.zeros_like(x)
-    kept = (kept, kept) if plan.deep else kept if plan.remembers else None
+    kept = (torch.zeros_like(x),) * plan.depth
     at = torch.tensor([4, 0, 2])  # each with its own call
     found, _ = plan.step(at, x, x + 1, x, 0.7, kept, seed=1)
     for b, i in enumerate(at.tolist()):

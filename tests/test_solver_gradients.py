@@ -28,6 +28,8 @@ PLANS = {
     "edm_euler": lambda: solvers.edm_euler(SIGMAS, s_churn=2.0),
     "edm_heun": lambda: solvers.edm_heun(SIGMAS, s_churn=2.0),
     "adams_bashforth": lambda: solvers.adams_bashforth(SIGMAS),
+    "adams_bashforth, 4": lambda: solvers.adams_bashforth(SIGMAS, order=4),
+    "deis": lambda: solvers.deis(FLOW, TIMES, order=3),
     "dpm_solver_2m": lambda: solvers.dpm_solver_2m(FLOW, TIMES),
     "dpm_solver_2m, sde": lambda: solvers.dpm_solver_2m(FLOW, TIMES, stochastic=True),
     "unipc": lambda: solvers.unipc(FLOW, TIMES),
@@ -42,13 +44,13 @@ def meant(x, plan, cond, uncond, omega, defined, seed):
     """Run the plan by its table and the definition of the rule."""
     noise = functools.partial(lgd.philox_normal, SHAPE, stream=STREAM_STEP)
     x = x + plan.start * noise(seed_of(seed, len(plan))).double() if plan.start else x
-    kept = before = torch.zeros_like(x)
+    kept, *before = [torch.zeros_like(x)] * 4
     for i, t in enumerate(plan.times):
         c, u = (denoiser(x, t.expand(3), one) for one in (cond, uncond))
         g = defined(c, u, column(omega[i])) + 0 * column(omega[i])  # some rules do not use omega
-        known = (x, g, kept, noise(seed_of(seed, i)).double(), before)
+        known = (x, g, kept, noise(seed_of(seed, i)).double(), *before)
         x, *after = (sum(f * one for f, one in zip(row, known, strict=False)) for row in plan.table[i])
-        kept, before = after[0] if after else kept, kept
+        kept, before = after[0] if after else kept, [kept, *before[:-1]]
     return x
 
 

@@ -22,10 +22,17 @@ BY_SCHEDULE = {  # solvers that take a schedule and times
     "consistency": solvers.consistency,
     "dpm_solver_2m": solvers.dpm_solver_2m,
     "dpm_solver_2m, stochastic": functools.partial(solvers.dpm_solver_2m, stochastic=True),
+    "deis": solvers.deis,
+    "deis, 3": functools.partial(solvers.deis, order=3),
     "unipc": solvers.unipc,
     "unipc, bh1": functools.partial(solvers.unipc, variant="bh1"),
 }
-BY_SIGMAS = {"edm_euler": solvers.edm_euler, "edm_heun": solvers.edm_heun, "adams_bashforth": solvers.adams_bashforth}
+BY_SIGMAS = {
+    "edm_euler": solvers.edm_euler,
+    "edm_heun": solvers.edm_heun,
+    "adams_bashforth": solvers.adams_bashforth,
+    "adams_bashforth, 4": functools.partial(solvers.adams_bashforth, order=4),
+}
 PLANS = {name: functools.partial(make, FLOW) for name, make in BY_SCHEDULE.items()} | BY_SIGMAS
 MOVING = {name: make for name, make in PLANS.items() if name not in ("consistency", "dpm_solver_2m, stochastic")}
 
@@ -49,9 +56,8 @@ def end(plan, x, at=int, predict=guess):
     for i, t in enumerate(plan.times):
         index = at(i)
         if not isinstance(index, int) and i == 0 and plan.remembers:
-            kept = (torch.zeros_like(x),) * (1 + plan.deep)
-        given = kept[0] if isinstance(kept, tuple) and not plan.deep else kept
-        x, kept = plan.step(index, x, predict(x, t.reshape(-1, 1)), kept=given)
+            kept = (torch.zeros_like(x),) * plan.depth
+        x, kept = plan.step(index, x, predict(x, t.reshape(-1, 1)), kept=kept)
     return x
 
 
@@ -213,6 +219,17 @@ BOOL = torch.zeros(5, dtype=torch.bool)
         (lambda: solvers.unipc(FLOW, TIMES, first_order=BOOL[1:]), ValueError, r"shape \[4\], expected \[N\] = \[5\]"),
         (lambda: solvers.dpm_solver_2m(FLOW, TIMES, first_order=BOOL.int()), TypeError, "dpm_solver_2m: `first_order`"),
         (lambda: solvers.dpm_solver_2m(FLOW, TIMES, first_order=BOOL[:, None]), ValueError, "`first_order` has shape"),
+        (lambda: solvers.deis(FLOW, TIMES, order=4), ValueError, "deis: `order` is 4, expected 1 to 3"),
+        (
+            lambda: solvers.adams_bashforth(SIGMAS, order=0),
+            ValueError,
+            "adams_bashforth: `order` is 0, expected 1 to 4",
+        ),
+        (
+            lambda: solvers.deis(FLOW, TIMES, order=2.0),
+            TypeError,
+            "deis: `order` is a float, expected an int from 1 to 3",
+        ),
         (lambda: solvers.edm_euler(SIGMAS, s_churn=-1.0), ValueError, "edm_euler: `s_churn` is -1.0, expected 0"),
         (lambda: solvers.edm_heun(SIGMAS, s_churn=math.nan), ValueError, "edm_heun: `s_churn` is nan"),
         (lambda: solvers.edm_heun(SIGMAS, s_noise=math.inf), ValueError, "edm_heun: `s_noise` is inf, expected a"),

@@ -5,6 +5,7 @@ largest value.
 """
 
 import functools
+import math
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def run(plan, levels, scheduler, prediction, runner=None, scaled=False, order=No
         ours, kept = plan.step(i, *there, kept, noise=z.to(device) if noisy else None, impl=impl)
         ours = ours.cpu()
         difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-        limit = 1e-5 if dtype == torch.float32 else 1e-13
+        limit = 1e-5 if dtype == torch.float32 else 2e-13
         assert difference <= limit, f"step {i}: {difference:.3g}"
     return ours
 
@@ -172,6 +173,52 @@ def test_edm_heun(target, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_adams_bashforth_of_order_4(target, prediction):
+    """Compare LMS as it is unless given an order, with its numerical integrals."""
+    scheduler = made("LMSDiscreteScheduler", prediction, use_karras_sigmas=True)
+    sigmas, levels = sigmas_of(scheduler)
+    plan = solvers.adams_bashforth(sigmas, prediction=prediction, order=4)
+    run(plan, levels, scheduler, prediction, target, True, noisy=False)
+
+
+def test_adams_bashforth_with_equal_steps():
+    """Check by hand: with an eps prediction, which is the slope, the factors are those of Adams and Bashforth."""
+    plan = solvers.adams_bashforth(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), prediction="eps", order=4)
+    for call, expected in enumerate(
+        ([1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+    ):
+        found = plan.table[call, 0, [1, 2, 4, 5]]
+        torch.testing.assert_close(found, -torch.tensor(expected).float(), rtol=1e-6, atol=1e-6)
+    first = solvers.adams_bashforth(plan.times, prediction="v", order=1).table
+    torch.testing.assert_close(first, solvers.one_step(lgd.EDM(), plan.times, prediction="v").table)
+
+
+@each_prediction
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis(prediction, order):
+    """Compare DEIS in float64: in float32 diffusers' differences of logarithms round to 1e-5. It ends at index 0 of the
+    table, above the data."""
+    scheduler = made("DEISMultistepScheduler", prediction, solver_order=order)
+    schedule, times, levels = discrete(scheduler)
+    times = torch.cat((times[:-1], torch.tensor([0])))
+    plan = solvers.deis(schedule, times, prediction=prediction, order=order)
+    signal, noise = schedule.signal_noise(times)
+    scheduler.sigmas = noise / signal
+    run(plan, levels, scheduler, prediction, noisy=False, dtype=torch.float64)
+
+
+def test_deis_by_hand():
+    """Check order 2 at sigma 4, 2, 1. The integral from 2 to 1 of ln(rho / 2) / ln 2 is 1 / ln 2 - 1, and that of 1 is
+    -1."""
+    plan = solvers.deis(lgd.EDM(), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64), prediction="eps")
+    assert plan.table[0, 0].tolist() == [1, -2, 0, 0]
+    earlier = 1 / math.log(2) - 1
+    torch.testing.assert_close(
+        plan.table[1, 0], torch.tensor([1, -1 - earlier, earlier, 0], dtype=torch.float64), rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_adams_bashforth(target, prediction):
     """Compare LMS, whose numerical integrals, with tolerance 1e-4, are replaced by exact coefficients."""
     scheduler = made("LMSDiscreteScheduler", prediction)
@@ -245,6 +292,7 @@ def test_order_of_convergence():
         (functools.partial(solvers.unipc, flow), 3),
         (functools.partial(solvers.unipc, flow, variant="bh1"), 3),
         (solvers.adams_bashforth, 2),
+        (functools.partial(solvers.deis, flow), 2),
     ):
         ends = [error(make, steps, order) for steps in (40, 80, 160, 1280)]
         ratio = (ends[1] - ends[3]) / (ends[2] - ends[3])

@@ -1,8 +1,10 @@
 """Build tiny, random diffusers models, and the schedulers that sample them: diffusers' and ours."""
 
 import functools
+import inspect
 
 import diffusers
+import pytest
 import torch
 
 from lgd_kernels.integrations.diffusers import FusedScheduler
@@ -11,35 +13,91 @@ BATCH = 3
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DPM, DDIM, FLOW = "DPMSolverMultistepScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+SINGLE, UNIPC, DEIS = "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
 KARRAS = STABLE | {"use_karras_sigmas": True}
-RUNS = {  # scheduler, its settings, arguments of its steps
-    "ddim": (DDIM, STABLE | {"clip_sample": False}, {}),
-    "ddim v": (DDIM, STABLE | {"clip_sample": False, "prediction_type": "v_prediction"}, {}),
-    "ddim eta": (DDIM, STABLE | {"clip_sample": False, "timestep_spacing": "trailing"}, {"eta": 0.6}),
-    "ddim to index 0": (DDIM, STABLE | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, {}),
-    "flow": (FLOW, {"shift": 3.0}, {}),
-    "flow stochastic": (FLOW, {"stochastic_sampling": True}, {}),
+PLAIN, SDE = STABLE | {"clip_sample": False}, {"algorithm_type": "sde-dpmsolver++"}
+WAN = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+USUAL = {  # the configurations of one line: scheduler, its settings, arguments of its steps, and of set_timesteps
+    "ddim": (DDIM, PLAIN, {}),
+    "ddim eta 1": (DDIM, PLAIN, {"eta": 1.0}),
+    "ddim zero snr": (DDIM, PLAIN | ZERO_SNR, {}),
+    "ddim v": (DDIM, PLAIN | {"prediction_type": "v_prediction"}, {}),
+    "ddpm": ("DDPMScheduler", PLAIN, {}),
     "euler": (EULER, STABLE, {}),
-    "euler karras": (EULER, KARRAS | {"prediction_type": "v_prediction"}, {}),
+    "euler karras": (EULER, KARRAS, {}),
+    "euler exponential": (EULER, STABLE | {"use_exponential_sigmas": True}, {}),
+    "euler beta": (EULER, STABLE | {"use_beta_sigmas": True}, {}),
+    "euler trailing": (EULER, STABLE | {"timestep_spacing": "trailing"}, {}),
     "ancestral": (ANCESTRAL, STABLE, {}),
+    "heun": ("HeunDiscreteScheduler", STABLE, {}),
+    "lms": ("LMSDiscreteScheduler", STABLE, {}),
+    "pndm": ("PNDMScheduler", STABLE | {"skip_prk_steps": True}, {}),
     "2m": (DPM, STABLE, {}),
     "2m karras": (DPM, KARRAS, {}),
+    "2m sde": (DPM, STABLE | SDE, {}),
+    "2m sde karras": (DPM, KARRAS | SDE, {}),
+    "3m": (DPM, STABLE | {"solver_order": 3}, {}),
+    "singlestep": (SINGLE, STABLE | {"lower_order_final": True}, {}),
+    "unipc": (UNIPC, STABLE, {}),
+    "unipc karras": (UNIPC, KARRAS, {}),
+    "unipc flow": (UNIPC, WAN, {}),
+    "lcm": ("LCMScheduler", STABLE, {}),
+    "tcd": ("TCDScheduler", STABLE, {}),
+    "deis": (DEIS, STABLE, {}),
+    "flow": (FLOW, {"shift": 3.0}, {}),
+    "flow dynamic": (FLOW, {"use_dynamic_shifting": True}, {}, {"mu": 0.8}),
+    "flow karras": (FLOW, {"use_karras_sigmas": True}, {}),
+    "flow heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
+}
+RUNS = USUAL | {
+    "ddim eta": (DDIM, PLAIN | {"timestep_spacing": "trailing"}, {"eta": 0.6}),
+    "ddim to index 0": (DDIM, PLAIN | {"set_alpha_to_one": False, "steps_offset": 1}, {}),
+    "flow stochastic": (FLOW, {"stochastic_sampling": True}, {}),
+    "ddpm large": ("DDPMScheduler", PLAIN | {"variance_type": "fixed_large", "timestep_spacing": "trailing"}, {}),
+    "euler karras v": (EULER, KARRAS | {"prediction_type": "v_prediction"}, {}),
+    "heun v": ("HeunDiscreteScheduler", KARRAS | {"prediction_type": "v_prediction"}, {}),
+    "lms v": ("LMSDiscreteScheduler", KARRAS | {"prediction_type": "v_prediction"}, {}),
+    "pndm v": (
+        "PNDMScheduler",
+        STABLE | {"skip_prk_steps": True, "prediction_type": "v_prediction", "timestep_spacing": "linspace"},
+        {},
+    ),
     "2m ends above the data": (DPM, STABLE | {"final_sigmas_type": "sigma_min"}, {}),
     "2m ends with euler": (DPM, STABLE | {"final_sigmas_type": "sigma_min", "euler_at_final": True}, {}),
-    "2m sde": (DPM, STABLE | {"algorithm_type": "sde-dpmsolver++"}, {}),
-    "2m flow": (DPM, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}, {}),
+    "2m flow": (DPM, WAN, {}),
+    "2m heun": (DPM, STABLE | {"solver_type": "heun"}, {}),
+    "2m sde heun": (DPM, STABLE | SDE | {"solver_type": "heun"}, {}),
+    "3m sde": (DPM, STABLE | SDE | {"solver_order": 3}, {}),
     "1": (DPM, STABLE | {"solver_order": 1}, {}),
+    "singlestep 3": (SINGLE, KARRAS | {"lower_order_final": True, "solver_order": 3}, {}),
+    "singlestep 3 heun": (SINGLE, STABLE | {"lower_order_final": True, "solver_order": 3, "solver_type": "heun"}, {}),
+    "unipc bh1": (UNIPC, STABLE | {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, {}),
+    "unipc 1": (UNIPC, STABLE | {"solver_order": 1}, {}),
+    "lcm v": ("LCMScheduler", STABLE | {"prediction_type": "v_prediction", "timestep_scaling": 0.01}, {}),
+    "tcd gamma": ("TCDScheduler", STABLE, {"eta": 0.7}),
+    "deis 3": (DEIS, KARRAS | {"solver_order": 3}, {}),
+    "deis flow": (DEIS, WAN, {}),
 }
+ROUGH = {"deis flow": 2e-4}  # diffusers takes differences of logarithms in float32
 
 
 def pair(run, steps=20):
     """Return diffusers' scheduler and ours, with their timesteps set."""
-    kind, settings, options = RUNS[run]
+    kind, settings, options, *more = RUNS[run]
+    if "use_beta_sigmas" in settings:
+        pytest.importorskip("scipy")
     theirs = getattr(diffusers, kind)(**settings)
     ours = FusedScheduler(getattr(diffusers, kind)(**settings))
     for one in (theirs, ours):
-        one.set_timesteps(steps)
+        one.set_timesteps(steps, **(more[0] if more else {}))
     return theirs, ours, options
+
+
+def draws(run, seed=7):
+    """Return a generator for the steps of a run, if diffusers' step takes one."""
+    step = getattr(diffusers, RUNS[run][0]).step
+    return drawn_from(seed) if "generator" in inspect.signature(step).parameters else {}
 
 
 def noise(seed, shape=(BATCH, 4, 8, 8)):

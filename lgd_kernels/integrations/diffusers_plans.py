@@ -12,40 +12,79 @@ import diffusers
 import torch
 from torch import Tensor
 
+from lgd_kernels.integrations import diffusers_tables as tables
 from lgd_kernels.runtime.checks import DIFFUSERS_PREDICTIONS
 from lgd_kernels.runtime.levels import Prediction
 from lgd_kernels.runtime.shown import brief
-from lgd_kernels.sampling import solvers
+from lgd_kernels.sampling import plan_checks, solvers
 from lgd_kernels.sampling.churn import churn_from_eta
 from lgd_kernels.sampling.schedules import EDM, Discrete, RectifiedFlow, Schedule
 from lgd_kernels.sampling.step_plan import StepPlan
 
-DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
+DDIM, DDPM, PNDM = "DDIMScheduler", "DDPMScheduler", "PNDMScheduler"
+LCM, TCD = "LCMScheduler", "TCDScheduler"
+FLOW, FLOW_HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
-DPM = "DPMSolverMultistepScheduler"
-KINDS = (DDIM, FLOW, EULER, ANCESTRAL, DPM)
+HEUN, LMS = "HeunDiscreteScheduler", "LMSDiscreteScheduler"
+DPM, SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+UNIPC, DEIS = "UniPCMultistepScheduler", "DEISMultistepScheduler"
+BY_INDEX = (DDIM, DDPM, PNDM, LCM, TCD)  # with times that are indices of the model's table
+SCALED = (EULER, ANCESTRAL, HEUN, LMS)  # with a sample that is scaled for the network
+ETAS = {DDIM: 0.0, TCD: 0.3}  # the default eta of a step; TCD calls it gamma
 LINEAR: dict[str, dict[str, Any]] = {  # settings of a step that is linear, with factors of the times alone
     DDIM: {"clip_sample": False, "thresholding": False},
+    DDPM: {
+        "clip_sample": False,
+        "thresholding": False,
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    },
+    PNDM: {"skip_prk_steps": True},
+    LCM: {"clip_sample": False, "thresholding": False},
+    TCD: {},
     FLOW: {"invert_sigmas": False},
+    FLOW_HEUN: {},
     EULER: {},
     ANCESTRAL: {},
+    HEUN: {"clip_sample": False},
+    LMS: {},
     DPM: {
         "thresholding": False,
         "variance_type": None,
-        "solver_type": "midpoint",
-        "solver_order": (1, 2),
+        "solver_order": (2, 1, 3),
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     },
+    SINGLE: {"thresholding": False, "variance_type": None, "algorithm_type": "dpmsolver++"},
+    UNIPC: {
+        "thresholding": False,
+        "predict_x0": True,
+        "solver_order": (2, 1),
+        "disable_corrector": [],
+        "solver_p": None,
+    },
+    DEIS: {"thresholding": False, "solver_order": (2, 1, 3)},
 }
+KINDS = tuple(LINEAR)
 STEP = (  # a subclass with the same step does not override these
     "step",
+    "step_plms",
     "scale_model_input",
     "convert_model_output",
     "dpm_solver_first_order_update",
     "multistep_dpm_solver_second_order_update",
+    "multistep_dpm_solver_third_order_update",
+    "singlestep_dpm_solver_update",
+    "multistep_uni_p_bh_update",
+    "multistep_uni_c_bh_update",
+    "deis_first_order_update",
+    "multistep_deis_second_order_update",
+    "multistep_deis_third_order_update",
+    "get_lms_coefficient",
+    "previous_timestep",
+    "_get_prev_sample",
     "_sigma_to_alpha_sigma_t",
     "_get_variance",
 )
+WARM = {PNDM: 4, LMS: 3, UNIPC: 2}  # calls after which a run no longer depends on where it began
 ROUNDING = 1e-5  # relative: the most that sigmas may rise where spacings meet
 
 
@@ -93,58 +132,96 @@ def check(scheduler: Any) -> str:
             )
     _prediction(kind, config)
     for name, value in LINEAR[kind].items():
-        if config[name] not in (value if isinstance(value, tuple) else (value,)):
+        values = value if isinstance(value, tuple) else (value,)
+        if config[name] not in values:
             raise ValueError(
-                f"FusedScheduler: {kind} has {name}={config[name]!r}, expected {value!r}: "
-                f"{kind}.from_config(scheduler.config, {name}=...)"
+                f"FusedScheduler: {kind} has {name}={config[name]!r}, expected {' or '.join(map(repr, values))}: "
+                f"{kind}.from_config(scheduler.config, {name}={values[0]!r})"
             )
     return kind
 
 
-def plan_of(scheduler: Any, eta: float = 0.0, *, begins: bool = False) -> StepPlan:
+def warm(scheduler: Any) -> int:
+    """Return after how many calls the steps of a run no longer depend on where it began."""
+    kind = kind_of(scheduler)
+    return WARM.get(kind, scheduler.config["solver_order"] - 1 if kind in (DPM, SINGLE, DEIS) else 0)
+
+
+def plan_of(scheduler: Any, eta: float = 0.0, *, since: int = 4) -> StepPlan:
     """Convert the run that `scheduler.set_timesteps` defined to a plan.
 
     Args:
         scheduler: of one of `KINDS`.
-        eta: of DDIM.
-        begins: whether each step is the first of a run, so that solvers with a history have none yet.
+        eta: of the schedulers in `ETAS`.
+        since: how many calls of the run there were before each step, so that solvers with a history know how much of it
+            there is; a step i that has fewer before it in the table has i. `warm(scheduler)` or more is all.
     """
     kind, config = kind_of(scheduler), scheduler.config
     prediction = _prediction(kind, config)
-    if kind == DDIM:
+    if kind in BY_INDEX:
         t = scheduler.timesteps.cpu().long()
         if not bool(((t >= 0) & (t < config["num_train_timesteps"])).all()):
             raise ValueError(f"timesteps are {brief(t)}, expected 0 to {config['num_train_timesteps'] - 1}")
-        s = t - config["num_train_timesteps"] // scheduler.num_inference_steps
-        s = s.clamp(min=-1 if config["set_alpha_to_one"] else 0)
-        table = Discrete(scheduler.alphas_cumprod.cpu(), dtype=torch.float64)
-        churn = churn_from_eta(float(eta), table.levels(t, s)) if eta else 0.0
-        return solvers.one_step(table, t, to=s, prediction=prediction, churn=churn)
-    sigmas = _falling(scheduler.sigmas[: len(scheduler.timesteps) + 1].cpu().double())
+        model = Discrete(scheduler.alphas_cumprod.cpu(), dtype=torch.float64)
+        if kind == DDIM:
+            s = tables.index_before(scheduler, t)
+            churn = churn_from_eta(float(eta), model.levels(t, s)) if eta else 0.0
+            return solvers.one_step(model, t, to=s, prediction=prediction, churn=churn)
+        if kind == TCD:
+            made = tables.tcd(scheduler, model, prediction, eta)
+        elif kind == PNDM:
+            made = tables.pndm(scheduler, model, prediction, since)
+        else:
+            made = (tables.ddpm if kind == DDPM else tables.lcm)(scheduler, model, prediction)
+        return StepPlan(t, made, prediction=prediction)
+    if kind in (HEUN, FLOW_HEUN):
+        sigmas = torch.cat((scheduler.sigmas[:1], scheduler.sigmas[1::2]))
+    else:
+        sigmas = scheduler.sigmas[: len(scheduler.timesteps) + 1]
+    sigmas = _falling(sigmas.cpu().double())
+    if kind == HEUN:
+        return solvers.edm_heun(sigmas, prediction=prediction)
     if kind == FLOW and config["stochastic_sampling"]:
         return solvers.consistency(RectifiedFlow(), sigmas, prediction=prediction)
-    if kind == DPM:
-        flow = config["use_flow_sigmas"]
-        first = torch.full((sigmas.numel() - 1,), begins or config["solver_order"] == 1, device="cpu")
-        first[-1] |= config["euler_at_final"] or (config["lower_order_final"] and first.numel() < 15)
-        return solvers.dpm_solver_2m(
-            RectifiedFlow() if flow else VPSigma(),
-            sigmas,
-            prediction=prediction,
-            stochastic=config["algorithm_type"] == "sde-dpmsolver++",
-            first_order=first,
-        )
-    schedule: Schedule = RectifiedFlow() if kind == FLOW else EDM()
-    return solvers.one_step(schedule, sigmas, prediction=prediction, churn=float(kind == ANCESTRAL))
+    if kind in (FLOW, EULER, ANCESTRAL):
+        schedule: Schedule = RectifiedFlow() if kind == FLOW else EDM()
+        return solvers.one_step(schedule, sigmas, prediction=prediction, churn=float(kind == ANCESTRAL))
+    plan_checks.times(kind, "sigmas", sigmas)
+    if kind not in (FLOW_HEUN, DPM) and bool((sigmas.diff()[:-1] == 0).any()):
+        raise ValueError("two sigmas of the run are equal, expected sigmas that fall")
+    if kind == FLOW_HEUN:
+        made = tables.flow_heun(sigmas)
+    elif kind == LMS:
+        made = tables.lms(sigmas, prediction, since)
+    else:
+        rows = {DPM: tables.dpm_multistep, SINGLE: tables.dpm_singlestep, DEIS: tables.deis, UNIPC: tables.unipc}
+        schedule = RectifiedFlow() if config["use_flow_sigmas"] else VPSigma()
+        made = rows[kind](scheduler, schedule, sigmas, prediction, since)
+    plan_checks.finite(kind, made)
+    return StepPlan(scheduler.timesteps.cpu(), made, prediction=prediction)
+
+
+def draws(scheduler: Any, eta: float) -> list[bool]:
+    """Return in which steps of a run diffusers draws noise: in all or in none, also where its factor is 0, but for the
+    last step of LCM and TCD, and for index 0 of DDPM."""
+    kind, config, steps = kind_of(scheduler), scheduler.config, len(scheduler.timesteps)
+    if kind == DDPM:
+        return (scheduler.timesteps > 0).tolist()
+    if kind in (LCM, TCD):
+        return [(kind == LCM or eta > 0) and i != scheduler.num_inference_steps - 1 for i in range(steps)]
+    sde = kind == DPM and config["algorithm_type"] == "sde-dpmsolver++"
+    return [kind == ANCESTRAL or sde or eta > 0 or (kind == FLOW and config["stochastic_sampling"])] * steps
 
 
 def _prediction(kind: str, config: dict[str, Any]) -> Prediction:
     """Return our name for a scheduler's prediction_type. Raises ValueError if its step takes no such prediction."""
-    if kind == FLOW:
+    if kind in (FLOW, FLOW_HEUN):
         return "flow"
-    name, flow = config["prediction_type"], kind == DPM and config["use_flow_sigmas"]
+    name, flow = config["prediction_type"], config.get("use_flow_sigmas", False)
     names: dict[str, Any] = {**DIFFUSERS_PREDICTIONS, **({"original_sample": "x0"} if kind == EULER else {})}
     names.pop("v_prediction" if flow else "flow_prediction")
+    if kind == PNDM:
+        names.pop("sample")
     if name not in names:
         when = " with use_flow_sigmas=True" if flow else ""
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -28,10 +29,12 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         pipe.scheduler = FusedScheduler(pipe.scheduler)
 
     Args:
-        scheduler: DDIM, FlowMatchEulerDiscrete, EulerDiscrete, EulerAncestralDiscrete or DPMSolverMultistep (order 1 or
-            2, midpoint, also its SDE), or a subclass that does not override the step, with settings that keep a step
-            linear: no clip_sample, no thresholding. FusedScheduler takes its configuration and forwards all other
-            attributes (timesteps, add_noise, ...) to it.
+        scheduler: DDIM, DDPM, PNDM (with skip_prk_steps), LCM, TCD, EulerDiscrete, EulerAncestralDiscrete,
+            HeunDiscrete, LMSDiscrete, DPMSolverMultistep, DPMSolverSinglestep, UniPCMultistep (order 1 or 2),
+            DEISMultistep, FlowMatchEulerDiscrete or FlowMatchHeunDiscrete, or a subclass that does not override the
+            step, with settings that keep a step linear: no clip_sample, no thresholding, no learned variance.
+            docs/integrations.md lists them. FusedScheduler takes its configuration and forwards all other attributes
+            (timesteps, add_noise, ...) to it.
 
     Steps count up from `begin_index`, or from the place of the first timestep, as in diffusers. Timesteps `[B]` of the
     run give each sample its own step, and do not change the count.
@@ -50,20 +53,23 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
     tensor([-0.3330, -0.3330])
     """
 
-    order = 1
+    order: int  # of the scheduler: calls of the network in a step, which pipelines read
     inner: Any
     begin_index: int | None
     _index: int | Tensor | None  # of the next step
+    _since: int  # calls of the run so far, at most `_warm`
     _kept: Tensor | tuple[Tensor, ...] | None
     _listed: list[float]  # the timesteps of the run
     _times: Tensor | None  # the same, on the device of the samples
     _scales: Tensor | None  # of the input of the network
+    _scaled: list[float]  # the same numbers
     _made: dict[tuple[Any, ...], StepPlan]
-    _draws: dict[float, bool]  # by eta: whether a step draws noise
+    _draws: dict[float, list[bool]]  # by eta: whether each step draws noise
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         inner: Any = scheduler.inner if isinstance(scheduler, FusedScheduler) else scheduler  # a cell that is run twice
         self.inner, self.kind = inner, plans.check(inner)
+        self.order, self._warm, self._eta = inner.order, plans.warm(inner), plans.ETAS.get(self.kind)
         self.seed: int | Tensor | None = None
         self._reset()
         known = {name: value for name, value in inner.config.items() if not name.startswith("_")}
@@ -87,6 +93,32 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         scheduler = cls(getattr(diffusers, kind).from_config(config))
         return (scheduler, {}) if return_unused_kwargs else scheduler
+
+    @property
+    def _internal_dict(self) -> Any:
+        """Return the configuration. Pipelines replace it in place, to mend old settings."""
+        if "_settings" not in self.__dict__:
+            raise AttributeError("_internal_dict")  # not yet registered
+        return self.__dict__["_settings"]
+
+    @_internal_dict.setter
+    def _internal_dict(self, settings: dict[str, Any]) -> None:
+        ours = self.__dict__.setdefault("_settings", settings)
+        changed = {name: one for name, one in settings.items() if name in self.inner.config and one != ours[name]}
+        if changed:
+            before = self.inner._internal_dict
+            self.inner.register_to_config(**changed)
+            try:
+                plans.check(self.inner)
+            except ValueError:
+                self.inner._internal_dict = before
+                raise
+        self.__dict__["_settings"] = settings
+
+    @property
+    def compatibles(self) -> list[type]:
+        """Return the classes of schedulers that may replace the scheduler."""
+        return self.inner.compatibles
 
     def __getattr__(self, name: str) -> Any:
         if "inner" not in self.__dict__:
@@ -126,39 +158,43 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         timesteps: list | None = None,
         sigmas: list | None = None,
         mu: float | None = None,
+        **others: Any,
     ) -> None:
-        """Set up a run and compute its factors. The scheduler refuses arguments that it does not take. Raises
-        ValueError for a run without steps, with sigmas that rise or are NaN, or with an eps prediction at signal 0.
+        """Set up a run and compute its factors. `others` are those of the scheduler, such as LCM's
+        `original_inference_steps`; it refuses arguments that it does not take. Raises ValueError for a run without
+        steps, with sigmas that rise or are NaN, or with an eps prediction at signal 0.
         """
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(
                 f"FusedScheduler.set_timesteps: `num_inference_steps` is {num_inference_steps}, expected 1 or more"
             )
-        options = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+        options = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, **others}
         options = {name: value for name, value in options.items() if value is not None}
         self.inner.set_timesteps(num_inference_steps, device=device, **options)
         self._reset()
         self._listed = self.inner.timesteps.tolist()
         if not self._listed:
             raise ValueError(f"FusedScheduler.set_timesteps: {self.kind} made no timesteps, expected 1 or more")
-        self._made[0.0, False], self._made[0.0, True] = (self._plan(0.0, begins) for begins in (False, True))
-        self._scales = torch.ones(len(self._listed) + 1, device="cpu", dtype=torch.float32)
-        if self.kind in (plans.EULER, plans.ANCESTRAL):
-            self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1).float()
+        self._plan(self._eta or 0.0)
+        if self.kind in plans.SCALED:
+            self._scales = torch.rsqrt(self.inner.sigmas.double().square() + 1)
+            self._scaled = self._scales.tolist()
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return the input of the network: the sample, for the Euler schedulers divided by sqrt(1 + sigma^2)."""
-        if self.kind not in (plans.EULER, plans.ANCESTRAL):
+        """Return the input of the network: the sample, for Euler, Heun and LMS divided by sqrt(1 + sigma^2)."""
+        if self.kind not in plans.SCALED:
             return sample
         if self._scales is None:
             raise ValueError(
                 "FusedScheduler.scale_model_input: no run is set up; call set_timesteps(steps, device=...) first"
             )
         place = self._place(timestep, sample)
-        index = torch.tensor([place], device="cpu") if isinstance(place, int) else place
-        if self._scales.device != sample.device:
-            self._scales = self._scales.to(sample.device)
-        scale = self._scales.index_select(0, index.reshape(-1)).to(sample.dtype)
+        if isinstance(place, int):
+            return sample * self._scaled[place]
+        wide = arithmetic_dtype(sample)
+        if self._scales.device != sample.device or self._scales.dtype != wide:
+            self._scales = self._scales.to(sample.device, wide)
+        scale = self._scales.index_select(0, place.reshape(-1)).to(sample.dtype)
         return sample * scale.view(-1, *(1,) * (sample.ndim - 1))
 
     def step(
@@ -166,7 +202,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        eta: float = 0.0,
+        eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
@@ -175,14 +211,15 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         omega: float | Tensor | OmegaLookup = 0.0,
         rule: Rule | None = None,
         impl: Impl | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """Return the next sample, in the dtype of `sample`.
+    ) -> SchedulerOutput | LCMSchedulerOutput | tuple[Any, ...]:
+        """Return the next sample, in the dtype of `sample`; of LCM also the denoised one.
 
         Args:
             model_output: the guided prediction; or, with `uncond`, the conditional prediction, guided in the same pass
                 with `omega` and `rule` as in `guided_step`.
             timestep: of this run: a number, 0-dim, or `[B]`.
-            eta: for DDIM, in [0, 1]. The others ignore eta, since pipelines pass it to every scheduler that takes it.
+            eta: in [0, 1], for DDIM (0 unless given) and TCD (its gamma, 0.3). The others ignore eta, since pipelines
+                pass it to every scheduler that takes it.
             generator, variance_noise: of schedulers that draw; or set `seed`.
 
         Raises ValueError for a timestep other than the next one (`[B]`: not of this run), if the host can read the
@@ -190,46 +227,64 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         """
         if not self._made:
             raise ValueError("FusedScheduler.step: no run is set up; call set_timesteps(steps, device=...) first")
-        index, eta = self._place(timestep, sample), float(eta) if self.kind == plans.DDIM else 0.0
-        plan = self._on(eta, self._kept is None, sample)
+        index, own = self._place(timestep, sample), self._eta
+        eta = 0.0 if own is None else own if eta is None else float(eta)
+        if self.order == 2 and self._kept is None and isinstance(index, int) and index % 2:
+            raise ValueError(
+                f"FusedScheduler: call {index} is the second of a step of {self.kind}, expected a run that begins with "
+                f"a first call; set_timesteps(n), then set_begin_index({index - 1})"
+            )
+        if isinstance(index, int) and index == 0:  # the plan of a whole run counts the calls itself
+            self._since = self._warm
+        plan = self._on(eta, sample)
         drawn = self._noise(eta, index, sample, model_output, generator, variance_noise)
-        moved, self._kept = plan.step(
-            index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn
-        )
+        kept: Any
+        moved, kept = plan.step(index, sample, model_output, uncond, omega, self._kept, rule=rule, impl=impl, **drawn)
+        self._since = min(self._since + 1, self._warm)
         if isinstance(index, int) or index.ndim == 0:
             self._index = index + 1
+        if self.kind == plans.LCM:  # its pipeline reads the denoised sample, which is no history
+            return LCMSchedulerOutput(prev_sample=moved, denoised=kept) if return_dict else (moved, kept)
+        self._kept = kept
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def _reset(self) -> None:
         """Forget the run."""
-        self._index, self._kept, self.begin_index = None, None, None
+        self._index, self._kept, self.begin_index, self._since = None, None, None, 0
         self._listed, self._scales, self._times, self._made, self._draws = [], None, None, {}, {}
 
-    def _plan(self, eta: float, begins: bool) -> StepPlan:
-        """Make the plan of this run in float64, with a row of NaN for timesteps that are not in the run."""
+    def _plan(self, eta: float) -> None:
+        """Make the plans of this run in float64, one for each number of calls so far, with a row of NaN for timesteps
+        that are not in the run."""
         try:
-            plan = plans.plan_of(self.inner, eta, begins=begins)
+            found = [plans.plan_of(self.inner, eta, since=since) for since in range(self._warm + 1)]
         except ValueError as error:
             raise ValueError(f"FusedScheduler: the run of {self.kind} is refused: {error}") from error
-        self._draws[eta] = bool((plan.table[:, 0, 3] != 0).any())
-        nothing = torch.full_like(plan.table[:1], torch.nan)
-        return StepPlan(plan.times, torch.cat((plan.table, nothing)))
+        self._draws[eta] = plans.draws(self.inner, eta)
+        for since, plan in enumerate(found):
+            nothing = torch.full_like(plan.table[:1], torch.nan)
+            self._made[eta, since] = StepPlan(plan.times, torch.cat((plan.table, nothing)))
 
-    def _on(self, eta: float, begins: bool, sample: Tensor) -> StepPlan:
-        """Return the plan on the device of the sample, copied there once."""
-        key = eta, begins, sample.device, sample.dtype
+    def _on(self, eta: float, sample: Tensor) -> StepPlan:
+        """Return the plan of this call on the device of the sample, copied there once."""
+        key = eta, self._since, sample.device, sample.dtype
         plan = self._made.get(key)
         if plan is None:
-            if (eta, begins) not in self._made:
-                self._made[eta, begins] = self._plan(eta, begins)
-            plan = self._made[key] = self._made[eta, begins].to(sample.device, arithmetic_dtype(sample))
+            if (eta, 0) not in self._made:
+                self._plan(eta)
+            plan = self._made[key] = self._made[eta, self._since].to(sample.device, arithmetic_dtype(sample))
         return plan
 
     def _place(self, timestep: float | Tensor, sample: Tensor) -> int | Tensor:
         """Return the step of a timestep: an int if the host can know it, else 0-dim on the device of the sample; `[B]`
         for timesteps `[B]`."""
-        many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
         place = self.begin_index if self._index is None else self._index
+        if type(place) is int and sample.is_cpu and not torch.compiler.is_compiling():  # most calls end here
+            plain = timestep.ndim == 0 and timestep.is_cpu if isinstance(timestep, Tensor) else True
+            if plain and place < len(self._listed) and self._listed[place] == float(timestep):
+                self._index = place
+                return place
+        many = isinstance(timestep, Tensor) and timestep.ndim == 1 and timestep.numel() > 1
         if many or place is None:
             found = self._found(timestep, sample, many)
             return int(found) if not many and readable(found) else found
@@ -285,7 +340,8 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
         noise: Tensor | None,
     ) -> dict[str, Any]:
         """Return the noise arguments of a step: none, the given noise, a seed for each sample, or diffusers' noise."""
-        if not self._draws[eta]:
+        drawn = self._draws[eta]
+        if not (drawn[index] if isinstance(index, int) else any(drawn)):
             return {}
         if noise is not None:
             return {"noise": noise}
@@ -293,5 +349,9 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # conf
             each = torch.arange(sample.shape[0], device=sample.device)
             seed = self.seed if isinstance(self.seed, Tensor) and self.seed.ndim else each + self.seed
             return {"seed": seed + (index << 32)}
-        dtype = torch.float32 if self.kind == plans.DPM else prediction.dtype
+        dtype = prediction.dtype
+        if self.kind in (plans.DPM, plans.FLOW):
+            dtype = torch.float32
+        elif self.kind in (plans.LCM, plans.TCD):
+            dtype = torch.promote_types(dtype, sample.dtype)
         return {"noise": randn_tensor(prediction.shape, generator=generator, device=prediction.device, dtype=dtype)}

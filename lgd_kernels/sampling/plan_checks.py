@@ -116,6 +116,14 @@ def _numbers(where: str, values: dict[str, float], expected: str, fits: Callable
             raise ValueError(f"{where}: `{name}` is {value}, expected {expected}")
 
 
+def order(plan: str, value: int, most: int) -> None:
+    """Raise TypeError or ValueError unless an order is an int from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{plan}: `order` is a {type(value).__name__}, expected an int from 1 to {most}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{plan}: `order` is {value}, expected 1 to {most}")
+
+
 def first_order(plan: str, value: Tensor | None, like: Tensor) -> None:
     """Raise TypeError or ValueError unless the value is None, or a bool for each step."""
     if value is None:

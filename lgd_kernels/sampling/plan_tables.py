@@ -47,6 +47,69 @@ def of_last(values: Tensor, last: Tensor, none: float) -> Tensor:
     return torch.where(last >= 0, values.gather(0, last.clamp(min=0)), none)
 
 
+def exact(nodes: Tensor, moments: Tensor) -> Tensor:
+    """Return the integrals of Lagrange's polynomials of k nodes `[..., k]`: weights of the values there that integrate
+    polynomials of degree below k exactly. `moments [..., k]` are the integrals of 1, u, u^2, ..."""
+    weights = []
+    for j, node in enumerate(nodes.unbind(-1)):
+        powers = [torch.ones_like(node)]  # coefficients of the polynomial that is 1 at this node and 0 at the others
+        for i, other in enumerate(nodes.unbind(-1)):
+            if i != j:
+                none, gap = torch.zeros_like(node), node - other
+                pairs = zip([none, *powers], [*powers, none], strict=True)
+                powers = [(lower - other * same) / gap for lower, same in pairs]
+        weights.append(sum(one * moments[..., p] for p, one in enumerate(powers)))
+    return torch.stack(weights, -1)  # type: ignore[arg-type]  # sums of tensors
+
+
+def growing(h: Tensor, count: int) -> Tensor:
+    """Return the integrals `[..., count]` of e^v (v / h)^p over v from 0 to h, p = 0, 1, ..."""
+    moves = h != 0
+    found, end = [torch.expm1(h)], torch.exp(h) * moves
+    while len(found) < count:
+        found.append(end - len(found) * found[-1] / torch.where(moves, h, 1.0))
+    return torch.stack(found, -1)
+
+
+def extrapolated(at: Tensor, order: int, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute a multistep method whose integrand is a polynomial in `at` through its last values.
+
+    Args:
+        at: `[N + 1]` or `[N + 1, B]`.
+        order: the largest number of values.
+        moments: `[N, order]` or `[N, B, order]`: for each step the integrals of 1, u, u^2, ..., u = 0 at the start of
+            the step and 1 at its end.
+
+    Returns the weights `[..., order - 1]` of differences between earlier values and the newest, the later first, and
+    bool `[...]`, the steps that do not move and keep the history. The first moved steps, and infinite ones, are of
+    lower order.
+    """
+    h = at[1:] - at[:-1]
+    moves = h != 0
+    last = [last_moved(moves)]
+    while len(last) < order - 1:
+        last.append(of_last(last[0], last[-1], -1))
+    nodes, weights = [torch.zeros_like(h)], torch.zeros_like(moments[..., 1:])
+    usable = moves & torch.isfinite(h)
+    for k, one in enumerate(last[: order - 1], 1):
+        there = of_last(at[:-1], one, torch.nan) - at[:-1]
+        usable = usable & torch.isfinite(there)
+        nodes.append(torch.where(usable, there / torch.where(moves, h, 1.0), float(k)))
+        found = exact(torch.stack(nodes, -1), moments[..., : k + 1])[..., 1:]
+        weights[..., :k] = torch.where(usable.unsqueeze(-1), found, weights[..., :k])
+    return weights, ~moves & (last[0] >= 0)
+
+
+def multistep(x: Tensor, g: Tensor, made: tuple[Tensor, Tensor], weights: Tensor, stays: Tensor) -> Tensor:
+    """Stack a table whose calls keep m, `made` of the sample and of the prediction. It is the step of first order, with
+    factors x and g, plus the weighted differences between earlier m and this one."""
+    back = -weights.sum(-1)
+    moved = output(x + back * made[0], g + back * made[1], kept=weights[..., 0])
+    kept = remembered(*made, stays)
+    older = weights[..., None, 1:]
+    return torch.cat((torch.cat((moved, older), -1), torch.cat((kept, torch.zeros_like(older)), -1)), -2)
+
+
 def corrected(h: Tensor, ratio: Tensor, second: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Compute what UniPC's corrector adds to a prediction, in units of signal_s B: the factors of the newest difference
     of x0, and of the difference before. `size` is B."""

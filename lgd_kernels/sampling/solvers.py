@@ -27,7 +27,17 @@ from lgd_kernels.sampling import plan_tables as tables
 from lgd_kernels.sampling.schedules import EDM, Schedule
 from lgd_kernels.sampling.step_plan import StepPlan
 
-__all__ = ["StepPlan", "adams_bashforth", "consistency", "dpm_solver_2m", "edm_euler", "edm_heun", "one_step", "unipc"]
+__all__ = [
+    "StepPlan",
+    "adams_bashforth",
+    "consistency",
+    "deis",
+    "dpm_solver_2m",
+    "edm_euler",
+    "edm_heun",
+    "one_step",
+    "unipc",
+]
 
 
 def one_step(
@@ -110,22 +120,52 @@ def edm_heun(sigmas: Tensor, *, prediction: Prediction = "x0", **churning: float
     return _plan("edm_heun", prediction, times[calls], after[calls], table[calls], start=tables.first_noise(added))
 
 
-def adams_bashforth(sigmas: Tensor, *, prediction: Prediction = "x0") -> StepPlan:
-    """Plan a method of second order in sigma, with one call a step; the first step is Euler's. It keeps the slope d.
+def adams_bashforth(sigmas: Tensor, *, prediction: Prediction = "x0", order: int = 2) -> StepPlan:
+    """Plan a multistep method in sigma, with one call a step: the slope d is a polynomial of sigma through its values
+    in the last `order` calls, 1 to 4, and is integrated exactly. Of order 2,
 
         x <- x + h ((1 + h / (2 h')) d - h / (2 h') d'),   h' and d' of the step before
 
-    k-diffusion and diffusers call it LMS with order 2. The integrals of the interpolating line are exact here.
+    The first steps are of order 1, 2, ... The solver keeps d. k-diffusion and diffusers call it LMS, of order 4 unless
+    given, with numerical integrals.
     """
     plan_checks.sigmas("adams_bashforth", sigmas, prediction)
+    plan_checks.order("adams_bashforth", order, 4)
     h = sigmas[1:] - sigmas[:-1]
-    last = tables.last_moved(h != 0)
-    share = torch.where((last >= 0) & (h != 0), h / (2 * tables.of_last(h, last, 1.0)), 0.0)
-    x, g = tables.slope(sigmas[:-1], prediction)
-    forward = h * (1 + share)
-    table = tables.output(1 + forward * x, forward * g, kept=-h * share)
-    table = torch.cat((table, tables.remembered(x, g, (last >= 0) & (h == 0))), -2)
-    return _plan("adams_bashforth", prediction, sigmas[:-1], sigmas[1:], table)
+    made = tables.slope(sigmas[:-1], prediction)
+    x, g = 1 + h * made[0], h * made[1]
+    if order == 1:
+        return _plan("adams_bashforth", prediction, sigmas[:-1], sigmas[1:], tables.output(x, g))
+    moments = torch.stack([h / (p + 1) for p in range(order)], -1)
+    table, stays = _multistep(sigmas, order, moments, x, g, made)
+    return _plan("adams_bashforth", prediction, sigmas[:-1], sigmas[1:], table, stays=stays)
+
+
+def deis(schedule: Schedule, times: Tensor, *, prediction: Prediction = "x0", order: int = 2) -> StepPlan:
+    """Plan DEIS: the noise eps is a polynomial of ln(rho), rho = noise / signal, through its values in the last `order`
+    calls, 1 to 3, and is integrated exactly over rho.
+
+        x_s / signal_s = x_t / signal_t + integral of the polynomial from rho_t to rho_s
+
+    The first steps are of order 1, 2, ... A step from signal 0 or to s = 0, where ln(rho) is infinite, is of order 1,
+    the step of `one_step`. The solver keeps eps. Source: Zhang and Chen, arXiv 2204.13902, rho AB, in ln(rho) as
+    diffusers' DEISMultistepScheduler.
+    """
+    levels = _levels("deis", schedule, times, prediction)
+    plan_checks.order("deis", order, 3)
+    x, g, _ = step_coefficients(levels, prediction, 0.0)
+    if order == 1:
+        return _plan("deis", prediction, times[:-1], times[1:], tables.output(x, g))
+    signal = torch.cat((levels.signal_t, levels.signal_s[-1:]))
+    noise = torch.cat((levels.noise_t, levels.noise_s[-1:]))
+    alpha, beta = x0_coefficients(levels, prediction)
+    sharp = torch.where(levels.noise_t == 0, 1.0, levels.noise_t)
+    made = (1 - levels.signal_t * alpha) / sharp, -levels.signal_t * beta / sharp
+    at = torch.log(noise) - torch.log(signal)
+    h = torch.where(levels.gap == 0, 0.0, at[1:] - at[:-1])
+    moments = tables.growing(h, order) * (levels.signal_s * noise[:-1] / signal[:-1]).unsqueeze(-1)
+    table, stays = _multistep(at, order, moments, x, g, made)
+    return _plan("deis", prediction, times[:-1], times[1:], table, stays=stays)
 
 
 def dpm_solver_2m(
@@ -211,6 +251,15 @@ def _levels(plan: str, schedule: Schedule, times: Tensor, prediction: Prediction
     """Check the times of a run, and compute the levels of its steps."""
     plan_checks.times(plan, "times", times)
     return plan_checks.levels(plan, schedule, times[:-1], times[1:], prediction)
+
+
+def _multistep(
+    at: Tensor, order: int, moments: Tensor, x: Tensor, g: Tensor, made: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Stack the table of a method that extrapolates in `at`, and find the calls of a deep plan that keep all."""
+    weights, stays = tables.extrapolated(at, order, moments)
+    some = order > 2 and (not readable(stays) or bool(stays.any()))
+    return tables.multistep(x, g, made, weights, stays), stays if some else None
 
 
 def _plan(

@@ -20,6 +20,8 @@ from lgd_kernels.runtime.levels import OmegaLookup, Prediction, arithmetic_dtype
 from lgd_kernels.runtime.shown import kind, span
 from lgd_kernels.sampling import step_rows
 
+_WORDS = ("none", "one", "two", "three", "four")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepPlan:
@@ -28,8 +30,8 @@ class StepPlan:
         x    <- table[i, 0] . (x, g, kept, z)
         kept <- table[i, 1] . (x, g, kept, z)      only if the solver keeps a history: P = 2, else P = 1
 
-    `times [N, B]` with a `table [N, B, P, 4]` give each sample its own run. A table of five factors has one more, for
-    the `kept` of one call earlier, which the step passes on and does not write again.
+    `times [N, B]` with a `table [N, B, P, 4]` give each sample its own run. More factors, up to seven in all, are for
+    the `kept` of one, two and three calls earlier, which the step passes on and does not write again.
 
     `ends[i]` is the time at which a step from `times[i]` ends: the sampler calls `omega(c, s, t)` with s = ends[i] and
     t = times[i]. For the second call of a Heun step `ends[i]` is the end of the next step. A plan made by hand may omit
@@ -47,7 +49,7 @@ class StepPlan:
     """
 
     times: Tensor  # [N] or [N, B], of each call of the network
-    table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5: and of the kept of a call earlier
+    table: Tensor  # [N, P, 4] or [N, B, P, 4]: factors of x, g, kept and z; 5 to 7: and of the kept of earlier calls
     start: float | Tensor = 0.0  # a number, or [B]
     ends: Tensor | None = None  # as times: where the step from each time ends, the s of omega(c, s, t)
     stays: Tensor | None = None  # bool [N] or [N, B]: calls of a deep plan that keep its whole history
@@ -66,9 +68,14 @@ class StepPlan:
         return self.table.shape[-2] == 2
 
     @property
+    def depth(self) -> int:
+        """Return of how many calls a step uses the `kept`."""
+        return self.table.shape[-1] - 3 if self.remembers else 0
+
+    @property
     def deep(self) -> bool:
-        """Return whether a step also uses the `kept` of a call earlier: `kept` is then a tuple, the newest first."""
-        return self.table.shape[-1] == 5
+        """Return whether a step uses the `kept` of several calls: `kept` is then a tuple, the newest first."""
+        return self.table.shape[-1] > 4
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepPlan:
         """Move times and table to a device, the table in `dtype`. Call it once, before the loop: then no step copies
@@ -100,7 +107,7 @@ class StepPlan:
                 read: 0-dim, or `[B]` for a different call for each sample.
             x, cond, uncond, omega, rule: as in `guided_step`; without uncond, cond is the guided prediction.
             kept: the `kept` that the step before returned; None in the first step. (With `index` a tensor the first
-                takes zeros like x; a tuple of two if the plan is `deep`.)
+                takes zeros like x; a tuple of `depth` if the plan is `deep`.)
             noise, seed, first_sample: as in `guided_step`, for solvers that draw. z depends on the seed, not on the
                 step: pass a different seed to each step.
 
@@ -111,8 +118,8 @@ class StepPlan:
             checks.function("StepPlan.step", "rule", rule)
             cond, uncond = guided_score(cond, cond if uncond is None else uncond, omega, rule=rule, impl=impl), None
         history = () if kept is None else kept if isinstance(kept, tuple) else (kept,)
-        if len(history) > 1 and len(history) > 1 + self.deep:
-            most = "two, the newest first" if self.deep else "one: this plan is not `deep`"
+        if len(history) > 1 and len(history) > self.depth:
+            most = f"{_WORDS[self.depth]}, the newest first" if self.deep else "one: this plan is not `deep`"
             raise ValueError(f"StepPlan.step: `kept` is a tuple of {len(history)}, expected at most {most}")
         if not isinstance(index, (int, Tensor)) or isinstance(index, bool):
             index = _index(index)
@@ -140,7 +147,7 @@ class StepPlan:
             w = omega_at(omega, x.new_empty(0, dtype=wide))
             factors.append(row[..., 1] * (w[:, None] if w.ndim else w))
             columns.append((1, 2))
-        factors += [row[..., place] for place in (2, 4)[:depth]]
+        factors += [row[..., place] for place in step_rows.PLACES[:depth]]
         columns += range(2 + guided, 2 + guided + depth)
         drawn: dict[str, Any] = {}
         if noise is not None:
@@ -158,10 +165,12 @@ class StepPlan:
         """Return the next sample, and the history for the next step."""
         if not self.deep:
             return found[0], found[1] if self.remembers else None
-        if self.stays is not None and len(history) == 2:
+        older = history[: self.depth - 1]
+        if self.stays is not None and len(history) > 1:
             stays = self._row(self.stays[..., None, None].to(found[1].device), index, found[1].shape[0])
-            history = (torch.where(per_sample(stays, found[1]), history[1], history[0]),)
-        return found[0], (found[1], *history[:1])
+            stays, pairs = per_sample(stays, found[1]), zip(history[1:], older, strict=False)
+            older = (*(torch.where(stays, *pair) for pair in pairs), *older[len(history) - 1 :])
+        return found[0], (found[1], *older)
 
     def _row(self, table: Tensor, index: int | Tensor, batch: int) -> Tensor:
         """Return the row of a step for each sample, `[B, P, 4]`."""
@@ -186,8 +195,9 @@ class StepPlan:
                 f"StepPlan.step: factors of step {index} are NaN, as where the signal is 0, {checks.NO_DATA_IN_EPS}"
             )
         _, _, remembered, drawn, *before = asked
-        if (remembered and depth == 0) or (any(before) and depth < 2):
-            said = "None" if depth == 0 else "what one step returned"
+        needed = max((n for n, one in enumerate((remembered, *before), 1) if one), default=0)
+        if needed > depth:
+            said = "None" if depth == 0 else f"what {_WORDS[depth]} step{'s' * (depth > 1)} returned"
             raise ValueError(f"StepPlan.step: `kept` is {said} in step {index}, expected what the step before returned")
         if drawn and not noise and not seed:
             raise ValueError(f"StepPlan.step: step {index} adds noise but there is none; pass seed=... or noise=...")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lgd_kernels.sampling.step_plan import StepPlan
 
 OP, MOST = "StepPlan.step", 16
+PLACES = (2, 4, 5, 6)  # of the factors of the history, the newest first, in a row of the table
 
 
 class Rows:
@@ -29,13 +30,13 @@ class Rows:
         with torch.inference_mode(False), torch.no_grad():
             shared = table.ndim == 3
             table = table.to(like)[:, None] if shared else table.to(like)
-            factors = [0, 1, *([1] if guided else []), *(2, 4)[:depth], *([3] if noise else [])]
-            fixed, share = table[..., factors], table[..., 1:2].clone()
-            self.guidance = torch.arange(len(factors), device=fixed.device).eq(2) & guided
+            factors = [0, 1, *([1] if guided else []), *PLACES[:depth], *([3] if noise else [])]
+            fixed = table[..., factors]
             if guided:
-                fixed[..., 2] = 0.0
+                share, fixed[..., 2] = table[..., 1:2].clone(), 0.0
+                self.guidance = torch.arange(len(factors), device=fixed.device).eq(2)
+                self.run, self.steps = (fixed, share), list(zip(fixed.unbind(0), share.unbind(0), strict=True))
             self.shared, self.batch = shared, fixed.shape[1]
-            self.run, self.steps = (fixed, share), list(zip(fixed.unbind(0), share.unbind(0), strict=True))
             self.kept = 0.0, fixed.unbind(0)
         names: list[Column] = [0, 1, *([(1, 2)] if guided else [])]
         first = 3 if guided else 2

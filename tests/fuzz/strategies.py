@@ -279,7 +279,9 @@ def churn_from_eta(draw):
 def solver(draw):
     """Draw a plan, and a step of it."""
     name = draw(
-        one_of(("one_step", "consistency", "edm_euler", "edm_heun", "adams_bashforth", "dpm_solver_2m", "unipc"))
+        one_of(
+            ("one_step", "consistency", "edm_euler", "edm_heun", "adams_bashforth", "deis", "dpm_solver_2m", "unipc")
+        )
     )
     sigmas = name.startswith("edm") or name == "adams_bashforth"
     schedule = "edm" if sigmas else draw(one_of(tuple(inputs.SCHEDULES)))
@@ -291,6 +293,8 @@ def solver(draw):
         plan["churn"] = draw(one_of((0.0, 1.0, 0.5)))
     elif name.startswith("edm"):
         plan["s_churn"] = draw(one_of((0.0, 4.0)))
+    elif name in ("adams_bashforth", "deis"):
+        plan["order"] = draw(one_of((1, 2, 3)))
     elif name == "dpm_solver_2m":
         plan["stochastic"] = draw(st.booleans())
     elif name == "unipc":
