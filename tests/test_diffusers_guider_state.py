@@ -10,7 +10,7 @@ import lgd_kernels as lgd
 diffusers = pytest.importorskip("diffusers")
 guiders = pytest.importorskip("diffusers.guiders")
 
-from tiny import BATCH, STABLE, assert_close, call_unet, denoise, noise, pair, prompts, sdxl_unet  # noqa: E402
+from tiny import BATCH, STABLE, assert_close, below, call_unet, denoise, noise, pair, prompts, sdxl_unet  # noqa: E402
 
 from lgd_kernels.integrations import diffusers as module  # noqa: E402
 from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance  # noqa: E402
@@ -38,7 +38,7 @@ def run_of(guider, scheduler, steps=None):
 
 def expected_of(scheduler, steps=slice(None)):
     times = times_of(scheduler)
-    return weight(None, times[1:], times[:-1])[steps]
+    return weight(None, below(times), times[:-1])[steps]
 
 
 def made(kind, steps=None, **options):

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 import pipelines  # noqa: E402
 from pipelines import STABLE  # noqa: E402
+from tiny import below  # noqa: E402
 
 from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance, LearnedScale  # noqa: E402
 from lgd_kernels.integrations.diffusers_plans import times_of  # noqa: E402
@@ -78,7 +79,7 @@ def recorded(monkeypatch):
 
 def expected_of(scheduler, condition, first=0):
     times = times_of(scheduler)[first:]
-    return torch.stack([1 + weight(condition, s, t) for t, s in zip(times, times[1:], strict=False)])
+    return torch.stack([1 + weight(condition, s, t) for t, s in zip(times, below(times), strict=False)])
 
 
 # By hand.
@@ -175,9 +176,10 @@ def scale_by_step(pipe, omega, condition, first=0):
     """Return a first guidance_scale, and a callback that sets the guidance_scale of each later step: one sample."""
     pipe.scheduler.set_timesteps(8)
     times = times_of(pipe.scheduler)[first:]
+    ends = below(times)
 
     def at(step):
-        return 1 + float(omega(condition, times[step + 1 : step + 2], times[step : step + 1]))
+        return 1 + float(omega(condition, ends[step], times[step]))
 
     def callback(pipe, step, t, kwargs):
         if step + 2 < len(times):

@@ -100,6 +100,11 @@ def draws(run, seed=7):
     return drawn_from(seed) if "generator" in inspect.signature(step).parameters else {}
 
 
+def below(times):
+    """Return s of every call of a run: the largest of its times below t, or the last."""
+    return torch.stack([max((one for one in times if one < t), default=times[-1]) for t in times[:-1]])
+
+
 def noise(seed, shape=(BATCH, 4, 8, 8)):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -39,9 +39,10 @@ class LearnedGuidance(BaseGuidance):
         omega: a float; a tensor `[B]`, one weight for each sample or prompt; or a function `omega(c, s, t) -> [B]`, an
             nn.Module or an `OmegaTable`. omega = guidance_scale - 1: 0 is the conditional prediction alone.
         scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler. Functions and intervals need
-            it: t and s, float32 `[B]`, are neighbours in its timesteps, as `diffusers_plans.times_of` converts them:
-            indices of the training table and -1 for the data, or t in [0, 1] for flow matching. A step whose timestep
-            this scheduler does not have raises ValueError (on a GPU, where the host reads none: omega is NaN).
+            it: t and s, float32 `[B]`, are a time of the run and the next one below it, as `diffusers_plans.times_of`
+            converts them: indices of the training table and -1 for the data, or t in [0, 1] for flow matching. A step
+            whose timestep this scheduler does not have raises ValueError (on a GPU, where the host reads none: omega is
+            NaN).
         times: `times(scheduler) -> [N + 1]`, to use other times.
         condition: the name of the pipeline's input that is c, such as "prompt_embeds"; None takes the first. Set
             `guider.condition_value` to give c itself, e.g. int64 labels `[B]`: a table needs integers.

@@ -77,7 +77,7 @@ class RunOmega:
 
     def _table(self, omega: Any, interval: tuple[float, float] | None, run: Tensor, batch: int, c: Condition) -> Tensor:
         """Compute omega of the whole run, and a row of NaN: `[N + 1, B]`."""
-        t, s = (one.repeat_interleave(batch) for one in (run[:-1], run[1:]))  # [N B]
+        t, s = (one.repeat_interleave(batch) for one in (run[:-1], _next(run)))  # [N B]
         steps = run.numel() - 1
         if not callable(omega) or isinstance(omega, Tensor):
             found = torch.as_tensor(omega, dtype=torch.float32, device=run.device)
@@ -98,6 +98,14 @@ class RunOmega:
             found = torch.where((t > low) & (t <= high), found, torch.zeros_like(found))
         found = found.view(steps, batch)
         return torch.cat((found, torch.full_like(found[:1], torch.nan)))
+
+
+def _next(run: Tensor) -> Tensor:
+    """Return s of every call, `[N]`: the largest time of the run below t. Heun and PNDM call twice at a time, and s = t
+    would be no step that omega has learned."""
+    below = run < run[:-1, None]  # [N, N + 1]
+    highest = torch.where(below, run, -torch.inf).amax(1)
+    return torch.where(below.any(1), highest, run[1:])
 
 
 def repeated(where: str, name: str, value: Tensor, batch: int) -> Tensor:

@@ -49,6 +49,7 @@ class LearnedScale:
         omega: a float; a tensor `[B]`, one weight for each sample or prompt; or a function `omega(c, s, t) -> [B]`, an
             nn.Module or an `OmegaTable`. t and s are float32 times, as `diffusers_plans.times_of` converts the
             scheduler's timesteps: indices of the training table and -1 for the data, or t in [0, 1] for flow matching.
+            s is the next time below t, also in the second call of a step of Heun's.
         scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler. Pass the pipeline if you can:
             then a pipeline that only embeds the scale is refused here, and a run that begins in the middle is followed
             with schedulers that do not count steps too (DDIM, DDPM, PNDM).
