@@ -183,7 +183,7 @@ def wan_vae():
     ).eval()  # fmt: skip
 
 
-def umt5(strength=4.0):
+def umt5(strength=40.0):
     config = transformers.UMT5Config(
         vocab_size=30, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip

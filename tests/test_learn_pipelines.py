@@ -20,7 +20,7 @@ from pipelines import STABLE  # noqa: E402
 from lgd_kernels.integrations.diffusers import FusedScheduler, LearnedGuidance, LearnedScale  # noqa: E402
 from lgd_kernels.learn import diffusers as learning  # noqa: E402
 
-STEPS, PROMPTS, TOLERANCE = 5, ["a cat", "dog"], 2e-5
+STEPS, PROMPTS, TOLERANCE = 5, ["a cat", "dog"], 2e-6
 DDIM = diffusers.DDIMScheduler(**STABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 EULER = diffusers.EulerDiscreteScheduler(**STABLE, timestep_spacing="leading", steps_offset=1)  # times are integers
 FAMILIES = {  # pipeline, its scheduler, arguments of its call, the argument that guides

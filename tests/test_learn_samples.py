@@ -9,7 +9,7 @@ import torch
 from test_learn_command import learn, place, refused  # noqa: F401
 
 import lgd_kernels as lgd
-from lgd_kernels.learn import Frozen, command_options, command_samples, runs, sources
+from lgd_kernels.learn import Frozen, command, command_options, command_samples, runs, sources
 from lgd_kernels.metrics import energy_distance
 from lgd_kernels.omega.files import load
 
@@ -329,3 +329,19 @@ def test_the_models_of_the_guide(study, size):
     assert learn("--omega", "constant", "--sample-steps", "2", "--samples", "32", **named) == 0
     assert load("out/omega.safetensors").prediction == "x0"
     assert sources.load(named["data"])[0].shape[1] == size
+
+
+def test_a_constant_set_by_hand_wins_where_it_is_right(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "learning.md").read_text()
+    module = next(block for block in page.split("```") if "return mean + share" in block)
+    (tmp_path / "plane.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    call = ["--data", "plane:pairs", "--model", "plane:denoiser", "--steps", "5", "--by-hand", "1", "--items", "1024"]
+    assert command.main(call) == 0
+    printed = capsys.readouterr().out
+    assert "your constant is better by 0.00" in printed and "load runs/omega/by_hand.safetensors" in printed
+    assert load("runs/omega/by_hand.safetensors").omega.item() == 1
+    with pytest.raises(SystemExit):
+        command.main([*call, "--by-hand", "-1"])
+    assert "--by-hand is -1.0, expected omega = guidance_scale - 1, 0 or more" in capsys.readouterr().err

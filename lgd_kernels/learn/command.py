@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, settings: Settings, device: torch.device) -> i
         return 0
     fits = command_fits.fit(args, batches, classes, track)
     learned = trainer.ema if args.omega == "network" else getattr(fits, args.omega)
-    omegas = {"unguided": _unguided, "constant": fits.constant, "interval": fits.interval, args.omega: learned}
+    omegas = command_fits.others_of(args, fits) | {args.omega: learned}
     losses = _losses(batches.parts(held, min(4096, ROUNDS * size_of(held)), args.seed + 1), loss, omegas)
     command_fits.save(args, fits, learned, frozen, losses, c.to(device), classes)
     print(command_fits.summary(args, fits, losses), flush=True)
@@ -250,10 +250,6 @@ def _rewarded(args: argparse.Namespace, frozen: Frozen, loss: Loss) -> Loss:
         raise ValueError(f"--reward: {args.reward} is a {type(reward).__name__}, expected a callable (x0, c) -> [N]")
     estimate = partial(black_box_reward_loss if args.black_box else reward_loss, impl=args.impl)
     return with_reward(reward, args.gamma, loss, estimate=estimate)
-
-
-def _unguided(c: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    return torch.zeros(len(s), device=s.device)
 
 
 @torch.no_grad()

@@ -83,6 +83,13 @@ def knots(schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
     return times[:-1], times[1:]
 
 
+def others_of(args: argparse.Namespace, fits: Fits) -> dict[str, nn.Module]:
+    """Return the omegas that the learned one is compared with: none, the one set by hand, and the fits."""
+    device = fits.constant.omega.device
+    by_hand = {} if args.by_hand is None else {"by_hand": Constant(args.by_hand).to(device)}
+    return {"unguided": Constant(0.0).to(device), **by_hand, "constant": fits.constant, "interval": fits.interval}
+
+
 def save(
     args: argparse.Namespace,
     fits: Fits,
@@ -94,8 +101,7 @@ def save(
 ) -> None:
     """Write omega.safetensors, the fits and omega = 0, result.json and, if matplotlib is installed, omega.png."""
     schedule = frozen.schedule
-    others = {"unguided": Constant(0.0), "constant": fits.constant, "interval": fits.interval}
-    for name, omega in (*others.items(), ("omega", learned)):
+    for name, omega in (*others_of(args, fits).items(), ("omega", learned)):
         save_omega(args.out / f"{name}.safetensors", omega, schedule, frozen.prediction)
     result: dict[str, dict] = {}
     for name, loss in losses.items():

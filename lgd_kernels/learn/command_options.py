@@ -113,6 +113,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=50,
         help="steps that you will sample with, and that samples are compared in at the end; 0 compares losses only",
     )
+    add("--by-hand", type=float, help="the omega that you use today, guidance_scale - 1, to compare with")
     add("--samples", type=int, help="samples to compare, of all classes together; by default 64 to 1024, by their size")
     add("--out", type=Path, default=Path("runs/omega"), help="folder for omega, its picture, the log, the checkpoint")
     add("--every", type=int, default=200, help="updates between two rows of the log, and between two checkpoints")
@@ -140,6 +141,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.samples is not None and args.samples < runs.LEAST:
         parser.error(f"--samples is {args.samples}, expected {runs.LEAST} or more")
     args.delta = command_samples.delta(args.sample_steps) if args.delta is None else args.delta
+    if args.by_hand is not None and not 0 <= args.by_hand < math.inf:
+        parser.error(f"--by-hand is {args.by_hand}, expected omega = guidance_scale - 1, 0 or more")
     if args.knots < 2:
         parser.error(f"--knots is {args.knots}, expected 2 or more")
     if args.omega != "network" and (args.reward or args.resume):

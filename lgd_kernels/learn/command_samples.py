@@ -22,7 +22,12 @@ FILE = "samples.json"
 ROWS = 10  # labels that are printed
 DATA = 2**20  # numbers in the samples of an omega, by default
 FEWEST, MOST = 64, 1024  # samples by default
-CALLED = {"unguided": "no guidance", "constant": "the constant", "interval": "the interval"}
+CALLED = {
+    "unguided": "no guidance",
+    "by_hand": "your constant",
+    "constant": "the constant",
+    "interval": "the interval",
+}
 
 
 class Found(NamedTuple):
