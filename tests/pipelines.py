@@ -194,3 +194,20 @@ def umt5(strength=40.0):
         if "final_layer_norm" in name:
             weights.data.mul_(strength)
     return model
+
+
+@seeded
+def kandinsky3():
+    unet = diffusers.Kandinsky3UNet(
+        in_channels=4, time_embedding_dim=4, groups=2, attention_head_dim=4,
+        layers_per_block=3, block_out_channels=(32, 64), cross_attention_dim=8, encoder_hid_dim=8,
+    )  # fmt: skip
+    movq = diffusers.VQModel(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), norm_num_groups=4, latent_channels=4,
+        num_vq_embeddings=8, vq_embed_dim=4, norm_type="spatial",
+    )  # fmt: skip
+    return diffusers.Kandinsky3Pipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(), unet=unet.eval(), movq=movq.eval(),
+        scheduler=diffusers.DDPMScheduler(clip_sample=True),
+    )  # fmt: skip

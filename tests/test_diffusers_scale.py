@@ -115,7 +115,9 @@ def test_a_scale_is_1_plus_omega_of_the_next_step_and_affine():
 def test_comparisons_are_those_of_a_number_above_1():
     scale = LearnedScale(0.0, flow())
     assert scale > 1 and scale >= 1.0 and scale != 1.0 and not scale < 1 and not scale <= 1 and scale > 0
-    assert float(scale) > 1 and max(scale, 1.0) is scale and scale - 1 > 0 and 1 < scale and bool(scale)
+    assert max(scale, 1.0) is scale and scale - 1 > 0 and 0.1 * scale > 1 and 1 < scale and bool(scale)
+    with pytest.warns(UserWarning, match=r"float\(scale\) is 2, which stands for every weight in comparisons"):
+        assert float(scale) > 1
     assert "LearnedScale" in f"guidance_scale is {scale}" and repr(1 - scale).startswith("LearnedScale(0 + -1 omega")
     assert scale == scale and len({scale, scale}) == 1
 
@@ -272,7 +274,7 @@ def test_a_pipeline_that_counts_from_the_conditional_prediction():
         scheduler = flow()
 
     scale = LearnedScale(1.5, Cosmos2TextToImagePipeline())
-    assert torch.equal(scale * torch.ones(1, 1), torch.tensor([[1.5]])) and scale > 0
+    assert torch.equal(scale * torch.ones(1, 1), torch.tensor([[1.5]])) and scale > 1
     assert torch.equal(LearnedScale(1.5, flow(), base=0) * torch.ones(1, 1), torch.tensor([[1.5]]))
 
 
@@ -305,6 +307,7 @@ def test_a_run_without_a_lookup_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unused = LearnedScale(1.5, pipe)
+        sampled(pipe, CALLS["flux"][1], "true_cfg_scale", 2.5)  # another one's run
         del unused
         gc.collect()
 
@@ -346,13 +349,6 @@ def test_a_scheduler_that_does_not_sample_is_found():
     unset = LearnedScale(1.5, diffusers.EulerDiscreteScheduler())
     with pytest.raises(ValueError, match="set_timesteps was never called"):
         unset * torch.ones(1, 1)
-    ddim = diffusers.DDIMScheduler()
-    ddim.set_timesteps(2)
-    counted = LearnedScale(1.5, ddim)
-    for _ in range(2):
-        counted * torch.ones(1, 1)
-    with pytest.raises(ValueError, match="lookup 3 in a run of 2 steps.*more than once in a step"):
-        counted * torch.ones(1, 1)
 
 
 def test_an_omega_of_other_times_is_refused():

@@ -20,7 +20,7 @@ from torch import Tensor
 import lgd_kernels as lgd
 from lgd_kernels.guidance import rules
 from lgd_kernels.guidance.rules import Rule
-from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, ordinary, repeated, times_for
+from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, ordinary, repeated, shares, times_for
 from lgd_kernels.integrations.diffusers_scale import LearnedScale
 from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
 from lgd_kernels.runtime.impls import Impl
@@ -266,7 +266,7 @@ class LearnedGuidance(BaseGuidance):
         if self._unset() or (place is not None and place >= timesteps.numel()):
             raise ValueError(self._another())
         at = torch.as_tensor(given, device=getattr(given, "device", timesteps.device)).reshape(-1)[:1]
-        if not torch.compiler.is_compiling() and _shares(at, timesteps):
+        if not torch.compiler.is_compiling() and shares(at, timesteps):
             return (at.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
         compared = at.dtype if at.is_floating_point() else timesteps.dtype
         hits = timesteps.to(at.device, compared) == at
@@ -338,9 +338,3 @@ def _check_interval(interval: tuple[float, float]) -> None:
             f"LearnedGuidance: `interval` is {interval!r}, expected two times (low, high) with low <= high; guidance "
             "is for low < t <= high"
         )
-
-
-def _shares(at: Tensor, timesteps: Tensor) -> bool:
-    """Return whether `at` is an entry of `timesteps` in memory, which the host knows without reading values."""
-    same = at.dtype == timesteps.dtype and at.device == timesteps.device and timesteps.ndim == 1
-    return same and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()

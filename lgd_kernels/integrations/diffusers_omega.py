@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lgd_kernels.integrations.diffusers_plans import is_flow, times_of
+from lgd_kernels.integrations.diffusers_plans import has_indices, is_flow, times_of
 from lgd_kernels.sampling.schedules import Discrete, RectifiedFlow
 
 
 def times_for(where: str, scheduler: Any, omega: Any) -> Tensor:
     """Return the times of a run, `[N + 1]`, as `times_of` does. Raise ValueError for an omega of other times."""
     schedule, flow = getattr(omega, "schedule", None), is_flow(scheduler)
-    if schedule is not None and not isinstance(schedule, RectifiedFlow if flow else Discrete):
+    known = flow or has_indices(scheduler)
+    if schedule is not None and (not known or not isinstance(schedule, RectifiedFlow if flow else Discrete)):
         takes = "t in [0, 1] of flow matching" if flow else "indices of its training table, those of Discrete"
+        takes = takes if known else f"timesteps of its own, such as {float(scheduler.timesteps[0]):.4g}"
         raise ValueError(
             f"{where}: omega was learned with times of {type(schedule).__name__}, but this {type(scheduler).__name__} "
             f"has {takes}; learn omega for this model, or pass a function of (c, s, t) that converts the times"
@@ -85,7 +87,7 @@ class RunOmega:
         else:
             value = c.value
             if value is not None:
-                value = repeated(self.where, c.name, value, batch)
+                value = repeated(self.where, c.name, value, batch).to(run.device)
                 value = value.repeat(steps, *(1,) * (value.ndim - 1))
             if isinstance(omega, torch.nn.Module) and isinstance(getattr(omega, "schedule", None), Discrete):
                 s, t = s.round().long(), t.round().long()  # some schedulers stop between two indices
@@ -123,6 +125,12 @@ def repeated(where: str, name: str, value: Tensor, batch: int) -> Tensor:
         )
     value = value.reshape(1) if value.ndim == 0 else value
     return value if count == batch else value.repeat_interleave(batch // count, 0)
+
+
+def shares(at: Tensor, timesteps: Tensor) -> bool:
+    """Return whether `at` is an entry of `timesteps` in memory, which the host knows without reading values."""
+    same = at.dtype == timesteps.dtype and at.device == timesteps.device and timesteps.ndim == 1
+    return same and at.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
 
 
 @contextlib.contextmanager

@@ -85,6 +85,7 @@ STEP = (  # a subclass with the same step does not override these
     "_get_variance",
 )
 WARM = {PNDM: 4, LMS: 3, UNIPC: 2}  # calls after which a run no longer depends on where it began
+FLOWS = ("LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler", "PiflowScheduler")  # of flow matching too
 ROUNDING = 1e-5  # relative: the most that sigmas may rise where spacings meet
 
 
@@ -252,5 +253,11 @@ def times_of(scheduler: Any) -> Tensor:
 def is_flow(scheduler: Any) -> bool:
     """Return whether a scheduler samples a flow-matching model."""
     config = scheduler.config
-    flow = any("FlowMatch" in kind.__name__ for kind in type(getattr(scheduler, "inner", scheduler)).__mro__)
+    names = [kind.__name__ for kind in type(getattr(scheduler, "inner", scheduler)).__mro__]
+    flow = any("FlowMatch" in name or name in FLOWS for name in names)
     return bool(flow or config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction")
+
+
+def has_indices(scheduler: Any) -> bool:
+    """Return whether the timesteps of a scheduler are indices of its training table."""
+    return hasattr(scheduler, "alphas_cumprod") and scheduler.config.get("timestep_type", "discrete") == "discrete"

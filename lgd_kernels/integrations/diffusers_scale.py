@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import numbers
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, times_for
-from lgd_kernels.integrations.diffusers_scheduler import FusedScheduler
+from lgd_kernels.integrations.diffusers_run import Run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,7 +29,6 @@ FROM_COND = (
 )  # cond + scale (cond - uncond)
 APART = ("ZImage",)  # guide each sample of the batch alone
 STAND_IN = 2.0  # what comparisons see: above 1, so that pipelines evaluate both predictions
-MANY = 4  # steps: in a shorter run, as many lookups in one step are no sign of a scheduler that stands still
 
 
 class LearnedScale:
@@ -40,10 +37,11 @@ class LearnedScale:
         scale = LearnedScale(omega, pipe, condition)
         pipe(prompt, guidance_scale=scale)              # or true_cfg_scale=scale, where the pipeline takes it
 
-    A pipeline compares guidance_scale with 1, and multiplies `cond - uncond` by it. In a comparison the scale counts as
-    2, so that the pipeline evaluates both predictions; a product with a tensor `[B, ...]` looks omega up at the
-    scheduler's next step and weighs every sample by its own, in float32 (float64 for float64), rounded once to the
-    dtype of the tensor. `torch.lerp` works likewise. A sum, difference or product with a number is another scale.
+    A pipeline compares guidance_scale with 1, and multiplies `cond - uncond` by it. In a comparison the scale, and
+    every scale computed from it, counts as 2, so that the pipeline evaluates both predictions; a product with a tensor
+    `[B, ...]` looks omega up at the scheduler's next step and weighs every sample by its own, in float32 (float64 for
+    float64), rounded once to the dtype of the tensor. `torch.lerp` works likewise. A sum, difference or product with a
+    number is another scale.
 
     Args:
         omega: a float; a tensor `[B]`, one weight for each sample or prompt; or a function `omega(c, s, t) -> [B]`, an
@@ -51,8 +49,10 @@ class LearnedScale:
             scheduler's timesteps: indices of the training table and -1 for the data, or t in [0, 1] for flow matching.
             s is the next time below t, also in the second call of a step of Heun's.
         scheduler: the pipeline, whose scheduler may be replaced later, or its scheduler. Pass the pipeline if you can:
-            then a pipeline that only embeds the scale is refused here, and a run that begins in the middle is followed
-            with schedulers that do not count steps too (DDIM, DDPM, PNDM).
+            then a pipeline that only embeds the scale is refused here. Schedulers that do not count their steps (DDIM,
+            DDPM, PNDM) get a `step` that notes the timestep, and does nothing else. Where a run begins is then known
+            only after its first step: the scale takes the pipeline's word for it, and the step raises ValueError if it
+            is another one.
         condition: c, the first argument of omega: a tensor with an entry for each sample, or for each prompt of
             `num_images_per_prompt` samples; e.g. int64 labels for a table, or embeddings for a network. None, if omega
             does not depend on it. May be set between runs: `scale.condition = ...`.
@@ -63,7 +63,7 @@ class LearnedScale:
     Raises ValueError for a pipeline that has no unconditional prediction because its network embeds guidance_scale, and
     for a pipeline that guides the samples of a batch one by one (Z-Image: use LearnedGuidance with its modular
     pipeline). A scale that a pipeline embeds nevertheless (`torch.full([1], scale)`) raises TypeError there. A scale
-    that was never looked up, although its scheduler ran, gives a warning when the scale is deleted.
+    that a pipeline compared and never looked up gives a warning: in the last step, or when it is deleted.
 
     Differentiable in omega, where the pipeline's call is.
 
@@ -100,7 +100,7 @@ class LearnedScale:
             base = float(not name.startswith(FROM_COND)) if base is None else base
         elif not hasattr(scheduler, "timesteps"):
             raise TypeError(f"LearnedScale: `scheduler` is a {name}, expected a pipeline of diffusers or its scheduler")
-        self._run = _Run(omega, scheduler, condition)
+        self._run = Run(omega, scheduler, condition)
         self._factor, self._shift = 1.0, 1.0 if base is None else float(base)  # scale = factor * omega + shift
 
     @property
@@ -157,12 +157,17 @@ class LearnedScale:
 
     def _value(self) -> float:
         self._run.compared()
-        return self._factor * (STAND_IN - 1) + self._shift
+        return STAND_IN
 
     def __float__(self) -> float:
         pipe = self._run.source
         if getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds", False):
             raise TypeError(_embeds(type(pipe).__name__))  # torch.tensor([scale] * n, dtype=...)
+        warnings.warn(
+            f"LearnedScale: float(scale) is {STAND_IN:g}, which stands for every weight in comparisons; where that "
+            "number guides, omega is not looked up",
+            stacklevel=2,
+        )
         return self._value()
 
     def __lt__(self, other: Any) -> bool:
@@ -200,6 +205,9 @@ class LearnedScale:
             raise TypeError(_embeds(f"torch.{name}"))
         raise _refused(f"torch.{name}")
 
+    def __deepcopy__(self, memo: Any) -> LearnedScale:
+        return self._affine(1.0, 0.0)  # of the same run: a copy of the pipeline would stand still
+
     def _affine(self, factor: Any, shift: Any) -> LearnedScale:
         """Return factor * scale + shift."""
         made = object.__new__(type(self))
@@ -218,108 +226,6 @@ class LearnedScale:
     def _product(self, x: Tensor) -> Tensor:
         weight = self._weight(x)
         return (x.to(weight.dtype) * weight).to(x.dtype)
-
-
-class _Run:
-    """Look omega up in the run of a scheduler; shared by a scale and those that were computed from it."""
-
-    def __init__(self, omega: Any, source: Any, condition: Tensor | None) -> None:
-        self.omega = float(omega) if isinstance(omega, int) else omega
-        self.source, self.follows, self.condition = source, hasattr(source, "scheduler"), condition
-        self.rows = RunOmega("LearnedScale")
-        self.timesteps: Tensor | None = None  # of the run
-        self.times: Tensor | None = None
-        self.lookups, self.here, self.last = 0, 0, -1  # in the run; in this step; the place of this step
-        self.use = _Use(source, self.scheduler.timesteps)
-        weakref.finalize(self, self.use.warn_unless_used)
-
-    @property
-    def scheduler(self) -> Any:
-        return self.source.scheduler if self.follows else self.source
-
-    def lookup(self, x: Tensor) -> Tensor:
-        """Return omega `[B]` of the step that the scheduler takes next."""
-        scheduler = self.scheduler
-        timesteps = scheduler.timesteps
-        if timesteps is not self.timesteps:
-            if getattr(scheduler, "num_inference_steps", 0) is None and self.use.first is timesteps:
-                raise ValueError(
-                    f"LearnedScale: set_timesteps was never called on its scheduler, a {type(scheduler).__name__}; "
-                    "pass the pipeline, LearnedScale(omega, pipe), which follows the pipeline's scheduler"
-                )
-            self.timesteps, self.times, self.lookups, self.last = timesteps, None, 0, -1
-            self.rows.forget()
-        place = self._place(scheduler)
-        self.use.used, self.lookups = True, self.lookups + 1
-        if isinstance(place, int):
-            self._check_place(place, scheduler)
-        return self.rows.row(place, self.omega, None, self._times, x, Condition("condition", self.condition))
-
-    def compared(self) -> None:
-        """Warn in the last step of a run in which no product was computed."""
-        index = getattr(self.scheduler, "_step_index", None)
-        if isinstance(index, int) and index == len(self.scheduler.timesteps) - 1:
-            self.use.warn_unless_used()
-
-    def _times(self) -> Tensor:
-        if self.times is None:
-            self.times = times_for("LearnedScale", self.scheduler, self.omega)
-        return self.times
-
-    def _place(self, scheduler: Any) -> int | Tensor:
-        """Return the index of the next step: the scheduler's, or a count of lookups if the scheduler has none."""
-        if isinstance(scheduler, FusedScheduler):
-            place = scheduler._index
-            place = scheduler.begin_index if place is None else place
-            return self._start() if place is None else place
-        if hasattr(scheduler, "step_index"):
-            place = scheduler.step_index
-            place = getattr(scheduler, "begin_index", None) if place is None else place
-            return self._start() if place is None else int(place)
-        return self._start() + int(getattr(scheduler, "counter", self.lookups))  # PNDM counts its steps
-
-    def _start(self) -> int:
-        """Return the step at which the pipeline begins: pipelines that begin in the middle have get_timesteps."""
-        count = getattr(self.source, "_num_timesteps", None)
-        if count is None or not self.follows or not hasattr(type(self.source), "get_timesteps"):
-            return 0
-        return max(len(self.scheduler.timesteps) - count, 0)
-
-    def _check_place(self, place: int, scheduler: Any) -> None:
-        """Raise ValueError if the count of steps cannot be that of the pipeline."""
-        self.here, self.last = (self.here + 1 if place == self.last else 1), place
-        steps, name = len(self.timesteps), type(scheduler).__name__  # type: ignore[arg-type]
-        if place >= steps:
-            raise ValueError(
-                f"LearnedScale: this is lookup {self.lookups} in a run of {steps} steps, and {name} counts no steps: "
-                "the pipeline multiplies by guidance_scale more than once in a step; give it a scheduler that counts: "
-                "pipe.scheduler = FusedScheduler(pipe.scheduler)"
-            )
-        if steps >= MANY and self.here >= steps:
-            raise ValueError(
-                f"LearnedScale: its scheduler, a {name}, stands at step {place} after {self.here} lookups, so it is "
-                "not the one that samples; pass the pipeline, LearnedScale(omega, pipe), which follows its scheduler"
-            )
-
-
-class _Use:
-    """Remember whether a scale was used, for the warning when it is deleted."""
-
-    def __init__(self, source: Any, first: Tensor) -> None:
-        self.source, self.first, self.used = source, first, False  # first: the timesteps before the run
-
-    def warn_unless_used(self) -> None:
-        """Warn if the scheduler ran, but the scale was never looked up."""
-        scheduler = getattr(self.source, "scheduler", self.source)
-        if self.used or scheduler.timesteps is self.first:
-            return
-        self.used = True
-        warnings.warn(
-            "LearnedScale: the scheduler ran, but omega was never looked up: the pipeline did not guide. Pass a "
-            "negative prompt where the pipeline wants one, and LearnedScale as true_cfg_scale where it has that (Flux, "
-            "Qwen-Image); a guidance-distilled model only embeds guidance_scale, and takes a number",
-            stacklevel=2,
-        )
 
 
 def _check_pipeline(pipe: Any) -> None:
