@@ -1,7 +1,11 @@
 """Test images with captions, predictions in files, CLIP's reward, and the command that learns for a pipeline."""
 
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +72,58 @@ def test_captions_beside_images_and_folders_of_classes(folder):
         ("2.png", ("even",)),
         ("1.png", ("odd",)),
     ]
+
+
+def test_lines_of_one_image_and_marks_in_the_text(folder):
+    rows = {"file_name": "1.png", "text": None, "caption": "a\u2028b"}, {"file_name": "./1.png", "text": "c"}
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8-sig")
+    (one,) = captions.captioned(folder)
+    assert one.captions == ("a\u2028b", "c")
+    (folder / "metadata.jsonl").unlink()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("a cat\r\nb\x0bc\n", encoding="utf-8-sig")
+    assert captions.captioned(folder)[0].captions == ("a cat", "b\x0bc")
+    (folder / "0.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="--data: .*0.txt is not in UTF-8 .*; convert it"):
+        captions.captioned(folder)
+
+
+def test_folders_that_mix_captions_are_refused(folder):
+    part = folder / "10_dog"
+    part.mkdir()
+    (folder / "0.png").rename(part / "0.png")
+    (part / "0.txt").write_text("a dog")
+    for i in range(1, 4):
+        (folder / f"{i}.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds images, and so does .*10_dog; pass one of them"):
+        captions.captioned(folder)
+    for i in range(1, 4):
+        (folder / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match=r"10_dog holds captions of its own \(0.txt\), so it is no class; pass --data"):
+        captions.captioned(folder)
+    (part / "0.txt").unlink()
+    metadata(part, {"file_name": "0.png", "text": "a dog"})
+    with pytest.raises(ValueError, match=r"captions of its own \(metadata.jsonl\)"):
+        captions.captioned(folder)
+    assert captions.captioned(part)[0].captions == ("a dog",)  # as the message says
+
+
+def test_orientation_transparency_and_16_bits(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    wide = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8))  # red, blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    wide.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], np.uint8)).save(tmp_path / "clear.png")
+    Image.fromarray(np.array([[0, 32896, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    read = {name: sources.pixels(sources.opener()(tmp_path / f"{name}.png")) for name in ("turned", "clear", "deep")}
+    assert read["turned"].shape == (3, 2, 1) and read["turned"][:, 0, 0].tolist() == [1, -1, -1]
+    assert read["clear"][:, 0].T.tolist() == [[1, 1, 1], [1, -1, -1]]
+    assert torch.allclose(read["deep"][0, 0], torch.tensor([-1.0, 0.0, 1.0]), atol=0.01)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="--data: .*cut.png cannot be read"):
+        sources.opener()(tmp_path / "cut.png")
 
 
 @pytest.mark.parametrize(
@@ -188,9 +244,16 @@ def test_files_of_other_predictions_are_refused(tmp_path):
     trained(tmp_path, frozen, data)
     other = learning.frozen_of(pipelines.sd15(), negative_prompt="z")
     other.denoiser.condition([*"abcdef"])
+    near = learning.frozen_of(pipelines.sd15())
+    near.denoiser.condition([*"abcdef"])
+    near.denoiser.network.conv_out.weight.data.mul_(1.001)
+    last = data[1].clone()
+    last[5] = data[1][0]
     for changed in (
         lambda: trained(tmp_path, other, data),
+        lambda: trained(tmp_path, near, data),
         lambda: trained(tmp_path, frozen, (data[0] + 1, data[1])),
+        lambda: trained(tmp_path, frozen, (data[0], last)),
         lambda: trained(tmp_path, frozen, data, cache=11),
         lambda: trained(tmp_path, frozen, data, seed=1),
         lambda: trained(tmp_path, frozen, data, particles=3),
@@ -202,6 +265,36 @@ def test_files_of_other_predictions_are_refused(tmp_path):
     (tmp_path / "cond.bin").write_bytes(b"short")
     with pytest.raises(ValueError, match="cond.bin is damaged; remove its folder"):
         trained(tmp_path, frozen, data)
+    (tmp_path / "predictions.json").unlink()  # as after an interruption; a smaller cache goes over larger files
+    trained(tmp_path, frozen, data, cache=4)
+
+
+def test_a_full_disk_and_another_process(tmp_path, monkeypatch):
+    frozen = learning.frozen_of(pipelines.sd15())
+    data = torch.randn(6, 4, 8, 8), frozen.denoiser.condition([*"abcdef"])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left on device: .*c.bin"):
+            trained(tmp_path / "cache", frozen, data)
+    held = """
+import pathlib, sys
+from lgd_kernels.learn import checkpoint
+with checkpoint.locked(pathlib.Path(sys.argv[1]), "x"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path / "cache")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="cache_folder is .*, where another run is at work"):
+            trained(tmp_path / "cache", frozen, data)
+        other.communicate(b"")
+    trained(tmp_path / "cache", frozen, data)
 
 
 # The command.
@@ -243,7 +336,7 @@ def test_the_command_learns_from_a_reward_and_files_in_bfloat16(saved, clip, cap
     call += ["--cache-folder", "kept", "--reward", f"clip:{clip}", "--gamma", "0.5", "--negative-prompt", "sky"]
     assert command.main(call) == 0
     printed = capsys.readouterr().out
-    assert (saved / "kept" / "cond.bin").is_file() and ".to(torch.bfloat16)" in printed
+    assert (saved / "kept" / "cond.bin").is_file() and "dtype=torch.bfloat16)" in printed
     assert 'negative_prompt=["sky"' in printed and "LearnedScale(omega, pipe, condition_of(pipe, prompts))" in printed
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lgd_kernels.learn import cache
 from lgd_kernels.learn.data import Data, items_of, size_of
@@ -115,28 +116,41 @@ class Batches:
     def parts(self, data: Data, count: int, seed: int) -> Iterator[Particles]:
         """Yield the items of `of` one batch at a time."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        for part in torch.arange(count, device="cpu").split(self.settings.batch):
-            yield self._draw(data, generator, len(part), slice(0, len(part)))
+        for size in self._sizes(count):
+            yield self._draw(data, generator, size, slice(0, size))
 
     def _kept(self, count: int) -> Particles:
         """Return the cached items from the files of `cache_folder`, which are made if they are missing."""
         assert self.cache_folder is not None
-        seed, first = self.settings.seed, min(count, self.settings.batch)
+        data, seed, sizes = self.data, self.settings.seed, self._sizes(count)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        drawn = [self._items(data, generator, size, slice(0, size)) for size in sizes]
+        x0, c, s, t = (torch.cat(parts).cpu() for parts in zip(*(one[:4] for one in drawn), strict=True))
 
         def again() -> Particles:
             generator = torch.Generator(device="cpu").manual_seed(seed)
-            return self._draw(self.data, generator, first, slice(0, min(2, first)))
+            return self._draw(data, generator, sizes[0], slice(0, min(2, sizes[0])))
 
-        parts = functools.partial(self.parts, self.data, count, seed)
-        return cache.kept(self.cache_folder, self.frozen.schedule, count, parts, again)
+        parts = functools.partial(self.parts, data, count, seed)
+        return cache.kept(self.cache_folder, self.frozen, (c, s, t, x0), parts, again)
+
+    def _sizes(self, count: int) -> list[int]:
+        return [len(part) for part in torch.arange(count, device="cpu").split(self.settings.batch)]
 
     def _draw(self, data: Data, generator: torch.Generator, batch: int, part: slice) -> Particles:
+        x0, c, s, t, seed = self._items(data, generator, batch, part)
+        return draw(self.frozen, x0, c, s, t, self.settings.particles, seed=seed, first_sample=part.start)
+
+    def _items(
+        self, data: Data, generator: torch.Generator, batch: int, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Draw x0, c, s and t of a part of a batch, and the seed of its noise."""
         own, schedule = self.settings, self.frozen.schedule
         items = torch.randint(0, size_of(data), (batch,), generator=generator, device="cpu")[part]
         times = sample_times(batch, own.delta, own.zeta, own.s_min, generator)
         s, t = (schedule.from_unit(u[part].to(self.device)) for u in times)
         x0, c = (one.to(self.device) for one in items_of(data, items))
-        return draw(self.frozen, x0, c, s, t, own.particles, seed=_seed(generator), first_sample=part.start)
+        return x0, c, s, t, _seed(generator)
 
 
 def _seed(generator: torch.Generator) -> int:

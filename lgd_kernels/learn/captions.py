@@ -56,20 +56,35 @@ def captioned(folder: Path) -> list[Captioned]:
     * a .txt of the same name beside each image: a caption in every line; an empty file is the empty caption.
     * folders of classes: the name of the folder is the caption.
 
-    Raises ValueError, naming --data and the file, for anything else.
+    An image that several lines name has all of their captions. Raises ValueError, naming --data and the file, for
+    anything else, and for a folder that mixes these.
     """
     if not folder.is_dir():
         raise ValueError(f"--data: {folder} is no folder, {EXPECTED}")
     if (folder / METADATA).is_file():
-        found = [_line(folder, number, line) for number, line in _lines(folder / METADATA)]
-    elif beside := _images(folder):
-        found = [Captioned(path, _beside(path)) for path in beside]
-    else:
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-        found = [Captioned(path, (part.name,)) for part in classes for path in _images(part)]
-    if not found:
-        raise ValueError(f"--data: {folder} holds no images, {EXPECTED}; images are {', '.join(IMAGES)}")
-    return found
+        known: dict[Path, tuple[str, ...]] = {}
+        for number, line in enumerate(_text(folder / METADATA).split("\n"), 1):
+            if line.strip():
+                path, texts = _line(folder, number, line)
+                known[path] = known.get(path, ()) + texts
+        return [Captioned(path, texts) for path, texts in known.items()] or _nothing(folder)
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if beside := _images(folder):
+        deeper = next((path for part in classes for path in _images(part)), None)
+        if deeper is not None:
+            raise ValueError(
+                f"--data: {folder} holds images, and so does {deeper.parent}; pass one of them, {EXPECTED}"
+            )
+        return [Captioned(path, _beside(path)) for path in beside]
+    for part in classes:
+        own = next((path.with_suffix(".txt") for path in _images(part) if path.with_suffix(".txt").is_file()), None)
+        own = part / METADATA if (part / METADATA).is_file() else own
+        if own is not None:
+            raise ValueError(
+                f"--data: {part} holds captions of its own ({own.name}), so it is no class; pass --data {part}"
+            )
+    found = [Captioned(path, (part.name,)) for part in classes for path in _images(part)]
+    return found or _nothing(folder)
 
 
 def encoded(
@@ -105,12 +120,21 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES and path.name[0] != ".")
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+def _nothing(folder: Path) -> list[Captioned]:
+    raise ValueError(f"--data: {folder} holds no images, {EXPECTED}; images are {', '.join(IMAGES)}")
 
 
-def _line(folder: Path, number: int, line: str) -> Captioned:
+def _text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with or without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--data: {path} is not in UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from error
+
+
+def _line(folder: Path, number: int, line: str) -> tuple[Path, tuple[str, ...]]:
     where = f"--data: line {number} of {folder / METADATA}"
     try:
         row: Any = json.loads(line)
@@ -119,18 +143,18 @@ def _line(folder: Path, number: int, line: str) -> Captioned:
     name = row.get("file_name") if isinstance(row, dict) else None
     if not isinstance(name, str):
         raise ValueError(f'{where} has no "file_name", the path of an image in the folder')
-    value = next((row[key] for key in NAMES if key in row), None)
+    value = next((row[key] for key in NAMES if row.get(key) is not None), None)
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(isinstance(one, str) for one in captions):
         raise ValueError(f'{where} has no caption: "text" is {value!r}, expected a text, or a list of texts')
     if not (folder / name).is_file():
         raise ValueError(f"{where} names {name}, which is not in the folder")
-    return Captioned(folder / name, tuple(captions))
+    return (folder / name).resolve(), tuple(captions)
 
 
 def _beside(path: Path) -> tuple[str, ...]:
     text = path.with_suffix(".txt")
     if not text.is_file():
         raise ValueError(f"--data: {path} has no caption, expected {text.name} beside it, or {METADATA} in the folder")
-    lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in _text(text).split("\n")]
     return tuple(line for line in lines if line) or ("",)

@@ -81,7 +81,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--beta", type=float, default=1.75, help="power of the distance in the loss")
     add("--lam", type=float, default=1.0, help="weight of the repulsion between particles")
     add("--churn", type=float, default=1.0, help="churn of the step in the loss: 1 adds DDPM's noise, 0 none")
-    add("--m", type=int, default=OURS.particles, help="particles of each item")
+    add(
+        "--particles",
+        "--m",
+        dest="m",
+        type=int,
+        default=OURS.particles,
+        help="of each item (torchrun takes --m for an option of its own)",
+    )
     add(
         "--delta",
         type=float,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lgd_kernels.learn import captions, diffusers, sources
 from lgd_kernels.learn.data import Data
-from lgd_kernels.learn.families import family_of
 from lgd_kernels.learn.frozen import Frozen
 from lgd_kernels.runtime.progress import Track
 
@@ -33,16 +32,17 @@ def opened(args: argparse.Namespace, device: torch.device) -> Frozen:
             "wrote; a model of a hub is saved by DiffusionPipeline.from_pretrained(name).save_pretrained(folder)"
         )
     try:
-        dtype = getattr(torch, args.dtype)
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype, local_files_only=True)
+        options: dict[str, Any] = {_dtype(): getattr(torch, args.dtype)}
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, local_files_only=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"--pipeline: {args.pipeline} cannot be opened: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
-    if next(_network(pipe).parameters()).dtype != dtype:
-        pipe.to(dtype)  # before 0.37 diffusers knew no `dtype`
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and vae.config.get("force_upcast", False):
+        vae.to(torch.float32)  # SDXL's overflows in float16
     options = {"chunk": args.chunk, "negative_prompt": args.negative_prompt, "guidance": args.embedded_guidance}
     frozen = diffusers.frozen_of(pipe.to(device), **options)
     return frozen
@@ -84,8 +84,8 @@ def lines(args: argparse.Namespace, frozen: Frozen, data: Data, device: str, fil
     rows = sources.items_of(data, torch.arange(min(PROMPTS, sources.size_of(data)), device="cpu"))[1]
     where = "" if device == "cpu" else f', device="{device}"'
     imports = ["import torch", "from diffusers import DiffusionPipeline"]
-    to = "" if args.dtype == "float32" else f".to(torch.{args.dtype})"
-    opened = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(args.pipeline))}){to}{there}"]
+    dtype = "" if args.dtype == "float32" else f", {_dtype()}=torch.{args.dtype}"
+    opened = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(args.pipeline))}{dtype}){there}"]
     if denoiser.family.encode is None:
         condition, call = f"torch.tensor(labels{where})", "class_labels=labels"
         opened.append(f"labels = {rows.tolist()}")
@@ -97,7 +97,8 @@ def lines(args: argparse.Namespace, frozen: Frozen, data: Data, device: str, fil
         call += f", negative_prompt={json.dumps([negative] * len(prompts))}" if negative is not None else ""
     size = args.size or _side(denoiser)
     call += f", height={size}, width={size}" if "height" in known else ""
-    call += ", use_resolution_binning=False" if "use_resolution_binning" in known else ""
+    for option in ("use_resolution_binning", "clean_caption"):  # as in learning
+        call += f", {option}=False" if option in known else ""
     return [
         *imports,
         "from lgd_kernels.integrations.diffusers import LearnedScale",
@@ -110,8 +111,11 @@ def lines(args: argparse.Namespace, frozen: Frozen, data: Data, device: str, fil
     ]
 
 
-def _network(pipe: Any) -> torch.nn.Module:
-    return getattr(pipe, family_of(pipe).network)
+def _dtype() -> str:
+    """Return the name of from_pretrained's argument, which has changed."""
+    from diffusers.pipelines import pipeline_utils
+
+    return "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def _side(denoiser: Any) -> int:

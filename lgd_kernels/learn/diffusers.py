@@ -229,7 +229,7 @@ def latents_of(pipe: Any, images: Tensor, chunk: int = 8) -> Tensor:
             f"latents_of: this {type(pipe).__name__} has no VAE, and its network takes {channels} channels, not the 3 "
             "of an image; load the pipeline with its vae"
         )
-    weights = next(vae.parameters())
+    weights = _weights(vae)
     found = []
     for part in images.split(chunk):
         posterior = vae.encode(part.to(weights)).latent_dist
@@ -242,9 +242,20 @@ def images_of(pipe: Any, latents: Tensor) -> Tensor:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return latents
-    weights = next(vae.parameters())
+    weights = _weights(vae)
     raw = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)
     return vae.decode(raw.to(weights), return_dict=False)[0].to(latents.dtype)
+
+
+def _weights(vae: Any) -> Tensor:
+    """Return some weights of a VAE. Raise ValueError for one that overflows in float16."""
+    weights = next(vae.parameters())
+    if weights.dtype == torch.float16 and vae.config.get("force_upcast", False):
+        raise ValueError(
+            "the pipeline's VAE is in float16, and its configuration (force_upcast) says that it overflows there: "
+            "pipe.vae.to(torch.float32)"
+        )
+    return weights
 
 
 def _key(row: Tensor) -> bytes:

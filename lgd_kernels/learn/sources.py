@@ -143,7 +143,9 @@ def opener() -> Callable[[Path], Any]:
 
     def opened(path: Path) -> Any:
         try:
-            return Image.open(path)
+            image = Image.open(path)
+            image.load()  # a truncated file fails here
+            return image
         except Exception as error:
             raise ValueError(f"--data: {path} cannot be read: {error}") from error
 
@@ -151,7 +153,18 @@ def opener() -> Callable[[Path], Any]:
 
 
 def pixels(image: Any, size: int | None = None) -> Tensor:
-    """Return an image of Pillow as `[3, H, W]` in [-1, 1], cut to its middle square and scaled, if `size` is given."""
+    """Return an image of Pillow as `[3, H, W]` in [-1, 1], cut to its middle square and scaled, if `size` is given.
+
+    The camera's orientation is applied, transparency is laid over white, and 16 bits become 8.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if size is not None:
         side = min(image.size)
