@@ -314,7 +314,7 @@ def test_options_that_do_not_fit(options, message, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--m", "0"], "--m is 0, expected 1 or more"),
+        (["--m", "0"], "--particles is 0, expected 1 or more"),
         (["--omega", "table", "--resume"], "--reward and --resume are for --omega network"),
         (["--knots", "1"], "--knots is 1, expected 2 or more"),
         (["--omega", "spline"], "invalid choice"),

@@ -26,7 +26,7 @@ from lgd_kernels.learn import checkpoint
         (["--s-min", "nan"], "--s-min is nan, expected a number, 0 or more"),
         (["--cache", "-1"], "--cache is -1, expected an integer, 0 or more"),
         (["--seed", str(2**63)], "--seed is 9223372036854775808, expected an integer in"),
-        (["--m", "1"], "--m is 1, but with --lam above 0 particles repel each other: pass --m 2 or --lam 0"),
+        (["--m", "1"], "--particles is 1, but with --lam above 0 particles repel each other: pass --particles 2"),
     ],
 )
 def test_numbers_are_checked_before_anything_is_done(options, message, capsys):

@@ -142,7 +142,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _check_model(parser, args)
     for name in ("m", "steps", "batch", "every", "items", "hidden", "threads", "size", "classes", "chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected 1 or more")
+            shown = "particles" if name == "m" else name
+            parser.error(f"--{shown} is {getattr(args, name)}, expected 1 or more")
     if args.sample_steps < 0:
         parser.error(f"--sample-steps is {args.sample_steps}, expected 1 or more, or 0 to compare losses only")
     if args.samples is not None and args.samples < runs.LEAST:
@@ -182,7 +183,9 @@ def settings(args: argparse.Namespace) -> Settings:
         if not holds(value := getattr(args, name)):
             raise ValueError(f"--{name} is {value}, expected {expected}")
     if args.m < 2 and args.lam > 0:
-        raise ValueError(f"--m is {args.m}, but with --lam above 0 particles repel each other: pass --m 2 or --lam 0")
+        raise ValueError(
+            f"--particles is {args.m}, but with --lam above 0 particles repel each other: pass --particles 2 or --lam 0"
+        )
     try:
         own = {name: getattr(args, name) for name in ("batch", "delta", "zeta", "s_min", "lr", "ema", "seed", "cache")}
         return Settings(particles=args.m, **own)
