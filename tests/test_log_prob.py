@@ -118,7 +118,7 @@ def test_passes(generator, monkeypatch):
         passes.append(options.get("written", 1))
         return lgd.combine(*arguments, **options)
 
-    monkeypatch.setattr("lgd_kernels.sampling.log_prob.combine", counted)
+    monkeypatch.setattr("lgd_kernels.sampling.density.combine", counted)
     x, c, u, levels = problem(generator, torch.float32)
     omega = OMEGA.clone().requires_grad_()
     for call, expected in (
@@ -177,10 +177,15 @@ def test_gradients_of_a_tiny_step(impl, generator):
 
 
 def test_without_variance_there_is_no_density(generator):
+    """Check log p where V = 0: 0 and no gradient where x_s was drawn, NaN where it was given."""
     x, c, u, _ = problem(generator)
     levels = lgd.RectifiedFlow().levels(torch.full((3,), 0.5), torch.tensor([0.0, 0.2, 0.0]))
-    _, found = step_with_log_prob(x, c, u, OMEGA, levels, seed=1)
-    assert found.isnan().tolist() == [True, False, True]
+    leaf = c.clone().requires_grad_()
+    x_s, found = step_with_log_prob(x, leaf, u, OMEGA, levels, seed=1)
+    grad = torch.autograd.grad(found.sum(), leaf)[0]
+    assert found[0] == found[2] == 0 and found[1] != 0
+    assert not grad[0].any() and not grad[2].any() and grad[1].all()
+    assert step_with_log_prob(x, c, u, OMEGA, levels, x_s=x_s)[1].isnan().tolist() == [True, False, True]
 
 
 def test_refuses(generator):
