@@ -54,7 +54,7 @@ def test_by_every_implementation(target, generator):
 
 @pytest.mark.parametrize("given", [True, False], ids=["noise", "seed"])
 def test_a_score_of_ones_own_step(target, given, generator):
-    """Check that a step and a score of its x_s return the same bits, so that a ratio is 1."""
+    """Check that a step and a score of its x_s return the same bits, so that a ratio is 1; in other batches too."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
@@ -63,6 +63,11 @@ def test_a_score_of_ones_own_step(target, given, generator):
         x_s, said = step_with_log_prob(*there, churn=0.8, **drawn, impl=target.impl)
         _, scored = step_with_log_prob(*there, churn=0.8, x_s=x_s, impl=target.impl)
         assert torch.equal(said, scored)
+        for rows in ([2], [1, 0]):
+            few = [one[rows] for one in there[:4]]
+            levels = lgd.Levels(*(one[rows] for one in there[4]))
+            part = step_with_log_prob(*few, levels, churn=0.8, x_s=x_s[rows], impl=target.impl)[1]
+            assert torch.equal(part, said[rows])
 
 
 @pytest.mark.parametrize(("t", "s"), [(0.6, 0.55), (0.1, 0.05)])
@@ -227,8 +232,8 @@ def test_h_is_churn_where_both_are(prediction, generator):
 
 
 def test_h_keeps_the_distribution(generator):
-    """Check signal and variance at s, also where s = t and where s = 0, for h beyond any churn; h = 1 stays at s = t
-    where it is."""
+    """Check signal and variance at s, also where s = t and where s = 0, for h beyond any churn; h = 1 at s = t is
+    the identity."""
     t, s = torch.tensor([[0.8, 0.6, 0.5], [0.2, 0.6, 0.0]], dtype=torch.float64)
     levels = lgd.RectifiedFlow().levels(t, s)
     for h in (0.0, 0.3, 1.0):
