@@ -77,9 +77,9 @@ def step_with_log_prob(
     again with the same weights and the same implementation gives the same number, a ratio of exactly 1: in every dtype,
     with and without gradients, and for a sample alone and in any batch ("cpu", "triton").
 
-    Differentiable in x, cond, uncond, omega and `coefficients`, and in a given x_s. On the CPU the residual of a
-    gradient is formed in float64 too, which takes memory for the residual and for a copy of x_s. Score x_s as it was
-    stored: rounding to half changes x_s, perhaps by as much as V.
+    Differentiable in x, cond, uncond, omega and `coefficients`, and in a given x_s. The gradient to tensors is one pass
+    more, in float64 too, which reads what the score reads; that to omega or `coefficients` is another, which writes
+    nothing. Score x_s as it was stored: rounding to half changes x_s, perhaps by as much as V.
 
     Raises TypeError or ValueError as `guided_step` does, for a churn of 0, an h of 1, and for two sources of A, B, V.
 
