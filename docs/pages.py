@@ -20,6 +20,7 @@ GUIDES = {
     "Every function": "functions.md",
     "Guidance rules and solvers": "rules.md",
     "diffusers, k-diffusion, ComfyUI": "integrations.md",
+    "Policy gradients": "rl.md",
     "energy_mmd": "energy_mmd.md",
     "Metrics": "metrics.md",
     "Study: digits": "digits.md",
@@ -35,7 +36,8 @@ REFERENCE = {  # a group of the navigation: ops, and modules of the package
     "Learn": "learn.frozen learn.particles learn.losses learn.marginal learn.objective learn.reward learn.fit "
     "learn.runs learn.diffusers learn.clip learn.trainer learn.batches learn.logs learn.distributed",
     "Other libraries": "integrations.diffusers integrations.diffusers_scale integrations.diffusers_scheduler "
-    "integrations.k_diffusion integrations.comfyui integrations.comfyui_times",
+    "integrations.k_diffusion integrations.comfyui integrations.comfyui_times integrations.rl "
+    "integrations.rl_coefficients",
     "Noise, implementations": "runtime.philox runtime.impls runtime.progress",
 }
 INTERNALS = {

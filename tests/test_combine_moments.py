@@ -130,6 +130,31 @@ def test_gradients_agree_with_float64(target, written, generator):
             testing.assert_sum(k, t, torch.full_like(t, 2101 * 3.0))
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_gradients_of_moments_alone(target, outputs, generator):
+    """Check that those of `wide` moments keep float64 where outputs cancel, for tensors of several dtypes, coefficients
+    and a constant: float32 arithmetic would be off by 5e-3."""
+    a, z = (testing.sample((3, 700), torch.float32, generator) for _ in range(2))
+    tensors = [a, a + 1e-5 * z, testing.sample((3, 700), torch.bfloat16, generator)]
+    k = torch.tensor([[0.3, -0.3, 1e-9], [-0.7, 0.7, 2e-9]][:outputs], dtype=torch.float64).repeat(3, 1, 1)
+    constant = 1e-6 * torch.rand(3, outputs, dtype=torch.float64, generator=generator)
+    inputs = [one.to(target.device).requires_grad_() for one in (*tensors, k, constant)]
+    wide = [one.detach().double().cpu().requires_grad_() for one in inputs]
+    upstream = torch.randn(3, outputs, outputs + 1, dtype=torch.float64, generator=generator)
+    upstream[..., -1] *= 1e-6  # of the sums: as large as what comes from products
+    options = dict(columns=(0, 1, (2, 1)), moments=True, written=0, wide=True)
+
+    def grads(leaves, impl):
+        found = lgd.combine(leaves[:3], leaves[3], constant=leaves[4], **options, impl=impl)
+        made = torch.cat((found.dots, found.sums.unsqueeze(-1)), -1)
+        return torch.autograd.grad((made * upstream.to(made.device)).sum(), leaves)
+
+    for found, expected in zip(grads(inputs, target.impl), grads(wide, "reference"), strict=True):
+        tolerance = max(1e-6, torch.finfo(found.dtype).eps)
+        size = expected.abs().max().item()
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=tolerance, atol=tolerance * size)
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("written", [0, 1])
 @pytest.mark.parametrize("clamp", [None, (-1.5, 1.0)], ids=["free", "clamped"])

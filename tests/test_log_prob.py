@@ -1,12 +1,14 @@
 """Compare a step and its log density with torch.distributions."""
 
+import math
+
 import pytest
 import torch
 from conftest import dtypes_of
 
 import lgd_kernels as lgd
 from lgd_kernels import testing
-from lgd_kernels.runtime.levels import step_coefficients
+from lgd_kernels.runtime.levels import coefficients_of_h, step_coefficients
 from lgd_kernels.sampling.log_prob import step_with_log_prob
 
 OMEGA = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -52,7 +54,7 @@ def test_by_every_implementation(target, generator):
 
 @pytest.mark.parametrize("given", [True, False], ids=["noise", "seed"])
 def test_a_score_of_ones_own_step(target, given, generator):
-    """Check that a step and a score of its x_s return the same bits, so that a ratio is 1."""
+    """Check that a step and a score of its x_s return the same bits, so that a ratio is 1; in other batches too."""
     for dtype in dtypes_of(target):
         x, c, u, levels = problem(generator, dtype)
         there = [testing.moved(one, target.device) for one in (x, c, u, OMEGA, levels)]
@@ -61,6 +63,11 @@ def test_a_score_of_ones_own_step(target, given, generator):
         x_s, said = step_with_log_prob(*there, churn=0.8, **drawn, impl=target.impl)
         _, scored = step_with_log_prob(*there, churn=0.8, x_s=x_s, impl=target.impl)
         assert torch.equal(said, scored)
+        for rows in ([2], [1, 0]):
+            few = [one[rows] for one in there[:4]]
+            levels = lgd.Levels(*(one[rows] for one in there[4]))
+            part = step_with_log_prob(*few, levels, churn=0.8, x_s=x_s[rows], impl=target.impl)[1]
+            assert torch.equal(part, said[rows])
 
 
 @pytest.mark.parametrize(("t", "s"), [(0.6, 0.55), (0.1, 0.05)])
@@ -102,7 +109,7 @@ def test_gradients_keep_their_dtypes(target, generator):
         at, *rest = leaves
         score = step_with_log_prob(*rest, testing.moved(levels, target.device), x_s=at, impl=target.impl)[1]
         found = torch.autograd.grad(score.sum(), leaves)
-        wide = [one.double().requires_grad_() for one in (x_s, x, c, u, OMEGA)]
+        wide = [one.detach().double().requires_grad_() for one in (x_s, x, c, u, OMEGA)]
         expected = torch.autograd.grad(density(*wide, levels, "x0", 1.0).sum(), wide)
         for f, e, leaf in zip(found, expected, leaves, strict=True):
             assert f.dtype == leaf.dtype
@@ -118,7 +125,7 @@ def test_passes(generator, monkeypatch):
         passes.append(options.get("written", 1))
         return lgd.combine(*arguments, **options)
 
-    monkeypatch.setattr("lgd_kernels.sampling.log_prob.combine", counted)
+    monkeypatch.setattr("lgd_kernels.sampling.density.combine", counted)
     x, c, u, levels = problem(generator, torch.float32)
     omega = OMEGA.clone().requires_grad_()
     for call, expected in (
@@ -177,10 +184,15 @@ def test_gradients_of_a_tiny_step(impl, generator):
 
 
 def test_without_variance_there_is_no_density(generator):
+    """Check log p where V = 0: 0 and no gradient where x_s was drawn, NaN where it was given."""
     x, c, u, _ = problem(generator)
     levels = lgd.RectifiedFlow().levels(torch.full((3,), 0.5), torch.tensor([0.0, 0.2, 0.0]))
-    _, found = step_with_log_prob(x, c, u, OMEGA, levels, seed=1)
-    assert found.isnan().tolist() == [True, False, True]
+    leaf = c.clone().requires_grad_()
+    x_s, found = step_with_log_prob(x, leaf, u, OMEGA, levels, seed=1)
+    grad = torch.autograd.grad(found.sum(), leaf)[0]
+    assert found[0] == found[2] == 0 and found[1] != 0
+    assert not grad[0].any() and not grad[2].any() and grad[1].all()
+    assert step_with_log_prob(x, c, u, OMEGA, levels, x_s=x_s)[1].isnan().tolist() == [True, False, True]
 
 
 def test_refuses(generator):
@@ -193,6 +205,100 @@ def test_refuses(generator):
         step_with_log_prob(x, c, u, OMEGA, levels)
     with pytest.raises(ValueError, match=r"`x_s` has shape \[2, 4, 25\]"):
         step_with_log_prob(x, c, u, OMEGA, levels, x_s=x[:2])
+
+
+def test_h_and_coefficients_by_hand():
+    """Rectified flow from 1/2 to 1/4 with h = 0.6: A = 0.3 + 0 of x0, B = 3/4 - 0.3 / 2, V = 0.8 / 4."""
+    levels = lgd.RectifiedFlow().levels(torch.tensor([0.5]), torch.tensor([0.25]))
+    x, c, x_s = torch.ones(1, 1), torch.full((1, 1), 2.0), torch.full((1, 1), 1.7)
+    expected = torch.distributions.Normal(0.3 + 2 * 0.6, 0.2).log_prob(torch.tensor([1.7]))
+    for source in ({"levels": levels, "h": 0.6}, {"coefficients": (0.3, torch.tensor([0.6]), 0.2)}):
+        torch.testing.assert_close(step_with_log_prob(x, c, x_s=x_s, **source)[1].float(), expected)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+def test_h_is_churn_where_both_are(prediction, generator):
+    """Check h = 1 - churn^2 q, and that h = 0 forgets x beyond its x0, which no churn here does."""
+    x, c, u, levels = problem(generator)
+    q = levels.gap / (levels.signal_s * levels.noise_t)
+    scores = [
+        step_with_log_prob(x, c, u, OMEGA, levels, x_s=x, prediction=prediction, **one)[1]
+        for one in ({"churn": 0.6}, {"h": 1 - 0.36 * q})
+    ]
+    torch.testing.assert_close(*scores, rtol=1e-12, atol=1e-9)
+    x_s = step_with_log_prob(x, c, u, OMEGA, levels, h=0.0, noise=torch.zeros_like(x))[0]
+    torch.testing.assert_close(x_s, levels.signal_s.view(-1, 1, 1) * (c + OMEGA.view(-1, 1, 1) * (c - u)))
+    assert (1 - q).min() > 0.2
+
+
+def test_h_keeps_the_distribution(generator):
+    """Check signal and variance at s, also where s = t and where s = 0, for h beyond any churn; h = 1 at s = t is
+    the identity."""
+    t, s = torch.tensor([[0.8, 0.6, 0.5], [0.2, 0.6, 0.0]], dtype=torch.float64)
+    levels = lgd.RectifiedFlow().levels(t, s)
+    for h in (0.0, 0.3, 1.0):
+        a, b, v = coefficients_of_h(levels, "x0", h)
+        torch.testing.assert_close(a * levels.signal_t + b, levels.signal_s)
+        torch.testing.assert_close((a * levels.noise_t) ** 2 + v**2, levels.noise_s**2)
+    assert (a[1], b[1], v[1]) == (1, 0, 0)
+
+
+def test_h_may_be_rounded(generator):
+    """Check cos(pi / 2), which is -4e-8 in float32, and an h above 1 by as much."""
+    x, c, u, levels = problem(generator)
+    h = torch.tensor([-4e-8, 0.5, 1 + 1e-7])
+    found = step_with_log_prob(x, c, u, OMEGA, levels, h=h, seed=1)[1]
+    exact = step_with_log_prob(x, c, u, OMEGA, levels, h=h.clamp(0, 1), seed=1)[1]
+    assert torch.equal(found, exact) and found[:2].all() and found[2] == 0
+    assert torch.equal(
+        *(step_with_log_prob(x, c, u, OMEGA, levels, h=one, seed=1)[1] for one in (0.0, math.cos(math.pi / 2) - 1e-16))
+    )
+
+
+def test_a_prediction_that_is_guided_already(generator):
+    x, c, u, levels = problem(generator)
+    guided = c + OMEGA.view(-1, 1, 1) * (c - u)
+    x_s, found = step_with_log_prob(x, guided, levels=levels, seed=2)
+    both = step_with_log_prob(x, c, u, OMEGA, levels, seed=2)
+    torch.testing.assert_close((x_s, found), both, rtol=1e-12, atol=1e-9)
+
+
+def test_gradients_to_coefficients(generator):
+    x, c, u, _ = problem(generator, shape=(3, 4))
+    inputs = [torch.rand(3, dtype=torch.float64, generator=generator).add(0.5).requires_grad_() for _ in range(3)]
+    call = lambda *abv: step_with_log_prob(x, c, u, OMEGA, x_s=x, coefficients=abv)[1]  # noqa: E731
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_sources_are_refused_by_name(generator):
+    x, c, u, levels = problem(generator)
+    step = lambda **given: step_with_log_prob(x, c, u, OMEGA, seed=1, **given)  # noqa: E731
+    for message, call in {
+        r"`levels` is None, expected .* or coefficients=\(A, B, V\)": lambda: step(),
+        "`levels` and `coefficients` were both given": lambda: step(levels=levels, coefficients=(1, 1, 1)),
+        "`prediction` and `coefficients` were both": lambda: step(prediction="x0", coefficients=(1, 1, 1)),
+        "`churn` and `coefficients` were both given": lambda: step(churn=0.5, coefficients=(1, 1, 1)),
+        "`h` and `coefficients` were both given": lambda: step(h=0.5, coefficients=(1, 1, 1)),
+        "`churn` and `h` were both given": lambda: step(levels=levels, churn=0.5, h=0.5),
+        "`h` is 1, where the step has no density; h=0.9": lambda: step(levels=levels, h=1),
+        r"`h` is 1.1, expected values in \[0, 1\]": lambda: step(levels=levels, h=1.1),
+        r"`h` is \[-0.1, .*\], expected values in \[0, 1\]": lambda: step(levels=levels, h=OMEGA - 0.6),
+        "`h` requires grad": lambda: step(levels=levels, h=OMEGA.clone().requires_grad_()),
+        "`coefficients` is 2 values, expected": lambda: step(coefficients=(1, 1)),
+        "`coefficients` is Tensor, expected": lambda: step(coefficients=OMEGA),
+        r"`coefficients\[1\]` has shape \[2\]": lambda: step(coefficients=(1, OMEGA[:2], 1)),
+        r"`coefficients\[2\]` is \[-0.5, .*\], expected 0 or more": lambda: step(coefficients=(1, 1, -OMEGA)),
+        "`omega` is missing": lambda: step_with_log_prob(x, c, u, levels=levels, seed=1),
+        "`omega` was given without `uncond`": lambda: step_with_log_prob(x, c, None, 1.0, levels, seed=1),
+        r"`coefficients\[2\]` is 1 but there is no noise; pass seed": lambda: step_with_log_prob(
+            x, c, coefficients=(1, 1, 1)
+        ),
+        "`h` is 0 but there is no noise; pass seed": lambda: step_with_log_prob(x, c, levels=levels, h=0),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    x_s, log_p = step_with_log_prob(x, c, coefficients=(1, 2, 0))  # no noise is needed
+    assert torch.equal(x_s, x + 2 * c) and not log_p.any()
 
 
 @pytest.mark.parametrize("drawn", ["noise", "seed"])

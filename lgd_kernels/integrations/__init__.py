@@ -1,4 +1,5 @@
-"""Integrate with diffusers, k-diffusion and ComfyUI. No other module of the package imports this one."""
+"""Integrate with diffusers, k-diffusion, ComfyUI and trainers with policy gradients. No other module of the package
+imports this one."""
 
 from typing import TYPE_CHECKING
 
@@ -8,5 +9,6 @@ if TYPE_CHECKING:
     from lgd_kernels.integrations import comfyui as comfyui
     from lgd_kernels.integrations import diffusers as diffusers
     from lgd_kernels.integrations import k_diffusion as k_diffusion
+    from lgd_kernels.integrations import rl as rl
 else:
-    __getattr__, __dir__ = lazily(__name__, "comfyui", "diffusers", "k_diffusion")
+    __getattr__, __dir__ = lazily(__name__, "comfyui", "diffusers", "k_diffusion", "rl")

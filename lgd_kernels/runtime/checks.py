@@ -175,15 +175,17 @@ def unit(op: str, name: str, value: float | Tensor, like_name: str, like: Tensor
         raise ValueError(f"{op}: `{name}` is {brief(value)}, expected values in [0, 1]")
 
 
-def noise(op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tensor | None) -> None:
-    """Check that at most one of `noise` and `seed` is given, and exactly one if there is churn."""
+def noise(
+    op: str, churn: float | Tensor, noise: Tensor | None, seed: int | Tensor | None, name: str = "churn", off: float = 0
+) -> None:
+    """Check that at most one of `noise` and `seed` is given, and exactly one if there is churn: a value not `off`."""
     if seed is not None:
         not_vmapped(op, "seed", "noise=...")
     if noise is not None and seed is not None:
         raise ValueError(f"{op}: `noise` and `seed` were both given, expected one of them")
-    if noise is None and seed is None and (isinstance(churn, Tensor) or churn != 0):
+    if noise is None and seed is None and (isinstance(churn, Tensor) or churn != off):
         raise ValueError(
-            f"{op}: `churn` is {brief(churn)} but there is no noise; pass seed=... (drawn in the kernel) or noise=..."
+            f"{op}: `{name}` is {brief(churn)} but there is no noise; pass seed=... (drawn in the kernel) or noise=..."
         )
 
 

@@ -120,21 +120,40 @@ def step_coefficients(levels: Levels, prediction: str, churn: float | Tensor) ->
     with x0 written in terms of x_t and the prediction. s = t is the identity. NaN where the step is not defined:
     gap < 0 (s after t), churn outside [0, 1], "eps" where signal_t = 0.
     """
-    signal_t, noise_t, signal_s, noise_s, gap = levels
-    zero, one = torch.zeros_like(gap), torch.ones_like(gap)
-    churn = churn.to(gap.dtype) if isinstance(churn, Tensor) else one * churn
-    stays = gap == 0  # 0/0 at s = t = 0 and at s = t = 1
-    q = torch.where(stays, zero, gap / torch.where(stays, one, signal_s * noise_t))
+    gap, q = levels.gap, _share(levels)
+    churn = churn.to(gap.dtype) if isinstance(churn, Tensor) else torch.ones_like(gap) * churn
+    return _coefficients(levels, prediction, q, churn * churn * q, (churn >= 0) & (churn <= 1))
+
+
+def coefficients_of_h(levels: Levels, prediction: str, h: float | Tensor) -> StepCoefficients:
+    """Compute the coefficients of a step that keeps the share h of the noise in x_t, 1 - h in place of churn^2 q.
+
+    h = 1 is a step without noise. h = 1 - q is churn 1; a smaller h adds more noise than any churn, also at s = t. NaN
+    as in `step_coefficients`, and where h is outside [0, 1].
+    """
+    h = h.to(levels.gap.dtype) if isinstance(h, Tensor) else torch.ones_like(levels.gap) * h
+    return _coefficients(levels, prediction, _share(levels), 1 - h, (h >= 0) & (h <= 1))
+
+
+def _share(levels: Levels) -> Tensor:
+    """Return q = gap / (signal_s noise_t), and 0 where s = t: there it is 0/0 at t = 0 and at t = 1."""
+    stays = levels.gap == 0
+    return torch.where(stays, 0, levels.gap / torch.where(stays, 1, levels.signal_s * levels.noise_t))
+
+
+def _coefficients(levels: Levels, prediction: str, q: Tensor, renewed: Tensor, allowed: Tensor) -> StepCoefficients:
+    """Compute the coefficients for `renewed` = 1 - h, and NaN where the step is not defined."""
+    _, noise_t, signal_s, noise_s, gap = levels
+    one = torch.ones_like(gap)
     ratio = torch.where(noise_t == 0, one, noise_s / torch.where(noise_t == 0, one, noise_t))
-    churned = churn * churn * q  # churn^2 q
-    to_x = ratio * (1 - churned)
-    to_x0 = signal_s * (q + churned * (1 - q))
-    noise = noise_s * torch.sqrt(churned * (2 - churned))
+    to_x = ratio * (1 - renewed)
+    to_x0 = signal_s * (q + renewed * (1 - q))
+    noise = noise_s * torch.sqrt(renewed * (2 - renewed))
 
     x0_of_x, x0_of_g = x0_coefficients(levels, prediction)
-    defined = (gap >= 0) & (churn >= 0) & (churn <= 1)
+    defined = (gap >= 0) & allowed
     if prediction == "eps":
-        defined = defined & (signal_t != 0)
+        defined = defined & (levels.signal_t != 0)
     nan = torch.full_like(gap, torch.nan)
     coefficients = (to_x + to_x0 * x0_of_x, to_x0 * x0_of_g, noise)
     return StepCoefficients(*(torch.where(defined, value, nan) for value in coefficients))

@@ -6,6 +6,7 @@ it calls by the operator's name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from lgd_kernels.ops.combine import reference
 from lgd_kernels.ops.combine.structs import Combine, CombineBackward, CombineMoments, CombineMomentsBackward
 from lgd_kernels.runtime import impls
 from lgd_kernels.runtime.arguments import requires_grad
-from lgd_kernels.runtime.columns import triangle
+from lgd_kernels.runtime.columns import triangle, twos
 from lgd_kernels.runtime.levels import arithmetic_dtype
 from lgd_kernels.runtime.operator import Operator, define, shape_of
 from lgd_kernels.runtime.philox import STREAM_STEP, philox_normal
@@ -25,6 +26,7 @@ IMPLEMENTATIONS = {
     "cpu": impls.ALL_FLOATS,
     "reference": impls.ALL_FLOATS,
 }
+MOST_OUTPUTS = 8  # kMostOutputs in csrc/combine/combine.h
 
 
 def forward(a: Combine, impl: str | None) -> Tensor:
@@ -81,6 +83,8 @@ def backward_reference(b: CombineBackward) -> list[Tensor | None]:
 
 def backward_moments(b: CombineMomentsBackward, impl: str | None, direct: bool) -> list[Tensor | None]:
     a = b.call.combine
+    if b.call.wide and not b.call.written and _is_plain(a):
+        return _wanted(_of_moments_alone(b, impl, direct), b)
     tensors, dtype = a.read.tensors, arithmetic_dtype(*a.read.tensors)
     if b.call.wide and tensors[0].device.type == "cpu" and impl in (None, "cpu"):  # in float64, as in the forward
         tensors, dtype = [tensors[0].double(), *tensors[1:]], torch.float64
@@ -102,6 +106,51 @@ def _unclamped(b: CombineBackward, impl: str | None, direct: bool) -> CombineBac
         before = raw.run(b.call.without_clamp(arithmetic_dtype(*b.call.read.tensors)), impl, direct)
     zero = torch.zeros_like(b.upstream)
     return b._replace(upstream=torch.where((before >= low) & (before <= high), b.upstream, zero))
+
+
+def _is_plain(a: Combine) -> bool:
+    """Return whether outputs are linear in the tensors, and they and the columns fit into one call."""
+    linear = a.noise_scale is None and a.read.source is None and a.low == -torch.inf and a.high == torch.inf
+    return linear and a.coefficients.shape[1] + a.coefficients.shape[2] <= MOST_OUTPUTS
+
+
+def _of_moments_alone(b: CombineMomentsBackward, impl: str | None, direct: bool) -> list[Tensor | None]:
+    """Compute the gradients where no output is written: combines of the same columns, in float64 in registers.
+
+    With M the upstream of the products and of their transposes, and s that of the sums, the gradient to the outputs y =
+    C x + c is M y + s = (M C) x + (M c + s): in a tensor a combine of x, and in C its inner products with x.
+    """
+    a, columns = b.call.combine, b.call.combine.read.columns
+    c, (outputs, size) = a.coefficients.double(), a.coefficients.shape[1:]
+    places = {pair: n for n, pair in enumerate(twos(triangle(outputs)))}
+    to = b.upstream[1].double().unbind(1)
+    m = [[to[places[min(i, j), max(i, j)]] * (1 + (i == j)) for j in range(outputs)] for i in range(outputs)]
+    products = torch.stack([torch.stack(row, 1) for row in m], 1)
+    constant = torch.stack([to[places[i, -1]] for i in range(outputs)], 1)
+    if a.constant is not None:
+        constant = constant + (products @ a.constant.double().unsqueeze(-1)).squeeze(-1)
+    factors = products @ c  # [B, P, K]
+    found: list[Tensor | None] = [None] * (3 + len(a.read.tensors))
+    chosen = [n for n, want in enumerate(b.wanted[3:]) if want]
+    if chosen:
+        dtypes = {a.read.tensors[n].dtype for n in chosen}
+        dtype = dtypes.pop() if len(dtypes) == 1 else arithmetic_dtype(*a.read.tensors)
+        to_tensors = reference.to_tensors(c, len(a.read.tensors), columns)[:, chosen]  # [B, N, P]
+        shift = (to_tensors @ constant.unsqueeze(-1)).squeeze(-1)
+        again = a._replace(coefficients=to_tensors @ factors, constant=shift, dtype=dtype)
+        grads, _ = raw_moments.run(CombineMoments(again, len(chosen), True), impl, direct)
+        for n, grad in zip(chosen, grads, strict=True):
+            found[3 + n] = grad
+    if b.wanted[0] or b.wanted[1]:
+        single = torch.eye(size, dtype=c.dtype, device=c.device).expand(len(c), -1, -1)
+        shift = torch.nn.functional.pad(constant, (0, size))
+        again = a._replace(coefficients=torch.cat((factors, single), 1), constant=shift)
+        moments = raw_moments.run(CombineMoments(again, 0, True), impl, direct)[1]
+        places = {pair: n for n, pair in enumerate(twos(triangle(outputs + size)))}
+        inner = [[places[p, outputs + k] for k in range(size)] for p in range(outputs)]
+        found[0] = torch.stack([moments[:, row] for row in inner], 1)
+        found[1] = moments[:, [places[p, -1] for p in range(outputs)]]
+    return found
 
 
 def _of_outputs(b: CombineMomentsBackward, before: Tensor) -> CombineBackward:
@@ -164,9 +213,10 @@ def _to_scalars(b: CombineBackward, impl: str | None) -> tuple[Tensor | None, Te
     )
 
 
-def _wanted(grads: tuple[Tensor | None, ...], b: CombineBackward) -> list[Tensor | None]:
+def _wanted(grads: Sequence[Tensor | None], b: CombineBackward | CombineMomentsBackward) -> list[Tensor | None]:
     """Return the gradients that are wanted in the dtypes of their leaves."""
-    found = zip(grads, leaves(b.call), b.wanted, strict=True)
+    call = b.call if isinstance(b, CombineBackward) else b.call.combine
+    found = zip(grads, leaves(call), b.wanted, strict=True)
     return [
         grad.to(leaf.dtype) if want and grad is not None and leaf is not None else None for grad, leaf, want in found
     ]
@@ -177,6 +227,9 @@ def leaves(a: Combine) -> tuple[Tensor | None, ...]:
 
 
 raw = define(Combine, "combine", "Tensor", forward, empty)
+raw_moments = define(
+    CombineMoments, "combine_moments", "(Tensor outputs, Tensor moments)", forward_moments, empty_moments
+)
 combine = Operator(
     "combine",
     raw,
@@ -189,7 +242,7 @@ combine = Operator(
 )
 combine_moments = Operator(
     "combine",
-    define(CombineMoments, "combine_moments", "(Tensor outputs, Tensor moments)", forward_moments, empty_moments),
+    raw_moments,
     reference=reference.combine_moments,
     leaves=lambda a: leaves(a.combine),
     saved=shape_of(CombineMomentsBackward),
