@@ -161,7 +161,8 @@ class CFGFunction:
         top = getattr(sampling, "sigma_max", None)
         if top is None or not isinstance(self.omega, OmegaTable) or len(self.omega.t_knots) == 1:
             return
-        reach = float(times(self.schedule, torch.as_tensor(top).detach().float().reshape(1), sampling))
+        top = torch.as_tensor(top, device=getattr(top, "device", "cpu")).detach().float().reshape(1)
+        reach = float(times(self.schedule, top, sampling))
         last = float(self.omega.t_knots[-1])
         if not reach / SCALE <= last <= reach * SCALE:
             raise ValueError(
