@@ -64,7 +64,7 @@ def fused_step(kind: str, config: dict, index: int) -> Callable[[dict], Call]:
         timestep, omega = scheduler.timesteps[index], arguments["omega"]
 
         def call():
-            scheduler._index, scheduler._kept = index, kept
+            scheduler._index, scheduler._kept, scheduler._since = index, kept, scheduler._warm
             moved = scheduler.step(cond, timestep, x, uncond=uncond, omega=omega).prev_sample
             return moved if kept is None else (moved, scheduler._kept)
 

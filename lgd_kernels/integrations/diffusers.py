@@ -17,8 +17,8 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-import lgd_kernels as lgd
 from lgd_kernels.guidance import rules
+from lgd_kernels.guidance.api import guided_score
 from lgd_kernels.guidance.rules import Rule
 from lgd_kernels.integrations.diffusers_omega import Condition, RunOmega, ordinary, repeated, shares, times_for
 from lgd_kernels.integrations.diffusers_scale import LearnedScale
@@ -186,7 +186,8 @@ class LearnedGuidance(BaseGuidance):
         """Compute the guided prediction, `[B, ...]` in the dtype of `pred_cond`."""
         pred = pred_cond
         if pred_uncond is not None and self._guides():
-            pred = lgd.guided_score(pred_cond, pred_uncond, self._omega(pred_cond), rule=self._rule(), impl=self.impl)
+            rule = None if self.rule is None else self._rule()
+            pred = guided_score(pred_cond, pred_uncond, self._omega(pred_cond), rule=rule, impl=self.impl)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     @property
@@ -216,8 +217,8 @@ class LearnedGuidance(BaseGuidance):
             return False
         if self._step is None:
             return True
-        first, last = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
-        if not first <= self._step < last:
+        steps = self._num_inference_steps
+        if not int(self._start * steps) <= self._step < int(self._stop * steps):
             return False
         if self.interval is None:
             return True

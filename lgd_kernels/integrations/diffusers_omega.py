@@ -59,10 +59,23 @@ class RunOmega:
         pred: Tensor,
         c: Condition,
     ) -> Tensor:
-        """Return omega `[B]` of the step at a place of the run.
+        """Return omega `[B]` of the step at a place of the run: an index, 0-dim if only the device knows it."""
+        rows = self.all(omega, interval, times, pred, c)
+        if isinstance(place, int):
+            return rows[place]
+        return rows.index_select(0, place.to(pred.device).view(1))[0]
+
+    def all(
+        self,
+        omega: float | Tensor | Callable[[Any, Tensor, Tensor], Tensor] | None,
+        interval: tuple[float, float] | None,
+        times: Callable[[], Tensor],
+        pred: Tensor,
+        c: Condition,
+    ) -> Tensor:
+        """Return the rows, `[N + 1, B]`: the same tensor until something changes.
 
         Args:
-            place: the index of the step; 0-dim if only the device knows it.
             interval: (low, high): omega is 0 unless low < t <= high.
             times: returns the times of the run, `[N + 1]`.
             pred: a prediction `[B, ...]`.
@@ -73,9 +86,7 @@ class RunOmega:
             with ordinary():
                 self._rows = rows = self._table(omega, interval, times().to(pred.device), pred.shape[0], c)
             self._made_for = *made_for, c.value
-        if isinstance(place, int):
-            return rows[place]
-        return rows.index_select(0, place.to(pred.device).view(1))[0]
+        return rows
 
     def _table(self, omega: Any, interval: tuple[float, float] | None, run: Tensor, batch: int, c: Condition) -> Tensor:
         """Compute omega of the whole run, and a row of NaN: `[N + 1, B]`."""

@@ -38,8 +38,8 @@ class Run:
         """Return the scheduler that samples."""
         return self.source.scheduler if self.follows else self.source
 
-    def lookup(self, x: Tensor) -> Tensor:
-        """Return omega `[B]` of the step that the scheduler takes next."""
+    def lookup(self, x: Tensor) -> tuple[Tensor, int | Tensor]:
+        """Return omega of the whole run `[N + 1, B]`, and the index of the step that the scheduler takes next."""
         scheduler = self.scheduler
         timesteps = scheduler.timesteps
         if timesteps is not self.timesteps:
@@ -54,7 +54,7 @@ class Run:
         self.use.used = True
         if isinstance(place, int):
             self._check_place(place, scheduler)
-        return self.rows.row(place, self.omega, None, self._times, x, Condition("condition", self.condition))
+        return self.rows.all(self.omega, None, self._times, x, Condition("condition", self.condition)), place
 
     def compared(self) -> None:
         """Note that a pipeline compared the scale. Warn in the last step of a run without a lookup."""

@@ -102,6 +102,7 @@ class LearnedScale:
             raise TypeError(f"LearnedScale: `scheduler` is a {name}, expected a pipeline of diffusers or its scheduler")
         self._run = Run(omega, scheduler, condition)
         self._factor, self._shift = 1.0, 1.0 if base is None else float(base)  # scale = factor * omega + shift
+        self._kept: tuple[Tensor, tuple[bool, int], Tensor, tuple[Tensor, ...]] | None = None  # weights of the run
 
     @property
     def omega(self) -> Any:
@@ -211,7 +212,7 @@ class LearnedScale:
     def _affine(self, factor: Any, shift: Any) -> LearnedScale:
         """Return factor * scale + shift."""
         made = object.__new__(type(self))
-        made._run = self._run
+        made._run, made._kept = self._run, None
         made._factor, made._shift = float(factor) * self._factor, float(factor) * self._shift + float(shift)
         return made
 
@@ -219,13 +220,19 @@ class LearnedScale:
         """Return the scale of this step for each sample of x, in the shape that multiplies it: `[B, 1, ...]`."""
         if x.ndim == 0:
             raise ValueError("LearnedScale: the scale was multiplied by a single number, expected a tensor [B, ...]")
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        row = self._run.lookup(x).to(dtype)
-        return (self._factor * row + self._shift).view(-1, *(1,) * (x.ndim - 1))
+        rows, place = self._run.lookup(x)
+        made_for, kept = (x.dtype == torch.float64, x.ndim), self._kept
+        if kept is None or kept[0] is not rows or kept[1] != made_for:
+            weights = self._factor * rows.to(torch.float64 if made_for[0] else torch.float32) + self._shift
+            weights = weights.view(*weights.shape, *(1,) * (x.ndim - 1))
+            self._kept = kept = rows, made_for, weights, weights.unbind(0)
+        if isinstance(place, int):
+            return kept[3][place]
+        return kept[2].index_select(0, place.to(x.device).view(1))[0]
 
     def _product(self, x: Tensor) -> Tensor:
         weight = self._weight(x)
-        return (x.to(weight.dtype) * weight).to(x.dtype)
+        return x * weight if x.dtype == weight.dtype else (x.to(weight.dtype) * weight).to(x.dtype)
 
 
 def _check_pipeline(pipe: Any) -> None:
