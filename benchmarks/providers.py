@@ -32,7 +32,7 @@ def _guider(omega: float):
 
 
 def diffusers_step(kind: str, config: dict, index: int) -> Callable[[dict], Call]:
-    """Its guider, then its scheduler's step."""
+    """Its guider, then its scheduler's step, called as pipelines call it."""
 
     def bind(arguments):
         scheduler, guider = _scheduler(kind, config), _guider(arguments["omega"])
@@ -43,9 +43,9 @@ def diffusers_step(kind: str, config: dict, index: int) -> Callable[[dict], Call
             scheduler._step_index = index
             guided = guider.forward(cond, uncond).pred
             if kept is None:
-                return scheduler.step(guided, timestep, x).prev_sample
+                return scheduler.step(guided, timestep, x, return_dict=False)[0]
             scheduler.model_outputs, scheduler.lower_order_nums = [None, kept], 2
-            return scheduler.step(guided, timestep, x).prev_sample, scheduler.model_outputs[-1]
+            return scheduler.step(guided, timestep, x, return_dict=False)[0], scheduler.model_outputs[-1]
 
         return call
 
@@ -65,7 +65,7 @@ def fused_step(kind: str, config: dict, index: int) -> Callable[[dict], Call]:
 
         def call():
             scheduler._index, scheduler._kept, scheduler._since = index, kept, scheduler._warm
-            moved = scheduler.step(cond, timestep, x, uncond=uncond, omega=omega).prev_sample
+            moved = scheduler.step(cond, timestep, x, return_dict=False, uncond=uncond, omega=omega)[0]
             return moved if kept is None else (moved, scheduler._kept)
 
         return call
