@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
 
+WAIT = timedelta(days=7)
+
 
 @contextmanager
 def process_group(backend: str | None = None) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, and leave them at the end; alone, do nothing.
+    """Join the processes that torchrun started, and leave them together at the end; alone, do nothing.
 
         with process_group() as device:
             Trainer(omega.to(device), ...).train(10_000)
@@ -20,7 +24,8 @@ def process_group(backend: str | None = None) -> Iterator[torch.device]:
     Args:
         backend: "nccl" or "gloo"; by default nccl if there is a GPU.
 
-    Yields the device of this process: its own GPU, or the CPU.
+    Yields the device of this process: its own GPU, or the CPU. At the end each process waits until all are there, for
+    days if one has more to do: torchrun may stop the others once one has left. After an error it does not wait.
 
     >>> with process_group() as device:
     ...     rank_and_size()
@@ -35,7 +40,10 @@ def process_group(backend: str | None = None) -> Iterator[torch.device]:
         return
     distributed.init_process_group(backend or ("nccl" if cuda else "gloo"))
     try:
+        all_here = distributed.new_group(backend="gloo", timeout=WAIT)
         yield device
+        sys.stdout.flush()
+        distributed.barrier(all_here)
     finally:
         distributed.destroy_process_group()
 
