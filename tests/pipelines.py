@@ -54,11 +54,11 @@ def clip(projection=False, strength=4.0):
     return model
 
 
-def t5(strength=4.0):
-    config = transformers.T5Config(
+def t5(strength=4.0, kind="T5"):
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=30, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    model = transformers.T5EncoderModel(config).eval()
+    model = getattr(transformers, f"{kind}EncoderModel")(config).eval()
     for name, weights in model.named_parameters():
         if "shared" in name or "embed_tokens" in name:
             weights.data.normal_()
@@ -169,7 +169,7 @@ def wan():
         freq_dim=8, ffn_dim=16, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
     return diffusers.WanPipeline(
-        transformer=transformer.eval(), vae=wan_vae(), text_encoder=umt5(), tokenizer=t5_tokenizer(),
+        transformer=transformer.eval(), vae=wan_vae(), text_encoder=t5(40.0, "UMT5"), tokenizer=t5_tokenizer(),
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
@@ -181,19 +181,6 @@ def wan_vae():
         base_dim=2, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     ).eval()  # fmt: skip
-
-
-def umt5(strength=40.0):
-    config = transformers.UMT5Config(
-        vocab_size=30, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    model = transformers.UMT5EncoderModel(config).eval()
-    for name, weights in model.named_parameters():
-        if "shared" in name or "embed_tokens" in name:
-            weights.data.normal_()
-        if "final_layer_norm" in name:
-            weights.data.mul_(strength)
-    return model
 
 
 @seeded

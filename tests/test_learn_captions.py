@@ -330,6 +330,13 @@ def test_the_command_learns_for_a_pipeline_and_its_lines_run(name, saved, capsys
     assert (saved / "out" / "sample.png").is_file() and "energy distance" in printed
 
 
+def test_an_empty_negative_prompt_is_printed_where_it_differs_from_none(saved, capsys):
+    pipelines.sdxl().save_pretrained("pipe")  # without a negative prompt it uses zeros
+    call = ["--pipeline", "pipe", "--data", "images", "--items", "8", "--out", "out", *SHORT, "--negative-prompt", ""]
+    assert command.main(call) == 0
+    assert 'negative_prompt=["", ' in capsys.readouterr().out
+
+
 def test_the_command_learns_from_a_reward_and_files_in_bfloat16(saved, clip, capsys):
     pipelines.sd15().save_pretrained("pipe")
     call = ["--pipeline", "pipe", "--data", "images", "--out", "out", *SHORT, "--dtype", "bfloat16", "--cache", "8"]

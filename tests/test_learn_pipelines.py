@@ -236,6 +236,8 @@ def test_refused_pipelines():
         learning.frozen_of(pipelines.wan())
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
         learning.schedule_of(diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler with .* and continuous timesteps"):
+        learning.schedule_of(diffusers.EulerDiscreteScheduler(timestep_type="continuous"))
     with pytest.raises(ValueError, match="`chunk` is 0, expected"):
         learning.frozen_of(pipelines.sd15(), chunk=0)
     pipe = pipelines.sd15()

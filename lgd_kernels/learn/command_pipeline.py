@@ -44,8 +44,7 @@ def opened(args: argparse.Namespace, device: torch.device) -> Frozen:
     if vae is not None and vae.config.get("force_upcast", False):
         vae.to(torch.float32)  # SDXL's overflows in float16
     options = {"chunk": args.chunk, "negative_prompt": args.negative_prompt, "guidance": args.embedded_guidance}
-    frozen = diffusers.frozen_of(pipe.to(device), **options)
-    return frozen
+    return diffusers.frozen_of(pipe.to(device), **options)
 
 
 def read(args: argparse.Namespace, frozen: Frozen, track: Track, data: str) -> captions.Latents:
@@ -65,13 +64,14 @@ def conditions_of(frozen: Frozen) -> int | None:
     return denoiser.network.config["num_embeds_ada_norm"] if denoiser.family.encode is None else None
 
 
-def reward_of(text: str, frozen: Frozen, option: str = "--reward") -> Any:
+def reward_of(text: str, frozen: Frozen) -> Any:
     """Return the reward `clip:FOLDER` for a pipeline."""
     from lgd_kernels.learn.clip import ClipReward
 
-    if not isinstance(frozen.denoiser, diffusers.PipelineDenoiser) or frozen.denoiser.family.encode is None:
-        raise ValueError(f"{option} {text}: CLIP compares images with prompts, so it needs a --pipeline with prompts")
-    return ClipReward(text.removeprefix("clip:"), frozen.denoiser)
+    denoiser: Any = frozen.denoiser
+    if denoiser.family.encode is None:
+        raise ValueError(f"--reward {text}: CLIP compares images with prompts, and this pipeline takes class labels")
+    return ClipReward(text.removeprefix("clip:"), denoiser)
 
 
 def lines(args: argparse.Namespace, frozen: Frozen, data: Data, device: str, file: str) -> list[str]:
@@ -80,7 +80,7 @@ def lines(args: argparse.Namespace, frozen: Frozen, data: Data, device: str, fil
     pipe, there = denoiser.pipe, "" if device == "cpu" else f'.to("{device}")'
     known = inspect.signature(type(pipe).__call__).parameters
     scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
-    negative = args.negative_prompt or ("" if scale == "true_cfg_scale" else None)
+    negative = "" if args.negative_prompt is None and scale == "true_cfg_scale" else args.negative_prompt
     rows = sources.items_of(data, torch.arange(min(PROMPTS, sources.size_of(data)), device="cpu"))[1]
     where = "" if device == "cpu" else f', device="{device}"'
     imports = ["import torch", "from diffusers import DiffusionPipeline"]

@@ -196,10 +196,11 @@ def schedule_of(scheduler: Any) -> tuple[Schedule, Prediction]:
     if "FlowMatch" in name or predicts == "flow_prediction" or config.get("use_flow_sigmas", False):
         return RectifiedFlow(), "flow"
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None or "EDM" in name or predicts not in DIFFUSERS_PREDICTIONS:
+    counts = config.get("timestep_type", "discrete")
+    if alphas is None or counts != "discrete" or predicts not in DIFFUSERS_PREDICTIONS:
         raise ValueError(
-            f"frozen_of: the scheduler is a {name} with prediction_type={predicts!r}, expected flow matching, or a "
-            f"table alphas_cumprod and one of {', '.join(DIFFUSERS_PREDICTIONS)}"
+            f"frozen_of: the scheduler is a {name} with prediction_type={predicts!r} and {counts} timesteps, expected "
+            f"flow matching, or a table alphas_cumprod with indices and one of {', '.join(DIFFUSERS_PREDICTIONS)}"
         )
     return Discrete(alphas.double().cpu()), DIFFUSERS_PREDICTIONS[predicts]  # type: ignore[return-value]
 

@@ -27,7 +27,7 @@ class Family(NamedTuple):
     Attributes:
         network: the name of the network in the pipeline.
         encode: `(pipe, prompt) -> Encoded`; None for class labels.
-        call: `(pipe, x [N, ...], t [N], inputs, guidance) -> prediction`, t as `timestep` made it.
+        call: `(pipe, x [N, ...], t [N], inputs, guidance) -> prediction`; t are indices, or times of a flow up to 1000.
     """
 
     network: str
