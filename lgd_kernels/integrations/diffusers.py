@@ -312,7 +312,8 @@ class LearnedGuidance(BaseGuidance):
         named = self.condition_value is not None
         c = Condition("condition_value", self.condition_value) if named else Condition("condition", self._stashed)
         place = self._place()
-        return self._rows.row(place, self.omega, self.interval, self._times, pred, c)
+        rows = self._rows.of_run(self.omega, self.interval, self._times, pred, c)
+        return rows[place] if isinstance(place, int) else rows.index_select(0, place.to(pred.device).view(1))[0]
 
     def _rule(self) -> Rule | None:
         """Return the rule with its options for this step."""

@@ -50,22 +50,7 @@ class RunOmega:
         self._rows: Tensor | None = None
         self._made_for: tuple[Any, ...] = ()  # what the rows depend on
 
-    def row(
-        self,
-        place: int | Tensor,
-        omega: float | Tensor | Callable[[Any, Tensor, Tensor], Tensor] | None,
-        interval: tuple[float, float] | None,
-        times: Callable[[], Tensor],
-        pred: Tensor,
-        c: Condition,
-    ) -> Tensor:
-        """Return omega `[B]` of the step at a place of the run: an index, 0-dim if only the device knows it."""
-        rows = self.all(omega, interval, times, pred, c)
-        if isinstance(place, int):
-            return rows[place]
-        return rows.index_select(0, place.to(pred.device).view(1))[0]
-
-    def all(
+    def of_run(
         self,
         omega: float | Tensor | Callable[[Any, Tensor, Tensor], Tensor] | None,
         interval: tuple[float, float] | None,

@@ -54,7 +54,7 @@ class Run:
         self.use.used = True
         if isinstance(place, int):
             self._check_place(place, scheduler)
-        return self.rows.all(self.omega, None, self._times, x, Condition("condition", self.condition)), place
+        return self.rows.of_run(self.omega, None, self._times, x, Condition("condition", self.condition)), place
 
     def compared(self) -> None:
         """Note that a pipeline compared the scale. Warn in the last step of a run without a lookup."""
