@@ -162,10 +162,7 @@ def test_omega_is_looked_up_at_the_times_of_every_step(name, fuse, monkeypatch):
     make, call, argument = CALLS[name]
     pipe = make()
     if fuse:
-        try:
-            pipe.scheduler = FusedScheduler(pipe.scheduler)
-        except ValueError:
-            pytest.skip(f"FusedScheduler does not take {type(pipe.scheduler).__name__}")
+        pipe.scheduler = FusedScheduler(pipe.scheduler)
     condition, seen = torch.tensor([0.25, 1.0]), recorded(monkeypatch)
     scale = LearnedScale(weight, pipe, condition)
     for _ in range(2):  # a scale serves several runs
